@@ -1,0 +1,228 @@
+"""
+Clips: the physics of a sliding object, its pictures, the shards on disk, and batches of clips read back from them.
+
+    clips = open_split('slide', 'val')      # len(clips) clips, memory-mapped
+    z, a = clips[[0, 5]]                    # z (2,T,N,D) float32, layer-normed; a (2,T,A) float32, zero after step 1
+
+To change the world, change the constants and DOMAINS below; to add a domain, add a row to DOMAINS.
+"""
+import hashlib
+import json
+import os
+import sys
+import time
+import zlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from configurator import ROOT, Refusal
+
+# ---- the world: one rigid object on a plane seen from above, SI units --------------------------------------------
+GRAVITY = 9.81               # m/s^2
+FPS = 30.0                   # frames per second
+FRAMES = 16                  # frames per clip
+TUBELET = 2                  # frames per time step, so T = 8 steps
+WORLD = 0.80                 # metres that the square picture shows
+IMPULSE = (0.40, 1.265)      # N·s, log-uniform; a factor of sqrt(10), so A's stopping distances span a factor of ten
+RADIUS = (0.060, 0.100)      # metres, circumradius of the object
+CORNERS = (3, 4, 6, 64)      # triangle, square, hexagon, disc
+BACKGROUND = 0.10            # grey level of the plane, 0..1; objects are brighter
+
+DOMAINS = {                  # friction coefficient, mass in kg
+    'A': (0.40, 1.0),        # normal
+    'B': (0.21, 0.8),        # the shift under test: both clearly reduced, x2.5 to x3 in displacement
+    'C': (0.60, 1.0),        # more friction
+    'friction': (0.21, 1.0),  # B's friction alone
+    'mass': (0.40, 0.8),     # B's mass alone
+    'ice': (0.02, 1.0),      # almost no friction
+}
+
+
+def displacement(impulse, mu, mass, seconds):
+    """
+    Distance in metres slid `seconds` after an impulse under Coulomb friction (broadcasts over arrays).
+
+    impulse N·s, mu dimensionless, mass kg. v0 = J/m, constant deceleration mu*g, rest after v0/(mu*g); the stopping
+    distance is v0^2 / (2 mu g).
+    """
+    v0, brake = impulse / mass, mu * GRAVITY
+    t = np.minimum(np.maximum(seconds, 0.0), v0 / brake)
+    return v0 * t - 0.5 * brake * t * t
+
+
+def simulate(domain, clips, seed, split):
+    """
+    Draw clips of a domain and solve their motion; one independent random stream per (seed, split).
+
+    Returns a dict of arrays over n = clips: mu (n,), mass (n,) kg, impulse (n,2) N·s, position (n,FRAMES,2) m, and the
+    looks: corners (n,), radius (n,) m, angle (n,) rad, colour (n,3) in 0..1. The object rests during the first time
+    step (so z_1 holds no physics), the impulse acts at its last frame. The start is drawn so that the object stays in
+    view in every domain of DOMAINS, by the same rule in all: where it starts tells nothing about the domain.
+    """
+    if domain not in DOMAINS:
+        raise Refusal(f'no domain is called {domain!r}; there are {", ".join(DOMAINS)}')
+    mu, mass = DOMAINS[domain]
+    rng = np.random.default_rng([seed, zlib.crc32(split.encode())])
+    u = rng.random((clips, 10))
+    impulse = IMPULSE[0] * (IMPULSE[1] / IMPULSE[0]) ** u[:, 0]
+    direction = 2 * np.pi * u[:, 1]
+    heading = np.stack([np.cos(direction), np.sin(direction)], axis=1)  # (n,2)
+    radius = RADIUS[0] + (RADIUS[1] - RADIUS[0]) * u[:, 2]
+    seconds = (np.arange(FRAMES) - (TUBELET - 1)) / FPS
+    reach = np.max([displacement(impulse, *physics, seconds[-1]) for physics in DOMAINS.values()], axis=0)
+    path = reach[:, None] * heading
+    low = radius[:, None] + np.maximum(0, -path)
+    high = WORLD - radius[:, None] - np.maximum(0, path)
+    start = low + (high - low) * u[:, 3:5]
+    slid = displacement(impulse[:, None], mu, mass, seconds)  # (n,FRAMES)
+    return {
+        'mu': np.full(clips, mu), 'mass': np.full(clips, mass), 'impulse': impulse[:, None] * heading,
+        'position': start[:, None] + slid[:, :, None] * heading[:, None],
+        'corners': np.asarray(CORNERS)[(u[:, 5] * len(CORNERS)).astype(int)], 'radius': radius,
+        'angle': 2 * np.pi * u[:, 6], 'colour': 0.3 + 0.7 * u[:, 7:10],
+    }
+
+
+def render(clips, size, device='cpu'):
+    """
+    Pictures of simulated clips (the dict of simulate()) → uint8 (n,FRAMES,size,size,3), antialiased.
+
+    Every shape is a regular polygon: its signed distance is that of one edge after folding the angle.
+    """
+    def column(name, *shape):
+        return torch.as_tensor(clips[name], dtype=torch.float32, device=device).view(*shape)
+    n, scale = len(clips['mu']), size / WORLD
+    pixel = torch.arange(size, device=device, dtype=torch.float32) + 0.5
+    centre = column('position', n, FRAMES, 2) * scale
+    x = pixel - centre[..., 0, None]  # (n,F,size)
+    y = pixel - centre[..., 1, None]
+    sector = 2 * torch.pi / column('corners', n, 1, 1, 1)
+    turned = torch.atan2(y[..., :, None], x[..., None, :]) - column('angle', n, 1, 1, 1)  # (n,F,size,size)
+    folded = torch.remainder(turned, sector) - sector / 2
+    distance = torch.hypot(y[..., :, None], x[..., None, :]) * folded.cos()
+    cover = (0.5 + column('radius', n, 1, 1, 1) * scale * (sector / 2).cos() - distance).clamp(0, 1)
+    colour = column('colour', n, 1, 1, 1, 3)
+    return ((BACKGROUND + cover[..., None] * (colour - BACKGROUND)) * 255 + 0.5).to(torch.uint8)
+
+
+def tubelets(frames, patch):
+    """uint8 frames (n,F,H,W,3) → float pixels in [-1,1] of every tubelet, (n,T,N,3,TUBELET*patch*patch)."""
+    n, f, h, w, _ = frames.shape
+    x = frames.view(n, f // TUBELET, TUBELET, h // patch, patch, w // patch, patch, 3)  # n,T,t,gy,y,gx,x,c
+    x = x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(5, 7).flatten(2, 3)                   # n,T,gy*gx,c,t*y*x
+    return x.float() / 127.5 - 1
+
+
+def pictures(z, decoder, grid, patch):
+    """
+    What features show: z (n,N,D) layer-normed, decoder (D+1, 3*TUBELET*patch*patch) as prepare.py fitted it,
+    grid (rows, columns) with rows*columns = N → float (n,H,W,3) in [0,1], the last frame of the step.
+    """
+    blocks = z @ decoder[:-1] + decoder[-1]                                             # n,N,3*t*y*x
+    blocks = blocks.view(len(z), *grid, 3, TUBELET, patch, patch)[:, :, :, :, -1]       # n,gy,gx,c,y,x
+    return (blocks.permute(0, 1, 4, 2, 5, 3).reshape(len(z), grid[0] * patch, grid[1] * patch, 3) / 2 + 0.5).clamp(0, 1)
+
+
+# ---- the disk format -----------------------------------------------------------------------------------------------
+# data/<name>/<split>_<nnnnn>.npy     float16 (clips,T,N,D) features as the encoder gave them, memory-mapped
+# data/<name>/<split>_actions.npy     float32 (clips,T,A), zero after step 1
+# data/<name>/<split>_physics.npz     what simulate() returned
+# data/<name>/manifest.json           shapes, domains, encoder, seed, sha256 of every file, complete or not
+
+
+def folder_of(name):
+    """data/<name> beside the code; a name with a path separator is taken as a folder."""
+    return os.path.abspath(name) if os.sep in name else os.path.join(ROOT, 'data', name)
+
+
+def write_atomically(path, write):
+    """Call write(file) on a temporary neighbour, sync it and rename it: path is either old or whole."""
+    temporary = path + '.tmp'
+    with open(temporary, 'wb') as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def sha256(path):
+    """Hex digest of a file."""
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+def read_manifest(name):
+    """The manifest of a finished data set; raises Refusal where there is none or it is unfinished or unreadable."""
+    path = os.path.join(folder_of(name), 'manifest.json')
+    if not os.path.isfile(path):
+        raise Refusal(f'no data set at {os.path.dirname(path)}; make it with: python prepare.py --name={name}')
+    try:
+        with open(path, encoding='utf-8') as f:
+            manifest = json.load(f)
+    except ValueError as error:
+        raise Refusal(f'{path} is not readable ({error}); delete the folder and run prepare.py again') from None
+    if not manifest['complete']:
+        raise Refusal(f'{os.path.dirname(path)} is unfinished; go on with the same prepare.py command')
+    return manifest
+
+
+class Split:
+    """One split of a data set, memory-mapped: len(), [indices] → (z, a), .physics (dict of arrays or empty)."""
+
+    def __init__(self, name, split):
+        folder, self.manifest = folder_of(name), read_manifest(name)
+        if split not in self.manifest['splits']:
+            raise Refusal(f'data set {name} has no split {split!r}; it has {", ".join(self.manifest["splits"])}')
+        entry = self.manifest['splits'][split]
+        shards = [np.load(os.path.join(folder, s['file']), mmap_mode='r') for s in entry['shards']]
+        self.shards, self.starts = shards, np.cumsum([0] + [len(s) for s in shards])
+        self.actions = np.load(os.path.join(folder, f'{split}_actions.npy'))
+        physics = os.path.join(folder, f'{split}_physics.npz')
+        self.physics = dict(np.load(physics)) if os.path.exists(physics) else {}
+
+    def __len__(self):
+        return len(self.actions)
+
+    def __getitem__(self, indices):
+        """indices: sequence of b ints → z (b,T,N,D) float32 layer-normed without affine (eps 1e-5), a (b,T,A) float32."""
+        indices = np.arange(len(self))[indices]  # slices, negative numbers, and an IndexError where one is due
+        shard = np.searchsorted(self.starts, indices, side='right') - 1
+        z = np.stack([self.shards[s][i - self.starts[s]] for s, i in zip(shard, indices)])
+        z = torch.from_numpy(z).float()
+        return F.layer_norm(z, z.shape[-1:]), torch.from_numpy(self.actions[indices])
+
+
+def open_split(name, split):
+    """Open a split of a prepared data set (a name under data/ or a folder); raises Refusal if there is none."""
+    return Split(name, split)
+
+
+def batch_indices(clips, batch_size, seed, number):
+    """
+    Indices (batch_size,) of batch `number` of an endless pass in random order, a fresh permutation per epoch.
+
+    A function of its arguments alone: a resumed run needs no saved position to draw the same clips.
+    """
+    first, picked = number * batch_size, []
+    while len(picked) < batch_size:
+        epoch, offset = divmod(first + len(picked), clips)
+        order = np.random.default_rng([seed, epoch]).permutation(clips)
+        picked.extend(order[offset:offset + batch_size - len(picked)])
+    return np.array(picked)
+
+
+def progress(items, label, unit='clips'):
+    """Iterate over a sized collection, showing the share done, the rate and the time left on the terminal."""
+    start = shown = time.time()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.time()
+        if now - shown > (0.3 if sys.stdout.isatty() else 10) or done == len(items):
+            rate, shown = done / (now - start + 1e-9), now
+            left = (len(items) - done) / rate
+            last = done == len(items)
+            print(f'{label:<28} {done:>6}/{len(items)} {done / len(items):>5.0%} {rate:8.1f} {unit}/s '
+                  f'{f"{now - start:.0f} s" if last else f"{left:.0f} s left"}   ',
+                  end='\n' if last or not sys.stdout.isatty() else '\r', flush=True)

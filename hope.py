@@ -1,0 +1,114 @@
+"""
+HOPE: self-modifying Titan memory written by Delta Gradient Descent (DGD), and the Continuum Memory System (CMS).
+
+Source: "Nested Learning: The Illusion of Deep Learning Architectures" (Behrouz et al., 2025); equation numbers are
+that paper's. AC-HOPE-ViT is model.Predictor with HopeBlock: the Titan memory stands where attention stood, the CMS
+where the MLP stood. Everything else (tokens, positions, interface) is shared with ViT-AC.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import MLP, rotate
+
+PERIODS = 1, 4, 16           # ticks between the writes of the CMS levels, fast to slow
+
+
+def unit(x):
+    """x scaled to unit length along its last dimension; smooth at 0, where an idle action token puts it."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+class TitanMemory(nn.Module):
+    """
+    Five associative memories per head with fast weights per clip: M_k, M_v, M_mem (d→d), M_eta, M_alpha (d→1).
+
+    Each is a matrix memory in residual form, M(x) = R x + W x, where R is the identity (zero for eta and alpha, which
+    have one output). All are written with the same keys, so they are the rows of one matrix M (3d+2,d) per clip and
+    head, in the order k, v, mem, eta, alpha (Eq. 83-87). Their initial values are ordinary parameters. The query does
+    not adapt.
+    """
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads, d = heads, width // heads
+        self.qkv = nn.Linear(width, 3 * width)                         # query, and the inputs of M_k and of M_v
+        self.proj = nn.Linear(width, width)
+        self.register_buffer('R', F.pad(torch.eye(d).repeat(3, 1), (0, 0, 0, 2)), persistent=False)
+        self.memory = nn.Parameter(self.R + 0.02 * torch.randn(heads, 3 * d + 2, d))
+        self.eta_bias = nn.Parameter(torch.zeros(heads, 1))            # softplus(0) = 0.7: under half the error is written
+        # Retention per step exp(-softplus(-4)) = 0.98, so 0.86 over a clip of 8; a memory that starts at 0.5 per step
+        # remembers nothing.
+        self.alpha_bias = nn.Parameter(torch.full((heads, 1), -4.0))
+
+    def forward(self, x, rope_q, rope_k, memory=None):
+        """x (B,T,P,C), memory (B,H,3d+2,d) or None → y (B,T,P,C), memory after the last step's writes."""
+        B, T, P, C = x.shape
+        H, d = self.heads, C // self.heads
+        q, k_in, v_in = self.qkv(x).view(B, T, P, 3, H, d).permute(3, 1, 0, 4, 2, 5).contiguous()  # each (T,B,H,P,d)
+        cos_q, sin_q, cos_k, sin_k = (r.unflatten(2, (T, P)).movedim(2, 0) for r in rope_q + rope_k)  # (T,b,1,P,d)
+        q = rotate(unit(q), (cos_q, sin_q))
+        M = self.memory.expand(B, -1, -1, -1) if memory is None else memory
+        y = []
+        for q_t, k_t, v_t, *rope_t in zip(*(r.unbind(0) for r in (q, k_in, v_in, cos_k, sin_k))):  # chunk = time step
+            M = self.write(M, k_t, v_t, rope_t)
+            y.append(q_t @ M[:, :, 2 * d:3 * d].mT)                    # read after the write: M_mem(q), (B,H,P,d)
+        y = torch.stack(y, 1).transpose(2, 3).reshape(B, T, P, C)      # (B,T,H,P,d) → (B,T,P,H*d)
+        return self.proj(y), M
+
+    def write(self, M, k_in, v_in, rope):
+        """
+        Write one chunk of P tokens: M (B,H,3d+2,d), k_in and v_in (B,H,P,d) → M after the chunk.
+
+        k, v, eta, alpha and the self-generated targets M(v) are taken at the chunk's start M_c (Eq. 90). The tokens of
+        a frame have no order, so they are written together, as one proximal step of DGD's objective: M minimises
+            |M - (R + a (M_c - R))|^2 + sum_i eta_i |M k_i - M_c v_i|^2,   a = prod_i alpha_i  (retention),
+        which is M = (R + a (M_c - R) + M_c V^T E K) (I + K^T E K)^-1. It contracts for every eta > 0.
+        """
+        d = k_in.shape[-1]
+        M_k, M_v, _, M_eta_alpha = M.split([d, d, d, 2], dim=2)
+        k = rotate(unit(k_in @ M_k.mT), rope)
+        v = unit(v_in @ M_v.mT)                                        # unit length keeps self-made targets bounded
+        eta, alpha = (k_in @ M_eta_alpha.mT).unbind(-1)                # (B,H,P)
+        Ek = F.softplus(eta + self.eta_bias)[..., None] * k
+        # log alpha is divided by P: what a frame retains does not depend on the number of its patches.
+        retained = torch.exp(-F.softplus(alpha + self.alpha_bias).mean(-1))[..., None, None]
+        gram = torch.eye(d, device=k.device) + k.mT @ Ek               # (B,H,d,d), symmetric positive definite
+        goal = torch.lerp(self.R, M, retained) + M @ (v.mT @ Ek)       # (B,H,3d+2,d)
+        return goal @ torch.linalg.inv_ex(gram)[0]                     # I + PSD is well conditioned; solve() is slower
+
+
+class CMS(nn.Module):
+    """
+    Continuum Memory System: a chain of residual MLPs, fast to slow (Eq. 70). Every level processes every token; what
+    differs is how often its weights are written online (PERIODS, CMSWriter).
+    """
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.levels = nn.ModuleList(MLP(width, hidden) for _ in PERIODS)
+
+    def forward(self, x):
+        """x (...,C) → what the chain adds to x, (...,C)."""
+        y = x
+        for level in self.levels:
+            y = y + level(y)
+        return y - x                                                   # the block has a residual path of its own
+
+
+class HopeBlock(nn.Module):
+    """x + Titan(LN x), then x + CMS(LN x)."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        width = sizes['width']
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = TitanMemory(width, sizes['heads'])
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.cms = CMS(width, sizes['cms_hidden'])
+
+    def forward(self, x, rope_q, rope_k, memory=None):
+        """x (B,T,P,C), memory of this block or None → (B,T,P,C), memory."""
+        y, memory = self.attn(self.norm1(x), rope_q, rope_k, memory)
+        x = x + y
+        return x + self.cms(self.norm2(x)), memory

@@ -1,0 +1,249 @@
+"""
+The V-JEPA 2 family: 3D RoPE, attention, block, and the action-conditioned predictor; losses; checkpoints.
+
+    predictor, checkpoint = load('out/hope.pt')                 # eval mode
+    z_hat, memory = predictor(z, a, tau=None, memory=None)      # see Predictor.forward
+
+Predictor is the whole interface. ViT-AC is Predictor with the Block below, AC-HOPE-ViT is Predictor with hope.HopeBlock.
+Sources: V-JEPA 2 (Assran et al., 2025), whose parameter names, layout and initialisation are kept.
+"""
+import math
+import os
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from configurator import Refusal
+from data import write_atomically
+
+SIZES = {                    # every size of a predictor, with the laptop default; a checkpoint stores its own
+    'model': 'vit',          # 'vit' or 'hope'
+    'feature_dim': 96,       # D
+    'action_dim': 2,         # A
+    'state_dim': 0,          # size of the optional state token; 0 = none
+    'grid': (4, 4),          # rows, columns of patches; N = rows * columns
+    'depth': 4,
+    'width': 96,             # C
+    'heads': 4,
+    'mlp_hidden': 384,       # ViT-AC: hidden width of the MLP
+    'cms_hidden': 120,       # HOPE: hidden width of each of the three CMS levels
+    'rope': 'paired',        # 'paired' (a true rotation) or 'vjepa2' (the published models' form)
+}
+
+
+# ---- 3D rotary position embedding ----------------------------------------------------------------------------------
+
+def rope_angles(position, head_dim, form='paired'):
+    """
+    Rotation angles of tokens: position (...,3) as time, row, column → (...,head_dim) radians.
+
+    n = 2*floor(floor(head_dim/3)/2) channels each for time, row and column, w_j = 10000^(-2j/n); the rest is not
+    rotated. 'paired': both members of a pair share a frequency. 'vjepa2': the angles are tiled, as in the published
+    weights, so the members of a pair turn at different rates (not a true rotation).
+    """
+    n = 2 * (head_dim // 3 // 2)
+    omega = 10000 ** (-torch.arange(0, n, 2, device=position.device, dtype=torch.float32) / n)
+    angles = position[..., None].float() * omega                       # (...,3,n/2)
+    if form == 'paired':
+        angles = angles.repeat_interleave(2, dim=-1)
+    else:
+        angles = angles.repeat(*[1] * (angles.dim() - 1), 2)
+    return F.pad(angles.flatten(-2), (0, head_dim - 3 * n))
+
+
+def rotate(x, rope):
+    """Apply a rotation rope = (cos, sin), each broadcastable to x (...,tokens,head_dim); pairs are adjacent channels."""
+    cos, sin = rope
+    turned = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
+    return x * cos + turned * sin
+
+
+# ---- transformer block ---------------------------------------------------------------------------------------------
+
+class Attention(nn.Module):
+    """Multi-head attention; one qkv linear with rows [q; k; v] and heads inside each."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, rope_q, rope_k, mask=None):
+        """x (B,S,C), mask (S,S) bool, True where a query may look → (B,S,C)."""
+        B, S, C = x.shape
+        q, k, v = self.qkv(x).view(B, S, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # each (B,H,S,d)
+        q, k = rotate(q, rope_q).to(v.dtype), rotate(k, rope_k).to(v.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(y.transpose(1, 2).reshape(B, S, C))
+
+
+class MLP(nn.Module):
+    """fc2(gelu(fc1(x))) with the exact-erf GELU."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(LN x), then x + MLP(LN x)."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        width = sizes['width']
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, sizes['heads'])
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLP(width, sizes['mlp_hidden'])
+
+    def forward(self, x, rope_q, rope_k, memory=None):
+        """x (B,T,P,C), P tokens per step; a token sees its own and earlier steps → (B,T,P,C), None (no memory)."""
+        B, T, P, C = x.shape
+        step = torch.arange(T * P, device=x.device) // P
+        mask = step[:, None] >= step if T > 1 else None                # block-causal
+        x = x + self.attn(self.norm1(x).view(B, T * P, C), rope_q, rope_k, mask).view(B, T, P, C)
+        return x + self.mlp(self.norm2(x)), None
+
+
+# ---- predictor -----------------------------------------------------------------------------------------------------
+
+class Predictor(nn.Module):
+    """Action-conditioned predictor: Linear D→C, action (and state) token and patches per step, blocks, LN, Linear C→D."""
+
+    def __init__(self, sizes, block):
+        super().__init__()
+        width, rest = sizes['width'], sizes['width'] % sizes['heads']
+        if rest or width // sizes['heads'] < 6:
+            raise Refusal(f'width {width} must be a multiple of heads {sizes["heads"]}, with at least 6 channels per head')
+        self.sizes = sizes
+        self.predictor_embed = nn.Linear(sizes['feature_dim'], width)
+        self.action_encoder = nn.Linear(sizes['action_dim'], width)
+        self.state_encoder = nn.Linear(sizes['state_dim'], width) if sizes['state_dim'] else None
+        self.predictor_blocks = nn.ModuleList(block(sizes) for _ in range(sizes['depth']))
+        self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
+        self.predictor_proj = nn.Linear(width, sizes['feature_dim'])
+        # V-JEPA 2: normal 0.02, biases 0, the last linear of each residual branch divided by sqrt(2 * layer). What a
+        # block's constructor set apart from Linear layers (HOPE's memories) is not touched here.
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+                if name.endswith(('.attn.proj', '.fc2')):
+                    module.weight.data /= math.sqrt(2 * (int(name.split('.')[1]) + 1))
+
+    def rope(self, steps, tau, device):
+        """
+        (cos, sin) of queries and of keys for `steps` steps of tokens, each broadcastable to (B,H,steps*P,d).
+
+        A query sits at the time of the step that it predicts, a key at the time of the step that it comes from:
+        rotating both by the same time would cancel. In the published form queries sit at their own step.
+        """
+        rows, columns = self.sizes['grid']
+        conditions = 2 if self.state_encoder else 1
+        row, column = torch.meshgrid(torch.arange(rows, device=device) * 1.0,
+                                     torch.arange(columns, device=device) * (rows / columns), indexing='ij')
+        place = F.pad(torch.stack([row.flatten(), column.flatten()], -1), (0, 0, conditions, 0))  # (P,2); action at 0,0
+        time = torch.arange(steps, device=device).view(1, steps, 1, 1)
+        if tau is not None:
+            query_time = tau.view(-1, 1, 1, 1)
+        else:
+            query_time = time if self.sizes['rope'] == 'vjepa2' else time + 1
+
+        def angles(when):                                              # (b,steps,1,1) → (b,1,steps*P,d)
+            position = torch.cat([when.expand(-1, -1, len(place), 1), place.expand(*when.shape[:2], -1, 2)], -1)
+            angle = rope_angles(position, self.sizes['width'] // self.sizes['heads'], self.sizes['rope'])
+            return angle.flatten(1, 2).unsqueeze(1)
+        query, key = angles(query_time), angles(time)
+        return (query.cos(), query.sin()), (key.cos(), key.sin())
+
+    def forward(self, z, a, tau=None, memory=None, states=None):
+        """
+        Predict features, by teacher forcing or by a jump.
+
+        tau None: z (B,T,N,D), a (B,T,A) → z_hat (B,T,N,D); z_hat[:,t] predicts z[:,t+1] from steps <= t.
+        tau (B,) integer, 0-based: z (B,1,N,D), a (B,1,A) → z_hat (B,N,D) predicts step tau in one pass.
+        memory: None starts from the learned initial memory, else what an earlier call returned; row b of the batch
+        reads and writes row b alone. Returns (z_hat, memory); ViT-AC's memory is None. z_hat is layer-normed like z.
+        states (B,T,S) where the predictor has a state token. Raises ValueError where shapes do not fit.
+        """
+        B, T, N, _ = z.shape
+        if tau is not None and (T != 1 or tau.shape != (B,)):
+            raise ValueError(f'a jump takes z (B,1,N,D) and tau (B,), not {tuple(z.shape)} and {tuple(tau.shape)}')
+        if (states is None) != (self.state_encoder is None):
+            raise ValueError('states must be given exactly where the predictor has a state token')
+        tokens = [self.action_encoder(a)[:, :, None], self.predictor_embed(z)]
+        if states is not None:
+            tokens.insert(1, self.state_encoder(states)[:, :, None])
+        x = torch.cat(tokens, dim=2)                                   # (B,T,P,C), P = conditions + N
+        rope_q, rope_k = self.rope(T, tau, z.device)
+        kept = []
+        for i, block in enumerate(self.predictor_blocks):
+            x, new = block(x, rope_q, rope_k, None if memory is None else memory[i])
+            kept.append(new)
+        z_hat = self.predictor_proj(self.predictor_norm(x[:, :, -N:]))
+        z_hat = F.layer_norm(z_hat.float(), z_hat.shape[-1:])
+        return z_hat if tau is None else z_hat[:, 0], None if kept[0] is None else kept
+
+
+def build(**sizes):
+    """A predictor from SIZES with these overridden; raises Refusal for sizes that do not fit together."""
+    unknown = set(sizes) - set(SIZES)
+    if unknown:
+        raise Refusal(f'no predictor has the sizes {", ".join(sorted(unknown))}')
+    sizes = {**SIZES, **sizes}
+    if sizes['model'] == 'hope':
+        from hope import HopeBlock as block  # here, because hope.py builds on this file
+    else:
+        block = Block
+    return Predictor(sizes, block)
+
+
+# ---- losses: L1 on layer-normed features ---------------------------------------------------------------------------
+
+def teacher_forcing_loss(predictor, z, a):
+    """Mean L1 of every one-step prediction: z (B,T,N,D), a (B,T,A) → scalar (V-JEPA 2, Eq. 2)."""
+    z_hat, _ = predictor(z[:, :-1], a[:, :-1])
+    return (z_hat - z[:, 1:]).abs().mean()
+
+
+def jump_loss(predictor, z, a, tau, memory=None):
+    """L1 of step tau predicted from z_1, a_1 alone: z (B,T,N,D), a (B,T,A), tau (B,) 0-based → (B,), one per clip."""
+    z_hat, _ = predictor(z[:, :1], a[:, :1], tau=tau, memory=memory)
+    return (z_hat - z[torch.arange(len(z), device=z.device), tau]).abs().mean((1, 2))
+
+
+def rollout(predictor, z, a, steps, memory=None):
+    """Feed predictions back: z (B,T,N,D) of which step 1 alone is used, a (B,T,A) → steps 2..steps+1, (B,steps,N,D)."""
+    seen = z[:, :1]
+    for t in range(steps):
+        z_hat, _ = predictor(seen, a[:, :t + 1], memory=memory)
+        seen = torch.cat([seen, z_hat[:, -1:]], dim=1)
+    return seen[:, 1:]
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+def save(path, predictor, **more):
+    """Write a checkpoint atomically: sizes, weights and what else is handed in (tensors and plain values only)."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    checkpoint = {'sizes': predictor.sizes, 'predictor': predictor.state_dict(), **more}
+    write_atomically(path, lambda f: torch.save(checkpoint, f))
+
+
+def load(path, device='cpu'):
+    """Read a checkpoint → (predictor in eval mode on device, checkpoint dict); raises Refusal where it can't be read."""
+    if not os.path.isfile(path):
+        raise Refusal(f'no checkpoint at {path}; train one with: python train.py config/hope_jump.py')
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        predictor = build(**checkpoint['sizes'])
+        predictor.load_state_dict(checkpoint['predictor'])
+    except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError) as error:
+        raise Refusal(f'{path} is not a checkpoint of this code ({type(error).__name__}: {str(error)[:100]})') from None
+    return predictor.to(device).eval(), checkpoint
