@@ -15,8 +15,8 @@ PERIODS = 1, 4, 16           # ticks between the writes of the CMS levels, fast 
 
 
 def unit(x):
-    """x scaled to unit length along its last dimension; smooth at 0, where an idle action token puts it."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+    """x scaled to unit length along its last dimension; the bound keeps the gradient finite at 0, where idle tokens are."""
+    return F.normalize(x, dim=-1, eps=1e-3)
 
 
 class TitanMemory(nn.Module):
@@ -94,6 +94,41 @@ class CMS(nn.Module):
         for level in self.levels:
             y = y + level(y)
         return y - x                                                   # the block has a residual path of its own
+
+
+class CMSWriter:
+    """
+    The online writes of a predictor's CMS levels: level l is written when the tick counter is a multiple of C_l,
+
+        theta_l <- theta_l0 + retention * (theta_l - theta_l0) - rate / C_l * sum of its gradients since the last write
+
+    (Eq. 71 with eta_l = rate / C_l, so that a slow level steps along the mean gradient of its window). The retention
+    towards the learned initial value theta_l0, once per write, lets the fast level forget a passing domain while the
+    slow one hardly moves. One tick per look-back. Changes the weights of the predictor it is given.
+    """
+
+    def __init__(self, predictor, rate, retention):
+        chains = [block.cms.levels for block in predictor.predictor_blocks]
+        self.levels = [[p for chain in chains for p in chain[i].parameters()] for i in range(len(PERIODS))]
+        self.initial = [[p.detach().clone() for p in level] for level in self.levels]
+        self.sums = [[torch.zeros_like(p) for p in level] for level in self.levels]
+        self.rate, self.retention, self.ticks = rate, retention, 0
+
+    def tick(self, loss):
+        """Take the gradients of one look-back loss and write the levels whose turn it is."""
+        grads = iter(torch.autograd.grad(loss, [p for level in self.levels for p in level]))
+        self.ticks += 1
+        for period, level, initial, sums in zip(PERIODS, self.levels, self.initial, self.sums):
+            for p, start, total in zip(level, initial, sums):
+                total += next(grads)
+                if self.ticks % period == 0:
+                    p.data = start + self.retention * (p.data - start) - self.rate / period * total
+                    total.zero_()
+
+    def drift(self):
+        """|theta_l - theta_l0| / |theta_l0| of each level, fast to slow."""
+        return [(sum((p - s).square().sum() for p, s in zip(*pair)) / sum(s.square().sum() for s in pair[1])).sqrt().item()
+                for pair in zip(self.levels, self.initial)]
 
 
 class HopeBlock(nn.Module):

@@ -9,6 +9,7 @@ Sources: V-JEPA 2 (Assran et al., 2025), whose parameter names, layout and initi
 """
 import math
 import os
+import pickle
 
 import torch
 import torch.nn as nn
@@ -244,6 +245,6 @@ def load(path, device='cpu'):
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         predictor = build(**checkpoint['sizes'])
         predictor.load_state_dict(checkpoint['predictor'])
-    except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError) as error:
+    except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise Refusal(f'{path} is not a checkpoint of this code ({type(error).__name__}: {str(error)[:100]})') from None
     return predictor.to(device).eval(), checkpoint

@@ -164,7 +164,7 @@ def evaluate():
         copy = (z[:, :1] - z[:, -jump_last:]).abs().mean()
         sums += len(z) * np.array([teacher.item(), later.item(), copy.item()])
     predictor.train()
-    return sums / clips
+    return (sums / clips).tolist()
 
 
 # ---- log -----------------------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def log(**row):
 def save_checkpoint(step):
     if rank == 0:
         save(out, predictor, optimizer=optimizer.state_dict(), step=step, recipe=recipe, loss=loss,
-             jump_last=jump_last, best=best)
+             jump_last=jump_last, clip_steps=T, best=best)
 
 
 if rank == 0:

@@ -1,0 +1,377 @@
+"""
+A→B→A: how a trained predictor adapts when the physics changes, and what it forgets.
+
+    python adapt.py --ckpt=out/hope.pt                       every method that this checkpoint can do
+    python adapt.py --ckpt=out/hope.pt,out/vit.pt            compared in one table
+
+The stream: phase A, phase B, phase A again, one clip at a time; nobody tells the model where a phase ends. Every clip
+is predicted and scored from its first step and action alone; only then is it shown, and the method may learn from it.
+Learning rates are tuned on other shifts (TUNE_ON), never on B, with the same number of trials for every method.
+Writes table.txt, results.json, results.csv (the loss of every clip), results.png and predictions.png into `out`.
+"""
+import copy
+import csv
+import io
+import json
+import os
+import time
+
+import numpy as np
+import torch
+
+import data as clip_data
+from configurator import Refusal, configure
+from hope import PERIODS, CMSWriter
+from model import load, rollout
+
+# what to run
+ckpt = 'out/hope.pt'     # checkpoint, or several separated by commas
+data = 'slide'           # the data set whose test splits make the stream
+clips = 200              # clips per phase [1..]
+out = 'out/aba'          # folder for the results
+# the methods
+ln_rate = 1e-4           # LN-TTA's untuned learning rate, as in the user's plan [0..]
+cms_retention = 0.97     # what a CMS level keeps of its change at each of its writes [0..1]
+tune_clips = 30          # clips per phase of the tuning streams [1..]
+# what to measure
+probe_clips = 200        # clips of the held-out probe sets of A and of B [1..]
+probe_every = 50         # clips of the stream between two probes [1..]
+device = 'cpu'           # cpu, cuda or mps; batch 1 on small predictors is fastest on a CPU
+settings = configure(globals())
+
+TUNE_ON = 'C', 'friction', 'mass'
+GRIDS = {                        # learning rates tried for each method
+    'LN-TTA': (3e-4, 1e-3, 3e-3, 1e-2),
+    'full TTA': (1e-5, 3e-5, 1e-4, 3e-4),
+    'memory + CMS': (0.1, 0.3, 1.0, 3.0),
+}
+
+
+# ---- scoring and methods -------------------------------------------------------------------------------------------
+
+def predict(predictor, trained_on, targets, z, a, memory=None):
+    """
+    Prediction and loss of clips from step 1 and the action alone, for each target step (0-based tensor (K,)).
+
+    z (B,T,N,D), a (B,T,A); memory of one clip is shared by all. → z_hat (B,K,N,D), loss (B,) as the mean over targets.
+    """
+    B, K = len(z), len(targets)
+    if trained_on == 'rollout':
+        if memory is not None:
+            memory = [m.expand(B, *m.shape[1:]) for m in memory]
+        z_hat = rollout(predictor, z, a, int(targets.max()), memory)[:, targets - 1]
+    else:
+        if memory is not None:
+            memory = [m.expand(B * K, *m.shape[1:]) for m in memory]
+        first, push = z[:, :1].repeat_interleave(K, 0), a[:, :1].repeat_interleave(K, 0)
+        z_hat = predictor(first, push, tau=targets.repeat(B), memory=memory)[0].unflatten(0, (B, K))
+    return z_hat, (z_hat - z[:, targets]).abs().mean((1, 2, 3))
+
+
+def layer_norm_parameters(predictor):
+    """The affine parameters of every LayerNorm: what LN-TTA adapts."""
+    norms = [m for m in predictor.modules() if isinstance(m, torch.nn.LayerNorm)]
+    return [p for m in norms for p in m.parameters()]
+
+
+def run_stream(checkpoint, method, rate, stream, probes=None, label=None):
+    """
+    Run one method over a stream of clips, test-then-train.
+
+    checkpoint: a row of `checkpoints`; stream: (z, a) with z (n,T,N,D); probes: {'A': (z, a), 'B': (z, a)}.
+    Returns a dict: loss (n,), seconds per clip, probes {name: [(clip, loss), ...]}, diagnostics [{...} per clip], and
+    shown (n_shown,N,D), the predictions of the last step for the clips in SHOWN.
+    """
+    predictor = copy.deepcopy(checkpoint['predictor'])
+    trained_on, targets = checkpoint['loss'], checkpoint['targets']
+    z, a = stream
+    result = {'loss': [], 'seconds': [], 'probes': {name: [] for name in probes or {}}, 'diagnostics': [], 'shown': {}}
+    memory, learned, optimizer, writer = None, [], None, None
+    if method == 'LN-TTA':
+        learned = layer_norm_parameters(predictor)
+    elif method == 'full TTA':
+        learned = list(predictor.parameters())
+    elif method == 'memory + CMS':
+        writer = CMSWriter(predictor, rate, cms_retention)
+    if learned:
+        predictor.requires_grad_(False)
+        for p in learned:
+            p.requires_grad_(True)
+        optimizer = torch.optim.Adam(learned, lr=rate)
+    carries = method.startswith('memory')
+    initial_memory = [block.attn.memory.detach() for block in predictor.predictor_blocks] if carries else None
+
+    def probe(seen):
+        with torch.no_grad():
+            for name, (pz, pa) in (probes or {}).items():
+                result['probes'][name].append((seen, predict(predictor, trained_on, targets, pz, pa, memory)[1].mean().item()))
+
+    probe(0)
+    for i in (range(len(z)) if label is None else clip_data.progress(range(len(z)), label)):
+        start = time.perf_counter()
+        z_i, a_i = z[i:i + 1], a[i:i + 1]
+        with torch.set_grad_enabled(bool(learned or writer)):
+            z_hat, loss = predict(predictor, trained_on, targets, z_i, a_i, memory)
+        result['loss'].append(loss.item())                             # scored; only now is the clip shown
+        if i in SHOWN:
+            result['shown'][i] = z_hat[0, -1].detach()
+        if optimizer:
+            loss.sum().backward()
+            torch.nn.utils.clip_grad_norm_(learned, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        if writer:
+            writer.tick(loss.sum())
+        if carries:
+            with torch.no_grad():
+                memory = predictor(z_i, a_i, memory=memory)[1]
+        result['seconds'].append(time.perf_counter() - start)
+        if carries:
+            drift = {f'memory, block {b + 1}': ((m - m0).norm() / m0.norm()).item()
+                     for b, (m, m0) in enumerate(zip(memory, initial_memory))}
+            if writer:
+                drift |= {f'CMS, every {c} clip{"s" * (c > 1)}': d for c, d in zip(PERIODS, writer.drift())}
+            result['diagnostics'].append(drift)
+        if probes and ((i + 1) % probe_every == 0 or i + 1 == len(z)):
+            probe(i + 1)
+    return result
+
+
+def tune(checkpoint, method):
+    """Mean loss of every rate of the method's grid over A→X→A for each X in TUNE_ON → {rate: loss}."""
+    tried = {}
+    for rate in clip_data.progress(GRIDS[method], f'tuning {checkpoint["name"]} {method}', 'rates'):
+        tried[rate] = float(np.mean([run_stream(checkpoint, method, rate, stream)['loss'] for stream in tuning_streams]))
+    return tried
+
+
+# ---- checkpoints and clips -----------------------------------------------------------------------------------------
+
+NAMES = {'vit': 'ViT-AC', 'hope': 'HOPE'}
+checkpoints = []
+for path in ckpt.split(','):
+    predictor, stored = load(path.strip(), device)
+    name = NAMES[predictor.sizes['model']]
+    if any(name == c['name'] for c in checkpoints):
+        name = f'{name} {len(checkpoints) + 1}'
+    steps = stored['clip_steps']
+    checkpoints.append({'name': name, 'path': path, 'predictor': predictor, 'loss': stored['loss'], 'step': stored['step'],
+                        'targets': torch.arange(steps - stored['jump_last'], steps, device=device)})
+test_a, test_b, validation = (clip_data.open_split(data, s) for s in ('test_A', 'test_B', 'val'))
+T, N, D = test_a.manifest['shape']
+for c in checkpoints:
+    sizes = c['predictor'].sizes
+    if (sizes['feature_dim'], list(sizes['grid'])) != (D, test_a.manifest['grid']):
+        raise Refusal(f'{c["path"]} was trained on features of size {sizes["feature_dim"]} on a grid {sizes["grid"]}, '
+                      f'but data set {data} has {D} on {tuple(test_a.manifest["grid"])}')
+    if any((c['loss'], len(c['targets'])) != (o['loss'], len(o['targets'])) for o in checkpoints):
+        raise Refusal(f'{ckpt}: trained with different losses or target steps, so their scores cannot be compared')
+for split, needed, what in ((test_a, 2 * clips + probe_clips, 'test_A'), (test_b, clips + probe_clips, 'test_B')):
+    if len(split) < needed:
+        raise Refusal(f'split {what} of {data} has {len(split)} clips, the stream and its probes need {needed}; '
+                      'lower --clips or --probe_clips')
+
+
+def take(split, start, count):
+    """Clips start..start+count of a split on the device: z (count,T,N,D), a (count,T,A)."""
+    return tuple(x.to(device) for x in split[range(start, start + count)])
+
+
+def join(*parts):
+    """Several (z, a) one after the other."""
+    return tuple(torch.cat(x) for x in zip(*parts))
+
+
+stream = join(take(test_a, 0, clips), take(test_b, 0, clips), take(test_a, clips, clips))
+probes = {'A': take(test_a, 2 * clips, probe_clips), 'B': take(test_b, clips, probe_clips)}
+tuning_streams = []
+if len(validation) < 2 * tune_clips:
+    raise Refusal(f'split val of {data} has {len(validation)} clips, tuning needs {2 * tune_clips}; lower --tune_clips')
+for domain in TUNE_ON:
+    split = clip_data.open_split(data, f'test_{domain}')
+    tuning_streams.append(join(take(validation, 0, tune_clips), take(split, 0, min(2 * tune_clips, len(split))),
+                               take(validation, tune_clips, tune_clips)))
+SHOWN = [2 * clips - 1 - i for i in range(min(5, clips))][::-1]        # the last clips of B
+phase_b = slice(clips, 2 * clips)
+
+
+def travelled(split, count):
+    """Displacement in metres over each of the first `count` clips."""
+    position = split.physics['position'][:count]
+    return np.linalg.norm(position[:, -1] - position[:, 0], axis=1)
+
+
+beyond = None                                                          # B clips that move as A never showed
+if test_b.physics:
+    train_split = clip_data.open_split(data, 'train')
+    beyond = travelled(test_b, clips) > travelled(train_split, len(train_split)).max()
+
+# ---- run everything ------------------------------------------------------------------------------------------------
+os.makedirs(out, exist_ok=True)
+rows, tried = [], {}
+z, _ = stream
+targets = checkpoints[0]['targets']
+copies = (z[:, :1] - z[:, targets]).abs().mean((1, 2, 3))
+rows.append({'model': '', 'method': 'copy', 'rate': None, 'loss': copies.tolist(), 'seconds': [0.0], 'diagnostics': [],
+             'probes': {}, 'shown': {}})
+for c in checkpoints:
+    print(f'{c["name"]}: {c["path"]}, {sum(p.numel() for p in c["predictor"].parameters()):,} parameters, '
+          f'{c["step"]} steps of training')
+    plan = [('frozen', None), ('LN-TTA', ln_rate), ('LN-TTA', 'tuned'), ('full TTA', 'tuned')]
+    if c['predictor'].sizes['model'] == 'hope':
+        plan += [('memory', None), ('memory + CMS', 'tuned')]
+    for method, rate in plan:
+        if rate == 'tuned':
+            tried[f'{c["name"]} {method}'] = losses = tune(c, method)
+            rate = min(losses, key=losses.get)
+        shown_rate = '' if rate is None else f' {rate:g}'
+        row = run_stream(c, method, rate, stream, probes, f'{c["name"]} {method}{shown_rate}')
+        rows.append({'model': c['name'], 'method': method, 'rate': rate, **row})
+
+
+# ---- figures -------------------------------------------------------------------------------------------------------
+
+def running_mean(values, width=10):
+    """Mean of each window of `width` neighbours, (n-width+1,)."""
+    return np.convolve(values, np.ones(min(width, len(values))) / min(width, len(values)), 'valid')
+
+
+def figures(row):
+    """The figures of one row of the table."""
+    loss, early = np.array(row['loss']), min(25, clips)
+    f = {'A1': loss[:clips].mean(), 'B': loss[phase_b].mean(), 'B_first': loss[phase_b][:early].mean(),
+         'B_last': loss[phase_b][-early:].mean(), 'A2': loss[2 * clips:].mean(), 'A2_first': loss[2 * clips:][:early].mean(),
+         'ms_per_clip': 1e3 * float(np.median(row['seconds']))}
+    if beyond is not None:
+        f['B_within'] = loss[phase_b][~beyond].mean() if not beyond.all() else float('nan')
+        f['B_beyond'] = loss[phase_b][beyond].mean() if beyond.any() else float('nan')
+    frozen = next((r for r in rows if r['model'] == row['model'] and r['method'] == 'frozen'), None)
+    if row['probes']:
+        probe = dict(row['probes']['A'])
+        before, after = (probe[max(k for k in probe if k <= end)] for end in (clips, 2 * clips))
+        f['forgetting'] = after - before
+    if frozen and row is not frozen:
+        gain = running_mean((np.array(frozen['loss']) - loss)[phase_b])
+        final = gain[-early:].mean()
+        reached = np.flatnonzero(gain >= 0.5 * final)
+        f['t50'] = int(reached[0]) + 1 if final > 0 and len(reached) else None
+        f['return_cost'] = (loss - np.array(frozen['loss']))[2 * clips:][:early].mean()
+    return {key: value if value is None or isinstance(value, int) else float(value) for key, value in f.items()}
+
+
+COLUMNS = [('A1', 'A₁'), ('B', 'B'), ('B_within', 'within'), ('B_beyond', 'beyond'), ('B_first', 'B 1-25'),
+           ('A2_first', 'A₂ 1-25'), ('forgetting', 'forget'), ('t50', 't50'), ('ms_per_clip', 'ms')]
+
+
+def cell(key, value):
+    if value is None:
+        return 'never' if key == 't50' else '-'
+    return f'{value:d}' if key == 't50' else f'{value:.1f}' if key == 'ms_per_clip' else f'{value:+.4f}' \
+        if key == 'forgetting' else f'{value:.4f}'
+
+
+def title(row):
+    """Name of a row: model, method and learning rate."""
+    return ' '.join(x for x in (row['model'], row['method'], '' if row['rate'] is None else f'{row["rate"]:g}') if x)
+
+
+for row in rows:
+    row['figures'] = figures(row)
+table = io.StringIO()
+print(f'{"loss on the stream, " + str(clips) + " clips a phase":<28}'
+      + ''.join(f'{head:>8}' for _, head in COLUMNS), file=table)
+for row in rows:
+    cells = (cell(key, row['figures'][key]) if key in row['figures'] else '' for key, _ in COLUMNS)
+    print(f'{title(row):<28}' + ''.join(f'{c:>8}' for c in cells), file=table)
+print(f'\n{checkpoints[0]["loss"]} L1, mean over target steps {", ".join(str(int(t) + 1) for t in targets)}; scored before '
+      'the look-back.\nwithin / beyond: clips of B that slide no further / further than any training clip of A.\n'
+      'forget: loss on held-out clips of A after B minus before B.  t50: clips of B to half of the own final gain.\n'
+      f'Rates tuned on {", ".join(TUNE_ON)}: '
+      + '; '.join(f'{k} of {", ".join(f"{r:g}" for r in v)}' for k, v in tried.items()), file=table)
+print('\n' + table.getvalue())
+
+
+def write(file, text):
+    clip_data.write_atomically(os.path.join(out, file), lambda f: f.write(text.encode()))
+
+
+write('table.txt', table.getvalue())
+write('results.json', json.dumps({
+    'settings': settings, 'tuning': {k: {str(r): l for r, l in v.items()} for k, v in tried.items()},
+    'checkpoints': [{'name': c['name'], 'path': c['path'], 'steps': c['step']} for c in checkpoints],
+    'rows': [{k: v for k, v in row.items() if k != 'shown'} for row in rows]}, indent=1))
+listing = io.StringIO()
+writer = csv.writer(listing)
+writer.writerow(['clip', 'phase', 'beyond_A'] + [title(row) for row in rows])
+for i in range(3 * clips):
+    far = '' if beyond is None else int(beyond[i - clips]) if clips <= i < 2 * clips else 0
+    writer.writerow([i + 1, ('A1', 'B', 'A2')[i // clips], far] + [f'{row["loss"][i]:.6f}' for row in rows])
+write('results.csv', listing.getvalue())
+
+
+# ---- pictures ------------------------------------------------------------------------------------------------------
+
+def draw():
+    """results.png: loss along the stream, probes, memory drift. predictions.png: what the last clips of B looked like."""
+    try:
+        import matplotlib
+        matplotlib.use('Agg')
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print('no pictures: pip install matplotlib')
+        return
+    several = any(row['model'].startswith('ViT') for row in rows)      # then TTA is drawn for ViT-AC alone
+    drawn = [row for row in rows if not (several and row['model'].startswith('HOPE') and 'TTA' in row['method'])]
+    colours = dict(zip(map(title, drawn), ['0.7'] + [f'C{i}' for i in range(10)]))
+    diagnosed = next((row for row in reversed(rows) if row['diagnostics']), None)
+    fig, axes = plt.subplots(3 if diagnosed else 2, 1, figsize=(9, 10 if diagnosed else 7), sharex=True,
+                             height_ratios=[2, 1.2, 1.2][:3 if diagnosed else 2])
+    for ax in axes:
+        ax.axvspan(clips, 2 * clips, color='0.93', zorder=0)
+        ax.margins(x=0.01)
+    for row in drawn:
+        mean = running_mean(row['loss'])
+        axes[0].plot(np.arange(len(mean)) + (len(row['loss']) - len(mean)) + 1, mean, label=title(row),
+                     color=colours[title(row)], lw=2 if 'memory' in row['method'] else 1.2,
+                     ls=':' if row['method'] == 'copy' else '-')
+        for name, style in (('A', '-'), ('B', '--')):
+            if row['probes']:
+                axes[1].plot(*zip(*row['probes'][name]), style, color=colours[title(row)], marker='.')
+    axes[0].set(ylabel=f'{checkpoints[0]["loss"]} L1, mean of 10 clips', ylim=(0, None))
+    for x, phase in zip((0.5, 1.5, 2.5), ('A₁', 'B: less friction, less mass', 'A₂')):
+        axes[0].text(x * clips, axes[0].get_ylim()[1] * 0.97, phase, ha='center', va='top')
+    axes[0].legend(fontsize=8, loc='upper left', ncols=1)
+    axes[1].set(ylabel='held-out probes\nA (solid), B (dashed)', ylim=(0, None))
+    if diagnosed:
+        for key in diagnosed['diagnostics'][0]:
+            axes[2].plot(range(1, 3 * clips + 1), [d[key] for d in diagnosed['diagnostics']], label=key,
+                         ls='--' if key.startswith('CMS') else '-')
+        axes[2].set(ylabel=f'drift from initial weights\n{title(diagnosed)}', ylim=(0, None))
+        axes[2].legend(fontsize=8, loc='upper left', ncols=2)
+    axes[-1].set_xlabel('clip of the stream')
+    fig.tight_layout()
+    fig.savefig(os.path.join(out, 'results.png'), dpi=100)
+    plt.close(fig)
+
+    manifest = test_b.manifest
+    if 'decoder' not in manifest:
+        return                                                         # imported features come without pixels
+    decoder = torch.from_numpy(np.load(os.path.join(clip_data.folder_of(data), manifest['decoder'])))
+    seen = stream[0][SHOWN].cpu()
+    columns = [('step 1', seen[:, 0]), (f'step {T}', seen[:, -1])]
+    columns += [(title(row).replace(' ', '\n', 1), torch.stack([row['shown'][i] for i in SHOWN]).cpu())
+                for row in drawn if row['shown']]
+    fig, axes = plt.subplots(len(SHOWN), len(columns), figsize=(1.35 * len(columns), 1.4 * len(SHOWN) + 0.4), squeeze=False)
+    for column, (head, features) in zip(axes.T, columns):
+        for ax, picture in zip(column, clip_data.pictures(features, decoder, manifest['grid'], manifest['patch'])):
+            ax.imshow(picture)
+            ax.set_xticks([]), ax.set_yticks([])
+        column[0].set_title(head, fontsize=8)
+    fig.suptitle('Last clips of B: what was seen, and what each method predicted for the last step', fontsize=9)
+    fig.tight_layout()
+    fig.savefig(os.path.join(out, 'predictions.png'), dpi=100)
+    plt.close(fig)
+
+
+draw()
+print(f'results: {os.path.join(out, "results.png")}, predictions.png, results.csv, results.json, table.txt')

@@ -1,0 +1,166 @@
+"""Physics against the closed form, pictures against the physics, the disk format, batches."""
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import refused, run
+
+import data
+from configurator import Refusal
+
+CLIPS = 300
+
+
+def slid(clips):
+    return np.linalg.norm(clips['position'][:, -1] - clips['position'][:, 0], axis=1)
+
+
+def test_stopping_distance_is_v0_squared_over_2_mu_g():
+    clips = data.simulate('A', CLIPS, 1, 'train')
+    v0 = np.linalg.norm(clips['impulse'], axis=1) / clips['mass']
+    np.testing.assert_allclose(slid(clips), v0 ** 2 / (2 * clips['mu'] * data.GRAVITY), rtol=1e-12)
+
+
+@pytest.mark.parametrize('domain', data.DOMAINS)
+def test_motion_obeys_newtons_law(domain):
+    """Integrate m dv/dt = -mu m g in small steps, independently of the closed form."""
+    clips = data.simulate(domain, 20, 2, 'x')
+    mu, mass = data.DOMAINS[domain]
+    velocity = np.linalg.norm(clips['impulse'], axis=1) / mass
+    sub, x, path = 2000, np.zeros(20), [np.zeros(20)] * data.TUBELET
+    for _ in range(data.FRAMES - data.TUBELET):
+        for _ in range(sub):
+            after = np.maximum(0, velocity - mu * data.GRAVITY / (data.FPS * sub))
+            x, velocity = x + (velocity + after) / 2 / (data.FPS * sub), after
+        path.append(x)
+    measured = np.linalg.norm(clips['position'] - clips['position'][:, :1], axis=2).T
+    np.testing.assert_allclose(measured, np.array(path), atol=1e-6)
+
+
+def test_the_motion_follows_the_impulse_and_starts_after_step_1():
+    clips = data.simulate('B', CLIPS, 1, 'x')
+    moved = clips['position'][:, -1] - clips['position'][:, 0]
+    cosine = (moved * clips['impulse']).sum(1) / np.linalg.norm(moved, axis=1) / np.linalg.norm(clips['impulse'], axis=1)
+    np.testing.assert_allclose(cosine, 1, atol=1e-9)
+    assert (clips['position'][:, :data.TUBELET] == clips['position'][:, :1]).all()
+
+
+def test_A_spans_a_factor_of_ten_and_half_of_B_lies_beyond_it():
+    a, b = slid(data.simulate('A', 5000, 1, 'x')), slid(data.simulate('B', 5000, 1, 'x'))
+    assert 9.5 < a.max() / a.min() < 10.5
+    assert 2.4 < np.median(b / a) < 3.1 and (b / a).min() > 2.4
+    assert 0.45 < np.mean(b > a.max()) < 0.55
+
+
+@pytest.mark.parametrize('domain', data.DOMAINS)
+def test_objects_stay_in_view(domain):
+    clips = data.simulate(domain, 2000, 3, 'x')
+    assert (clips['position'] > clips['radius'][:, None, None] - 1e-9).all()
+    assert (clips['position'] < data.WORLD - clips['radius'][:, None, None] + 1e-9).all()
+
+
+def test_the_first_step_tells_nothing_about_the_domain():
+    a, b = data.simulate('A', CLIPS, 1, 'x'), data.simulate('B', CLIPS, 1, 'x')
+    for key in ('impulse', 'radius', 'angle', 'colour', 'corners'):
+        assert (a[key] == b[key]).all()
+    assert (a['position'][:, 0] == b['position'][:, 0]).all()
+
+
+def test_splits_share_no_clip_and_a_seed_fixes_each():
+    drawn = {s: data.simulate('A', CLIPS, 1, s)['impulse'][:, 0] for s in ('train', 'val', 'test_A', 'test_B', 'fit_B')}
+    assert len(np.unique(np.concatenate(list(drawn.values())))) == CLIPS * len(drawn)
+    assert (data.simulate('A', CLIPS, 1, 'val')['impulse'][:, 0] == drawn['val']).all()
+    assert not (data.simulate('A', CLIPS, 2, 'val')['impulse'][:, 0] == drawn['val']).any()
+    assert (data.simulate('A', 10, 1, 'val')['impulse'][:, 0] == drawn['val'][:10]).all()  # more clips, the same first ones
+
+
+def test_pictures_show_the_object_where_the_physics_puts_it():
+    clips = data.simulate('B', 8, 1, 'x')
+    frames = data.render(clips, 96)
+    assert frames.shape == (8, data.FRAMES, 96, 96, 3) and frames.dtype == torch.uint8
+    light = frames.float().sum(-1) - 3 * round(255 * data.BACKGROUND)
+    pixel = (torch.arange(96) + 0.5) * data.WORLD / 96
+    x = (light.sum(2) * pixel).sum(-1) / light.sum((2, 3))
+    y = (light.sum(3) * pixel).sum(-1) / light.sum((2, 3))
+    centre = torch.stack([x, y], -1).double().numpy()
+    assert np.abs(centre - clips['position']).max() < 0.002  # a quarter of a pixel
+
+
+def test_unknown_domain_is_refused():
+    with pytest.raises(Refusal, match='A, B, C'):
+        data.simulate('moon', 1, 1, 'x')
+
+
+def test_tubelets_and_pictures_are_inverse():
+    frames = data.render(data.simulate('A', 2, 1, 'x'), 32)
+    blocks = data.tubelets(frames, 16)
+    assert blocks.shape == (2, 8, 4, 3, 512)
+    identity = torch.cat([torch.eye(3 * 512), torch.zeros(1, 3 * 512)])
+    shown = data.pictures(blocks[:, 5].flatten(2), identity, (2, 2), 16)
+    torch.testing.assert_close(shown, frames[:, 11].float() / 255, atol=1e-5, rtol=0)
+
+
+def test_the_whole_basis_keeps_all_energy(tmp_path):
+    """With D = all 1536 frequencies the patch encoder is orthonormal: features have the pixels' norm."""
+    folder = tmp_path / 'full'
+    run('prepare.py', f'--name={folder}', '--size=16', '--dim=1536', '--clips=4', '--test_clips=2')
+    stored = torch.from_numpy(np.load(folder / 'train_00000.npy')).float()
+    pixels = data.tubelets(data.render(data.simulate('A', 4, 1, 'train'), 16), 16)
+    torch.testing.assert_close(stored.norm(dim=-1), pixels.flatten(3).norm(dim=-1), rtol=2e-3, atol=0)
+    assert stored[..., 3:].abs().amax() > 0 and (stored[..., 0].abs() > 1).all()  # lowest frequency first: the mean
+
+
+def test_a_set_on_disk(tiny):
+    manifest = json.load(open(os.path.join(tiny, 'manifest.json')))
+    assert manifest['complete'] and manifest['shape'] == [8, 4, 24]
+    for split, entry in manifest['splits'].items():
+        for shard in entry['shards']:
+            assert data.sha256(os.path.join(tiny, shard['file'])) == shard['sha256']
+    assert set(manifest['splits']) == {'train', 'val', 'fit_B', *(f'test_{d}' for d in data.DOMAINS)}
+    assert all(os.path.getsize(os.path.join(tiny, f)) > 5000 for f in ('clips.png', 'displacement.png'))
+    assert not [f for f in os.listdir(tiny) if f.endswith('.tmp')]
+
+
+def test_reading_a_split(tiny):
+    clips = data.open_split(tiny, 'val')
+    z, a = clips[[0, 5]]
+    assert len(clips) == 24 and z.shape == (2, 8, 4, 24) and a.shape == (2, 8, 2)
+    assert z.dtype == a.dtype == torch.float32
+    torch.testing.assert_close(z.mean(-1), torch.zeros(2, 8, 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(z.var(-1, unbiased=False), torch.ones(2, 8, 4), atol=1e-2, rtol=0)
+    assert (a[:, 1:] == 0).all() and (a[:, 0] != 0).any()
+    assert torch.equal(clips[[5]][0][0], z[1]) and torch.equal(clips[range(5, 6)][0][0], z[1])
+    with pytest.raises(IndexError):
+        clips[[24]]
+    with pytest.raises(Refusal, match='test_ice'):
+        data.open_split(tiny, 'test_moon')
+    with pytest.raises(Refusal, match='prepare.py --name=nowhere'):
+        data.open_split('nowhere', 'val')
+
+
+def test_prepare_goes_on_where_it_stopped_and_leaves_finished_sets_alone(tiny, tmp_path):
+    again = tmp_path / 'again'
+    args = f'--name={again}', '--size=32', '--dim=24', '--clips=48', '--test_clips=24'
+    run('prepare.py', *args)
+    manifest = json.load(open(again / 'manifest.json'))
+    manifest['complete'] = False                        # as if killed while test_B was written
+    manifest['splits']['test_B']['shards'] = []
+    (again / 'manifest.json').write_text(json.dumps(manifest))
+    (again / 'test_B_00000.npy').write_bytes(b'half')
+    with pytest.raises(Refusal, match='unfinished'):
+        data.open_split(str(again), 'val')
+    run('prepare.py', *args)
+    for file in os.listdir(tiny):
+        if file.endswith('.npy'):
+            assert data.sha256(again / file) == data.sha256(os.path.join(tiny, file)), file
+    assert 'nothing to do' in run('prepare.py', *args).stdout
+    assert 'other settings' in refused(run('prepare.py', *args, '--seed=2', ok=False))
+
+
+def test_batches_visit_every_clip_once_per_epoch_and_need_no_state():
+    drawn = [data.batch_indices(10, 4, 7, i) for i in range(5)]         # two epochs of 10 clips
+    assert sorted(np.concatenate(drawn)[:10]) == list(range(10)) == sorted(np.concatenate(drawn)[10:])
+    assert (data.batch_indices(10, 4, 7, 3) == drawn[3]).all()
+    assert not (np.concatenate(drawn)[:10] == np.concatenate(drawn)[10:]).all()

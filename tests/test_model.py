@@ -1,0 +1,242 @@
+"""The predictors' shared interface: what may influence what, positions, initial values, checkpoints."""
+import math
+
+import pytest
+import torch
+from conftest import refused, run
+
+import model
+from configurator import Refusal
+
+SIZES = dict(feature_dim=12, grid=(2, 2), depth=2, width=24, heads=2, mlp_hidden=48, cms_hidden=16)
+B, T, N, D = 3, 5, 4, 12
+
+
+def predictor(kind, **sizes):
+    torch.manual_seed(0)
+    return model.build(model=kind, **{**SIZES, **sizes}).double()
+
+
+def clips(batch=B):
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(batch, T, N, D, generator=generator, dtype=torch.float64)
+    a = torch.randn(batch, T, 2, generator=generator, dtype=torch.float64)
+    return torch.nn.functional.layer_norm(z, (D,)), a
+
+
+def train(net, steps=5, loss=None):
+    """A few optimiser steps on the two losses, so that nothing is at its initial value any more."""
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
+    z, a = clips()
+    for i in range(steps):
+        tau = torch.tensor([2, 3, 4]).roll(i)
+        optimizer.zero_grad()
+        (model.teacher_forcing_loss(net, z, a) + model.jump_loss(net, z, a, tau).mean()).backward()
+        optimizer.step()
+    return net.eval()
+
+
+both = pytest.mark.parametrize('kind', ['vit', 'hope'])
+
+
+@both
+def test_shapes_of_the_interface(kind):
+    net = predictor(kind)
+    z, a = clips()
+    z_hat, memory = net(z, a)
+    assert z_hat.shape == (B, T, N, D) and (memory is None) == (kind == 'vit')
+    z_hat, memory = net(z[:, :1], a[:, :1], tau=torch.tensor([2, 3, 4]), memory=memory)
+    assert z_hat.shape == (B, N, D)
+    with pytest.raises(ValueError, match='a jump takes'):
+        net(z, a, tau=torch.tensor([2, 3, 4]))
+    with pytest.raises(ValueError, match='state token'):
+        net(z, a, states=a)
+
+
+@both
+def test_causality(kind):
+    """A prediction from steps <= t changes with step t and with nothing later."""
+    net = train(predictor(kind))
+    z, a = clips()
+    before = net(z, a)[0]
+    for t in range(T):
+        z2, a2 = z.clone(), a.clone()
+        z2[:, t:] += torch.randn_like(z2[:, t:])
+        a2[:, t:] += 1
+        after = net(z2, a2)[0]
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert not torch.allclose(after[:, t], before[:, t])
+
+
+@both
+def test_a_clip_never_sees_another_clip(kind):
+    """Known mistake 1: memory shared across the batch."""
+    net = train(predictor(kind))
+    z, a = clips()
+    tau = torch.tensor([2, 3, 4])
+    memory = net(z, a)[1]
+    other_z, other_a = z.clone(), a.clone()
+    other_z[1:] = torch.randn_like(z[1:])
+    other_a[1:] += 1
+    other = net(other_z, other_a)[1]
+    torch.testing.assert_close(net(other_z, other_a)[0][0], net(z, a)[0][0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(net(other_z[:, :1], other_a[:, :1], tau, other)[0][0],
+                               net(z[:, :1], a[:, :1], tau, memory)[0][0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(net(z[:1], a[:1])[0], net(z, a)[0][:1], rtol=0, atol=1e-12)
+
+
+@both
+def test_patches_and_action_of_a_frame_meet(kind):
+    """Known mistake 5: a frame read before it was written. Every patch's jump depends on every patch and the action."""
+    net = train(predictor(kind))
+    z, a = clips()
+    tau = torch.tensor([2, 3, 4])
+    before = net(z[:, :1], a[:, :1], tau=tau)[0]
+    for n in range(N):
+        z2 = z.clone()
+        z2[:, 0, n] += 1 + torch.arange(D)
+        assert ((net(z2[:, :1], a[:, :1], tau=tau)[0] - before).abs().amax((0, 2)) > 1e-6).all()
+    assert ((net(z[:, :1], a[:, :1] + 1, tau=tau)[0] - before).abs().amax((0, 2)) > 1e-6).all()
+
+
+@both
+def test_the_target_step_matters_and_only_through_the_time_part_of_the_rotation(kind, monkeypatch):
+    net = train(predictor(kind), steps=10)
+    z, a = clips(1)
+
+    def jumps():
+        return [net(z[:, :1], a[:, :1], tau=torch.tensor([t]))[0] for t in (2, 4)]
+    early, late = jumps()
+    assert (early - late).abs().mean() > 1e-3
+    angles = model.rope_angles
+    monkeypatch.setattr(model, 'rope_angles', lambda p, *rest: angles(p * torch.tensor([0, 1, 1]), *rest))
+    early, late = jumps()
+    assert torch.equal(early, late)
+
+
+@both
+def test_teacher_forcing_is_a_jump_by_one(kind):
+    net = train(predictor(kind))
+    z, a = clips()
+    jump = net(z[:, :1], a[:, :1], tau=torch.ones(B, dtype=torch.long))[0]
+    torch.testing.assert_close(jump, net(z, a)[0][:, 0], rtol=0, atol=1e-12)
+
+
+@both
+def test_a_jump_is_made_before_its_clip_is_shown(kind):
+    """Known mistake 6: the jump's prediction depends on step 1 and the action alone."""
+    net = train(predictor(kind))
+    z, a = clips()
+    tau = torch.tensor([2, 3, 4])
+    z.requires_grad_()
+    prediction = z[torch.arange(B), tau].detach() * 0
+    (model.jump_loss(net, z, a, tau).sum() + prediction.sum()).backward()
+    touched = z.grad.abs().sum((2, 3)) > 0
+    target = torch.zeros(B, T, dtype=torch.bool)
+    target[torch.arange(B), tau] = True                  # the loss compares with this step ...
+    target[:, 0] = True                                  # ... and predicts from this one
+    assert torch.equal(touched, target)
+
+
+@both
+def test_every_parameter_has_a_gradient_after_two_steps(kind):
+    """Known mistake 3: adaptive projections that never trained."""
+    net = train(predictor(kind), steps=2)
+    z, a = clips()
+    net.zero_grad()
+    (model.teacher_forcing_loss(net, z, a) + model.jump_loss(net, z, a, torch.tensor([2, 3, 4])).mean()).backward()
+    for name, p in net.named_parameters():
+        rows = p.grad.flatten(1) if p.dim() == 3 else p.grad.flatten()[None]
+        assert (rows.abs().amax(1) > 0).all(), name
+
+
+def test_initial_values_are_those_of_v_jepa_2():
+    """Known mistake 7: a general initialisation that undoes the special values."""
+    sizes = dict(width=192, heads=4, mlp_hidden=384, cms_hidden=256, depth=3)
+    for kind, last in (('vit', 'mlp.fc2'), ('hope', 'cms.levels.2.fc2')):
+        net = predictor(kind, **sizes)
+        state = net.state_dict()
+        for i in range(3):
+            assert abs(state[f'predictor_blocks.{i}.attn.qkv.weight'].std() / 0.02 - 1) < 0.05
+            for name in ('attn.proj', last):
+                std = state[f'predictor_blocks.{i}.{name}.weight'].std()
+                assert abs(std / (0.02 / math.sqrt(2 * (i + 1))) - 1) < 0.05, (kind, name)
+        assert all((p == 0).all() for n, p in net.named_parameters() if n.endswith('bias') and 'alpha' not in n)
+    for block in net.predictor_blocks:
+        assert (block.attn.alpha_bias == -4).all()
+        assert (block.attn.memory - block.attn.R).abs().max() < 0.2
+
+
+def test_paired_rotation_turns_and_sees_differences_only():
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 24, generator=generator)
+
+    def at(x, *position):
+        angle = model.rope_angles(torch.tensor(position), 24)
+        return model.rotate(x, (angle.cos(), angle.sin()))
+    torch.testing.assert_close(at(q, 3, 1, 2).norm(), q.norm())
+    torch.testing.assert_close(at(q, 5, 3, 2) @ at(k, 1, 2, 0), at(q, 4, 1, 2) @ at(k, 0, 0, 0), rtol=1e-5, atol=1e-5)
+    assert abs(at(q, 5, 3, 2) @ at(k, 1, 2, 0) - at(q, 4, 3, 2) @ at(k, 1, 2, 0)) > 1e-3
+    assert torch.equal(at(q, 0, 0, 0), q)
+
+
+def test_rotation_forms_and_channel_split():
+    angle = model.rope_angles(torch.tensor([1.0, 10.0, 100.0]), 64)     # 20 + 20 + 20 rotated, 4 not
+    assert (angle[60:] == 0).all() and (angle[:60] != 0).all()
+    omega = 10000 ** (-torch.arange(0, 20, 2) / 20)
+    torch.testing.assert_close(angle[0:20:2], omega)                    # adjacent channels share a frequency
+    torch.testing.assert_close(angle[1:20:2], omega)
+    tiled = model.rope_angles(torch.tensor([1.0, 10.0, 100.0]), 64, 'vjepa2')
+    torch.testing.assert_close(tiled[20:40], 10 * omega.repeat(2))
+
+
+def test_rollout_feeds_predictions_back():
+    net = train(predictor('vit'))
+    z, a = clips()
+    two = model.rollout(net, z, a, 2)
+    first = net(z[:, :1], a[:, :1])[0][:, 0]
+    second = net(torch.stack([z[:, 0], first], 1), a[:, :2])[0][:, 1]
+    torch.testing.assert_close(two, torch.stack([first, second], 1), rtol=0, atol=1e-12)
+
+
+def test_state_token():
+    net = predictor('vit', state_dim=5)
+    z, a = clips()
+    s = torch.randn(B, T, 5, dtype=torch.float64)
+    out = net(z, a, states=s)[0]
+    assert out.shape == (B, T, N, D) and not torch.allclose(out, net(z, a, states=s + 1)[0])
+
+
+def test_sizes_of_the_two_predictors_match():
+    """The laptop defaults and the user's 24 layers, 384 wide, 16 heads: parameters within 5 %."""
+    def count(kind, **sizes):
+        return sum(p.numel() for p in model.build(model=kind, **sizes).parameters())
+    assert abs(count('hope', feature_dim=48) / count('vit', feature_dim=48) - 1) < 0.05
+    full = dict(feature_dim=1024, grid=(16, 16), depth=24, width=384, heads=16, mlp_hidden=1536, cms_hidden=480)
+    assert abs(count('hope', **full) / count('vit', **full) - 1) < 0.05
+    assert 43e6 < count('vit', **full) < 44e6
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    with pytest.raises(Refusal, match='multiple of heads'):
+        model.build(width=25)
+    with pytest.raises(Refusal, match='colour'):
+        model.build(colour=1)
+
+
+def test_load_returns_what_was_saved(trained, tiny):
+    for kind, path in trained.items():
+        net, checkpoint = model.load(path)
+        assert not net.training and checkpoint['step'] == 6 and net.sizes['model'] == kind
+        assert all(torch.equal(p, checkpoint['predictor'][n]) for n, p in net.state_dict().items())
+
+
+def test_files_that_are_no_checkpoints_are_refused(trained, tmp_path):
+    (tmp_path / 'text.pt').write_text('hello')
+    whole = open(trained['vit'], 'rb').read()
+    (tmp_path / 'short.pt').write_bytes(whole[:len(whole) // 2])
+    torch.save({'a': 1}, tmp_path / 'other.pt')
+    for file in ('text.pt', 'short.pt', 'other.pt'):
+        with pytest.raises(Refusal, match=file):
+            model.load(str(tmp_path / file))
+    assert 'no checkpoint at' in refused(run('adapt.py', f'--ckpt={tmp_path}/missing.pt', ok=False))

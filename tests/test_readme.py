@@ -1,0 +1,59 @@
+"""Every command of the README runs, on tiny settings."""
+import os
+import re
+import shlex
+import sys
+
+import pytest
+from conftest import ROOT, TINY, run
+
+
+def readme_commands():
+    """The commands of every indented or fenced block of the README, split at && and without their comments."""
+    with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
+        blocks = re.findall(r'```(?:bash|sh)\n(.*?)```', f.read(), re.S)
+    lines = [line.split('   #')[0].strip() for block in blocks for line in block.splitlines()]
+    return list(dict.fromkeys(part.strip() for line in lines for part in line.split('&&') if part.strip()))
+
+
+@pytest.mark.parametrize('command', readme_commands())
+def test_command(command, tiny, trained, tmp_path):
+    words = shlex.split(command)
+    if words[:2] == ['pip', 'install']:                    # what .ci/run does before it calls this suite
+        assert os.path.exists(os.path.join(ROOT, words[-1]))
+        return
+    if words[0] == 'pytest':                               # this suite; a path in it must exist
+        assert all(os.path.exists(os.path.join(ROOT, w)) for w in words[1:] if w.startswith('tests'))
+        return
+    if words[0] in ('git', 'cd'):
+        return
+    launcher = None
+    if words[0] == 'torchrun':
+        flags = [w for w in words[1:] if w.startswith('--') and words.index(w) < words.index('train.py')]
+        launcher = [sys.executable, '-m', 'torch.distributed.run', *(re.sub('nproc_per_node=.*', 'nproc_per_node=2', f) for f in flags)]
+        words = words[words.index('train.py'):]
+    else:
+        assert words.pop(0) == 'python', command
+    script, args = words[0], words[1:]
+    if '--help' in args:
+        assert '--' in run(script, *args).stdout
+        return
+    if script == 'prepare.py':
+        args += [f'--name={tmp_path}/set', '--size=32', '--dim=24', '--clips=6', '--test_clips=4']
+    elif script == 'train.py':
+        args += [*TINY, f'--data={tiny}', f'--out={tmp_path}/x.pt']
+        if '--resume=True' in args:
+            run(script, *[a for a in args if a != '--resume=True'], '--stop_at=3')
+    elif script == 'adapt.py':
+        args = [a.replace('out/hope.pt', trained['hope']).replace('out/vit.pt', trained['vit']) for a in args]
+        args += [f'--data={tiny}', f'--out={tmp_path}/aba', '--clips=4', '--probe_clips=4', '--tune_clips=2']
+    else:
+        raise AssertionError(f'no tiny settings for: {command}')
+    run(script, *args, launcher=launcher or ())
+
+
+def test_the_two_commands_are_there():
+    with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
+        text = f.read()
+    assert 'pip install -r requirements.txt && python train.py config/hope_jump.py && python adapt.py --ckpt=out/hope.pt' in text
+    assert 'pip install -r requirements.txt && pytest' in text

@@ -1,0 +1,90 @@
+"""Training: repeatable, resumable, the same on several processes, and stopped before damage is done."""
+import csv
+import sys
+
+import pytest
+import torch
+from conftest import TINY, refused, run
+
+import model
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)['predictor']
+
+
+def same(a, b, **tolerance):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    return all(torch.allclose(a[k], b[k], **tolerance) if tolerance else torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize('kind', ['hope', 'vit'])
+def test_same_seed_same_result_and_resume_is_exact(kind, tiny, trained, tmp_path):
+    args = [*TINY, f'--model={kind}', f'--data={tiny}']
+    out = tmp_path / 'resumed.pt'
+    assert 'stopped at step 4' in run('train.py', *args, f'--out={out}', '--stop_at=4').stdout
+    assert 'exists' in refused(run('train.py', *args, f'--out={out}', ok=False))
+    run('train.py', *args, f'--out={out}', '--resume=True')
+    assert same(out, trained[kind])
+    columns = 'step', 'loss', 'grad_norm'
+    logs = [[[row[c] for c in columns] for row in csv.DictReader(open(path))]
+            for path in (tmp_path / 'resumed.csv', trained[kind].replace('.pt', '.csv'))]
+    assert [r for r in logs[0] if r[1]] == [r for r in logs[1] if r[1]] and len(logs[1]) == 8
+    done = run('train.py', *args, f'--out={out}', '--resume=True')
+    assert 'is finished (6 steps)' in done.stdout
+    assert 'max_iters' in refused(run('train.py', *args, f'--out={out}', '--resume=True', '--max_iters=9', ok=False))
+
+
+def test_another_seed_gives_another_result(tiny, trained, tmp_path):
+    run('train.py', *TINY, f'--data={tiny}', f'--out={tmp_path}/x.pt', '--seed=2')
+    assert not same(tmp_path / 'x.pt', trained['hope'], atol=1e-3)
+
+
+def test_accumulation_and_processes_change_nothing(tiny, tmp_path):
+    """One process, two micro-batches, two processes: the same clips, so the same step but for rounding."""
+    args = [*TINY, f'--data={tiny}', '--model=vit', '--max_iters=3']
+    run('train.py', *args, f'--out={tmp_path}/one.pt')
+    run('train.py', *args, f'--out={tmp_path}/two.pt', '--accumulation=2')
+    done = run('train.py', *args, f'--out={tmp_path}/ddp.pt',
+               launcher=[sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'])
+    assert '2 processes' in done.stdout and done.stdout.count('finished') == 1
+    assert same(tmp_path / 'one.pt', tmp_path / 'two.pt', atol=2e-4)
+    assert same(tmp_path / 'one.pt', tmp_path / 'ddp.pt', atol=2e-4)
+    assert 'multiple of' in refused(run('train.py', *args, f'--out={tmp_path}/x.pt', '--accumulation=3', ok=False))
+
+
+def test_the_log_says_what_runs(tiny, tmp_path):
+    out = run('train.py', *TINY, f'--data={tiny}', f'--out={tmp_path}/x.pt').stdout
+    for words in ('parameters', '40 tokens per clip', '48 training clips', 'cpu', 'copy baseline', 'λ 0.20', 'λ 0.80',
+                  'clips/s', 'left', 'below copy', 'finished'):
+        assert words in out, words
+    assert max(map(len, out.splitlines())) <= 118
+
+
+def test_rollout_is_the_other_second_loss(tiny, tmp_path):
+    out = run('train.py', *TINY, f'--data={tiny}', '--loss=rollout', f'--out={tmp_path}/x.pt').stdout
+    assert 'rollout' in out and 'jump' not in out
+    assert model.load(str(tmp_path / 'x.pt'))[1]['loss'] == 'rollout'
+
+
+def test_a_non_finite_step_stops_before_the_optimiser(tiny, tmp_path):
+    args = [*TINY, f'--data={tiny}', f'--out={tmp_path}/x.pt', '--warmup=0']
+    run('train.py', *args, '--stop_at=3')
+    checkpoint = torch.load(tmp_path / 'x.pt', weights_only=True)
+    checkpoint['predictor']['predictor_proj.bias'][0] = float('nan')
+    torch.save(checkpoint, tmp_path / 'bad.pt')
+    bad = (tmp_path / 'bad.pt').read_bytes()
+    line = refused(run('train.py', *args, f'--out={tmp_path}/bad.pt', '--resume=True', ok=False))
+    assert 'step 4' in line and 'not finite' in line
+    assert (tmp_path / 'bad.pt').read_bytes() == bad
+
+
+def test_bad_requests_are_one_line(tiny, tmp_path):
+    args = [*TINY, f'--data={tiny}', f'--out={tmp_path}/x.pt']
+    assert 'at most 7' in refused(run('train.py', *args, '--jump_last=8', ok=False))
+    assert 'no data set at' in refused(run('train.py', *args, f'--data={tmp_path}/none', ok=False))
+    assert 'multiple of heads' in refused(run('train.py', *args, '--width=25', ok=False))
+    if not torch.cuda.is_available():
+        assert 'no CUDA device' in refused(run('train.py', *args, '--device=cuda', ok=False))
+    assert not list(tmp_path.iterdir())
