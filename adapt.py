@@ -22,7 +22,7 @@ import torch
 import data as clip_data
 from configurator import Refusal, configure
 from hope import PERIODS, CMSWriter
-from model import load, rollout
+from model import load, pick_device, rollout
 
 # what to run
 ckpt = 'out/hope.pt'     # checkpoint, or several separated by commas
@@ -36,13 +36,14 @@ tune_clips = 30          # clips per phase of the tuning streams [1..]
 # what to measure
 probe_clips = 200        # clips of the held-out probe sets of A and of B [1..]
 probe_every = 50         # clips of the stream between two probes [1..]
-device = 'cpu'           # cpu, cuda or mps; batch 1 on small predictors is fastest on a CPU
+device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
 settings = configure(globals())
+device = pick_device(device)
 
 TUNE_ON = 'C', 'friction', 'mass'
 GRIDS = {                        # learning rates tried for each method
-    'LN-TTA': (3e-4, 1e-3, 3e-3, 1e-2),
-    'full TTA': (1e-5, 3e-5, 1e-4, 3e-4),
+    'LN-TTA': (1e-3, 3e-3, 1e-2, 3e-2),
+    'full TTA': (3e-5, 1e-4, 3e-4, 1e-3),
     'memory + CMS': (0.1, 0.3, 1.0, 3.0),
 }
 
@@ -201,19 +202,21 @@ def travelled(split, count):
     return np.linalg.norm(position[:, -1] - position[:, 0], axis=1)
 
 
+train_clips = clip_data.open_split(data, 'train')
 beyond = None                                                          # B clips that move as A never showed
 if test_b.physics:
-    train_split = clip_data.open_split(data, 'train')
-    beyond = travelled(test_b, clips) > travelled(train_split, len(train_split)).max()
+    beyond = travelled(test_b, clips) > travelled(train_clips, len(train_clips)).max()
 
 # ---- run everything ------------------------------------------------------------------------------------------------
 os.makedirs(out, exist_ok=True)
 rows, tried = [], {}
-z, _ = stream
 targets = checkpoints[0]['targets']
-copies = (z[:, :1] - z[:, targets]).abs().mean((1, 2, 3))
-rows.append({'model': '', 'method': 'copy', 'rate': None, 'loss': copies.tolist(), 'seconds': [0.0], 'diagnostics': [],
-             'probes': {}, 'shown': {}})
+# Two predictions that know nothing of motion: the first step again, and an empty scene (each patch's median feature).
+# An adapter that learns to paint over what it cannot place comes down to `blank`, and no lower.
+empty = train_clips[range(min(256, len(train_clips)))][0].flatten(0, 1).median(0).values.to(device)  # (N,D)
+for method, guess in (('copy', stream[0][:, :1]), ('blank', empty)):
+    rows.append({'model': '', 'method': method, 'rate': None, 'seconds': [0.0], 'diagnostics': [], 'probes': {}, 'shown': {},
+                 'loss': (guess - stream[0][:, targets]).abs().mean((1, 2, 3)).tolist()})
 for c in checkpoints:
     print(f'{c["name"]}: {c["path"]}, {sum(p.numel() for p in c["predictor"].parameters()):,} parameters, '
           f'{c["step"]} steps of training')
@@ -322,7 +325,7 @@ def draw():
         return
     several = any(row['model'].startswith('ViT') for row in rows)      # then TTA is drawn for ViT-AC alone
     drawn = [row for row in rows if not (several and row['model'].startswith('HOPE') and 'TTA' in row['method'])]
-    colours = dict(zip(map(title, drawn), ['0.7'] + [f'C{i}' for i in range(10)]))
+    colours = dict(zip(map(title, drawn), ['0.6', '0.8'] + [f'C{i}' for i in range(10)]))
     diagnosed = next((row for row in reversed(rows) if row['diagnostics']), None)
     fig, axes = plt.subplots(3 if diagnosed else 2, 1, figsize=(9, 10 if diagnosed else 7), sharex=True,
                              height_ratios=[2, 1.2, 1.2][:3 if diagnosed else 2])
@@ -333,14 +336,14 @@ def draw():
         mean = running_mean(row['loss'])
         axes[0].plot(np.arange(len(mean)) + (len(row['loss']) - len(mean)) + 1, mean, label=title(row),
                      color=colours[title(row)], lw=2 if 'memory' in row['method'] else 1.2,
-                     ls=':' if row['method'] == 'copy' else '-')
+                     ls='-' if row['model'] else ':')
         for name, style in (('A', '-'), ('B', '--')):
             if row['probes']:
                 axes[1].plot(*zip(*row['probes'][name]), style, color=colours[title(row)], marker='.')
     axes[0].set(ylabel=f'{checkpoints[0]["loss"]} L1, mean of 10 clips', ylim=(0, None))
     for x, phase in zip((0.5, 1.5, 2.5), ('A₁', 'B: less friction, less mass', 'A₂')):
         axes[0].text(x * clips, axes[0].get_ylim()[1] * 0.97, phase, ha='center', va='top')
-    axes[0].legend(fontsize=8, loc='upper left', ncols=1)
+    axes[0].legend(fontsize=8, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=4)
     axes[1].set(ylabel='held-out probes\nA (solid), B (dashed)', ylim=(0, None))
     if diagnosed:
         for key in diagnosed['diagnostics'][0]:

@@ -89,7 +89,7 @@ def read_config(path):
     except Exception as error:  # whatever the file does wrong is the user's to mend, in one line
         line = getattr(error, 'lineno', None) or (error.__traceback__.tb_next and error.__traceback__.tb_next.tb_lineno)
         raise Refusal(f'config file {path}{f", line {line}" if line else ""}: {type(error).__name__}: {error}') from None
-    return values
+    return {name: value for name, value in values.items() if not name.startswith('__')}  # a docstring is no knob
 
 
 def configure(scope, argv=None):

@@ -36,7 +36,7 @@ class TitanMemory(nn.Module):
         self.proj = nn.Linear(width, width)
         self.register_buffer('R', F.pad(torch.eye(d).repeat(3, 1), (0, 0, 0, 2)), persistent=False)
         self.memory = nn.Parameter(self.R + 0.02 * torch.randn(heads, 3 * d + 2, d))
-        self.eta_bias = nn.Parameter(torch.zeros(heads, 1))            # softplus(0) = 0.7: under half the error is written
+        self.eta_bias = nn.Parameter(torch.full((heads, 1), 2.0))      # softplus(2) = 2.1: two thirds of the error are written
         # Retention per step exp(-softplus(-4)) = 0.98, so 0.86 over a clip of 8; a memory that starts at 0.5 per step
         # remembers nothing.
         self.alpha_bias = nn.Parameter(torch.full((heads, 1), -4.0))
@@ -45,14 +45,16 @@ class TitanMemory(nn.Module):
         """x (B,T,P,C), memory (B,H,3d+2,d) or None → y (B,T,P,C), memory after the last step's writes."""
         B, T, P, C = x.shape
         H, d = self.heads, C // self.heads
-        q, k_in, v_in = self.qkv(x).view(B, T, P, 3, H, d).permute(3, 1, 0, 4, 2, 5).contiguous()  # each (T,B,H,P,d)
+        qkv = self.qkv(x).view(B, T, P, 3, H, d).permute(3, 1, 0, 4, 2, 5)
+        q, k_in, v_in = qkv.to(self.memory.dtype).contiguous()           # each (T,B,H,P,d)
         cos_q, sin_q, cos_k, sin_k = (r.unflatten(2, (T, P)).movedim(2, 0) for r in rope_q + rope_k)  # (T,b,1,P,d)
-        q = rotate(unit(q), (cos_q, sin_q))
         M = self.memory.expand(B, -1, -1, -1) if memory is None else memory
         y = []
-        for q_t, k_t, v_t, *rope_t in zip(*(r.unbind(0) for r in (q, k_in, v_in, cos_k, sin_k))):  # chunk = time step
-            M = self.write(M, k_t, v_t, rope_t)
-            y.append(q_t @ M[:, :, 2 * d:3 * d].mT)                    # read after the write: M_mem(q), (B,H,P,d)
+        with torch.autocast(x.device.type, enabled=False):             # a memory in bfloat16 would lose what it sums up
+            q = rotate(unit(q), (cos_q, sin_q))
+            for q_t, k_t, v_t, *rope_t in zip(*(r.unbind(0) for r in (q, k_in, v_in, cos_k, sin_k))):  # chunk = step
+                M = self.write(M, k_t, v_t, rope_t)
+                y.append(q_t @ M[:, :, 2 * d:3 * d].mT)                # read after the write: M_mem(q), (B,H,P,d)
         y = torch.stack(y, 1).transpose(2, 3).reshape(B, T, P, C)      # (B,T,H,P,d) → (B,T,P,H*d)
         return self.proj(y), M
 
@@ -60,22 +62,37 @@ class TitanMemory(nn.Module):
         """
         Write one chunk of P tokens: M (B,H,3d+2,d), k_in and v_in (B,H,P,d) → M after the chunk.
 
-        k, v, eta, alpha and the self-generated targets M(v) are taken at the chunk's start M_c (Eq. 90). The tokens of
-        a frame have no order, so they are written together, as one proximal step of DGD's objective: M minimises
-            |M - (R + a (M_c - R))|^2 + sum_i eta_i |M k_i - M_c v_i|^2,   a = prod_i alpha_i  (retention),
-        which is M = (R + a (M_c - R) + M_c V^T E K) (I + K^T E K)^-1. It contracts for every eta > 0.
+        k, v, eta, alpha and the self-generated targets t = M_c(v) are taken at the chunk's start M_c (Eq. 90). The
+        tokens of a frame have no order, so they are written together, as one proximal step of DGD's objective: M minimises
+            |M - (R + a (M_c - R))|^2 + sum_i eta_i |M k_i - t_i|^2,   a = prod_i alpha_i  (retention),
+        which is M = (R + a (M_c - R) + T^T E K) (I + K^T E K)^-1. It contracts for every eta > 0.
         """
         d = k_in.shape[-1]
         M_k, M_v, _, M_eta_alpha = M.split([d, d, d, 2], dim=2)
         k = rotate(unit(k_in @ M_k.mT), rope)
-        v = unit(v_in @ M_v.mT)                                        # unit length keeps self-made targets bounded
+        v = unit(v_in @ M_v.mT)
         eta, alpha = (k_in @ M_eta_alpha.mT).unbind(-1)                # (B,H,P)
+        # Self-generated targets, kept to unit length where they are longer: P keys that ask for the same M(v) would
+        # otherwise let the memory feed on itself and grow by up to sqrt(P) a step.
+        target = v @ M.mT                                              # (B,H,P,3d+2)
+        vectors = F.normalize(target[..., :3 * d].unflatten(-1, (3, d)), dim=-1, eps=1.0).flatten(-2)
+        target = torch.cat([vectors, F.normalize(target[..., 3 * d:], dim=-1, eps=1.0)], -1)
         Ek = F.softplus(eta + self.eta_bias)[..., None] * k
         # log alpha is divided by P: what a frame retains does not depend on the number of its patches.
         retained = torch.exp(-F.softplus(alpha + self.alpha_bias).mean(-1))[..., None, None]
         gram = torch.eye(d, device=k.device) + k.mT @ Ek               # (B,H,d,d), symmetric positive definite
-        goal = torch.lerp(self.R, M, retained) + M @ (v.mT @ Ek)       # (B,H,3d+2,d)
+        goal = torch.lerp(self.R, M, retained) + target.mT @ Ek        # (B,H,3d+2,d)
         return goal @ torch.linalg.inv_ex(gram)[0]                     # I + PSD is well conditioned; solve() is slower
+
+
+def hand_on(memory, clips):
+    """
+    The memories of b shown clips as the start of a batch of `clips` others: row j*n of the batch is shown clip j (the
+    batch was shown [::n]), and no row gets the memory of a clip of its own group, which could hold its answer.
+    """
+    if len(memory[0]) < 2:
+        raise ValueError('one shown clip cannot hand its memory to another')
+    return [m.roll(1, 0).repeat_interleave(-(-clips // len(m)), 0)[:clips] for m in memory]
 
 
 class CMS(nn.Module):

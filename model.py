@@ -1,5 +1,5 @@
 """
-The V-JEPA 2 family: 3D RoPE, attention, block, and the action-conditioned predictor; losses; checkpoints.
+The V-JEPA 2 family: 3D RoPE, attention, block, frozen video encoder, action-conditioned predictor; losses; checkpoints.
 
     predictor, checkpoint = load('out/hope.pt')                 # eval mode
     z_hat, memory = predictor(z, a, tau=None, memory=None)      # see Predictor.forward
@@ -112,6 +112,56 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x)), None
 
 
+class VideoEncoder(nn.Module):
+    """The frozen V-JEPA 2 video encoder: 3D patches, full attention, final LayerNorm; no CLS token, no position table."""
+
+    def __init__(self, width, heads, depth, mlp_hidden):
+        super().__init__()
+        self.patch_embed = nn.ModuleDict({'proj': nn.Conv3d(3, width, (2, 16, 16), stride=(2, 16, 16))})
+        sizes = {'width': width, 'heads': heads, 'mlp_hidden': mlp_hidden}
+        self.head_dim = width // heads
+        self.blocks = nn.ModuleList(Block(sizes) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, video):
+        """Normalised video (B,3,F,H,W) → features (B,T*N,D) ordered time, row, column; what fills no patch is dropped."""
+        x = self.patch_embed['proj'](video)                            # (B,D,T,rows,columns)
+        position = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in x.shape[2:]))
+        angle = rope_angles(position, self.head_dim, 'vjepa2')
+        rope = angle.cos(), angle.sin()
+        x = x.flatten(2).transpose(1, 2).unsqueeze(1)                  # (B,1,S,D): one block of tokens, no mask
+        for block in self.blocks:
+            x, _ = block(x, rope, rope)
+        return self.norm(x).squeeze(1)
+
+
+HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 22}                # width → heads of the published encoders
+
+
+def load_vjepa2(path, part='target_encoder', heads=None):
+    """
+    A V-JEPA 2 video encoder from an official checkpoint → VideoEncoder in eval mode, its sizes read from the weights.
+
+    part: 'target_encoder' (what the action-conditioned model was trained on) or 'encoder'. heads: where the width does
+    not tell. Raises Refusal for a missing file or part, and names a missing, unexpected or misshapen tensor.
+    """
+    if not os.path.isfile(path):
+        raise Refusal(f'no V-JEPA 2 weights at {path!r}; get vitl.pt (5.1 GB) from https://dl.fbaipublicfiles.com/vjepa2/ '
+                      'and name it with --weights')
+    stored = torch.load(path, map_location='cpu', weights_only=True)
+    if part not in stored:
+        raise Refusal(f'{path} has no part {part!r}; it has {", ".join(stored)}')
+    state = {k.removeprefix('module.').removeprefix('backbone.'): v for k, v in stored[part].items()}
+    state.pop('pos_embed', None)
+    try:
+        width, depth = len(state['norm.weight']), sum(k.endswith('.norm1.weight') for k in state)
+        encoder = VideoEncoder(width, heads or HEADS[width], depth, len(state['blocks.0.mlp.fc1.bias']))
+        encoder.load_state_dict(state)
+    except (KeyError, RuntimeError) as error:
+        raise Refusal(f'{path}: {part} is not a V-JEPA 2 encoder: {" ".join(str(error).split())[:300]}') from None
+    return encoder.eval()
+
+
 # ---- predictor -----------------------------------------------------------------------------------------------------
 
 class Predictor(nn.Module):
@@ -188,7 +238,7 @@ class Predictor(nn.Module):
             x, new = block(x, rope_q, rope_k, None if memory is None else memory[i])
             kept.append(new)
         z_hat = self.predictor_proj(self.predictor_norm(x[:, :, -N:]))
-        z_hat = F.layer_norm(z_hat.float(), z_hat.shape[-1:])
+        z_hat = F.layer_norm(z_hat, z_hat.shape[-1:])
         return z_hat if tau is None else z_hat[:, 0], None if kept[0] is None else kept
 
 
@@ -208,9 +258,9 @@ def build(**sizes):
 # ---- losses: L1 on layer-normed features ---------------------------------------------------------------------------
 
 def teacher_forcing_loss(predictor, z, a):
-    """Mean L1 of every one-step prediction: z (B,T,N,D), a (B,T,A) → scalar (V-JEPA 2, Eq. 2)."""
-    z_hat, _ = predictor(z[:, :-1], a[:, :-1])
-    return (z_hat - z[:, 1:]).abs().mean()
+    """Mean L1 of every one-step prediction (V-JEPA 2, Eq. 2): z (B,T,N,D), a (B,T,A) → scalar, memory of these clips."""
+    z_hat, memory = predictor(z[:, :-1], a[:, :-1])
+    return (z_hat - z[:, 1:]).abs().mean(), memory
 
 
 def jump_loss(predictor, z, a, tau, memory=None):
@@ -228,7 +278,21 @@ def rollout(predictor, z, a, steps, memory=None):
     return seen[:, 1:]
 
 
-# ---- checkpoints ---------------------------------------------------------------------------------------------------
+# ---- checkpoints and devices ---------------------------------------------------------------------------------------------------
+
+def pick_device(name):
+    """'auto' → CUDA, else MPS, else CPU; any other name is checked. Raises Refusal for a device that is not here."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == 'auto':
+        return 'cuda' if cuda else 'mps' if mps else 'cpu'
+    kind, _, index = name.partition(':')
+    here = {'cpu': 1, 'cuda': torch.cuda.device_count() if cuda else 0, 'mps': int(mps)}.get(kind)
+    if here is None or (index and not index.isdigit()):
+        raise Refusal(f'--device={name}: allowed are auto, cpu, mps, cuda, cuda:0, cuda:1, ...')
+    if int(index or 0) >= here:
+        raise Refusal(f'--device={name}: there is no such device here; --device=cpu runs anywhere')
+    return name
+
 
 def save(path, predictor, **more):
     """Write a checkpoint atomically: sizes, weights and what else is handed in (tensors and plain values only)."""

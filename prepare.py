@@ -1,12 +1,13 @@
 """
-Prepare features: simulate clips, encode them with a frozen encoder, write shards that train.py and adapt.py read.
+Prepare features: simulate or import clips, encode them with a frozen encoder, write shards for train.py and adapt.py.
 
-    python prepare.py                                    the laptop default: data/slide, under a minute
-    python prepare.py --name=slide256 --size=256 --dim=1024 --clips=1000        full-size tensors
-    python prepare.py --name=x --clips=200 --test_clips=60                      a small set to play with
+    python prepare.py                                           the laptop default: data/slide, under a minute
+    python prepare.py --name=slide256 --size=256 --dim=1024 --clips=1000                    full-size tensors
+    python prepare.py --name=mine --source=clips                                           your own clips (README)
+    python prepare.py --name=slide_vitl --size=256 --encoder=vitl --weights=vitl.pt --clips=1000 --device=cuda
 
-Interrupted, it goes on where it stopped; a finished set is left alone. data/<name>/clips.png shows clips of each
-domain, data/<name>/displacement.png how far objects slide in A and B.
+Interrupted, the same command goes on where it stopped; a finished set is left alone. data/<name>/clips.png shows clips
+of each domain, data/<name>/displacement.png how far objects slide in A and B.
 """
 import json
 import os
@@ -19,26 +20,34 @@ import torch.nn.functional as F
 
 import data
 from configurator import Refusal, configure
+from model import load_vjepa2, pick_device
 
 # what to make
 name = 'slide'           # data set: data/<name> beside the code, or a folder if it contains a slash
-clips = 12000            # clips in train [1..]
-test_clips = 600         # clips in val, fit_B and each test_<domain> [1..]
-seed = 1                 # every random number of the set follows from it [0..]
+source = 'physics'       # physics, or a folder <source>/<split>/<clip>/ of your own clips
+clips = 12000            # physics: clips in train [1..]
+test_clips = 600         # physics: clips in val, fit_B and each test_<domain> [1..]
+seed = 1                 # physics: every random number of the set follows from it [0..]
 # how to encode
-size = 64                # picture size in pixels, a multiple of 16 [16..]
-dim = 48                 # D, features per patch: the lowest frequencies kept [3..1536]
+size = 64                # picture size in pixels, a multiple of 16; own videos are resized and centre-cropped [16..]
+encoder = 'patch'        # frozen encoder: low spatial frequencies of each patch, or V-JEPA 2 [patch | vitl]
+dim = 48                 # patch: D, the number of lowest frequencies kept [3..1536]
+weights = ''             # vitl: path of the official vitl.pt
+encode = 'step'          # vitl: each step's own frames, or all frames at once (then z_1 sees the future) [step | clip]
 # where
-device = 'cpu'           # cpu, cuda or mps
+device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
+batch = 32               # clips encoded at once [1..]
 settings = configure(globals())
+device = pick_device(device)
 
 PATCH = 16                   # pixels per patch side, as in ViT-L/16
 SHARD_BYTES = 128 * 2**20    # an interrupted run loses at most one shard
-SPLITS = {'train': ('A', clips), 'val': ('A', test_clips), 'fit_B': ('B', test_clips),
-          **{f'test_{domain}': (domain, test_clips) for domain in data.DOMAINS}}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as V-JEPA 2 was trained
 if size % PATCH:
     raise Refusal(f'--size={size}: must be a multiple of {PATCH}')
 
+
+# ---- frozen encoders: uint8 frames (n,F,H,W,3) → features (n,T,N,D) --------------------------------------------------
 
 def cosine_basis():
     """
@@ -55,29 +64,94 @@ def cosine_basis():
     return torch.from_numpy(basis[lowest].T.astype(np.float32)).to(device)
 
 
-def patch_encode(blocks):
-    """Frozen `patch` encoder: pixels of tubelets (n,T,N,3,512) → features (n,T,N,dim); no step sees another's frames."""
-    return (blocks @ basis).transpose(-1, -2).flatten(-2)[..., :dim]  # frequency-major, colours side by side
+def patch_encode(frames):
+    """Patch encoder: lowest frequencies of every tubelet, (n,T,N,dim); no step sees another's frames."""
+    blocks = data.tubelets(frames, PATCH)                              # (n,T,N,3,512)
+    return (blocks @ basis).transpose(-1, -2).flatten(-2)[..., :dim]   # frequency-major, colours side by side
 
 
-def fit_decoder(clips):
-    """
-    Least squares from layer-normed features to a tubelet's pixels → float32 (D+1, 3*512), the last row the bias.
-    It turns predicted features back into pictures (data.pictures), whatever the encoder was.
-    """
-    xx, xy = 0, 0
-    for start in range(0, len(clips['mu']), 64):
-        blocks = data.tubelets(data.render(cut(clips, start, start + 64), size, device), PATCH)
-        x = F.pad(F.layer_norm(patch_encode(blocks), (dim,)), (0, 1), value=1.0).flatten(0, 2).double()
-        xx, xy = xx + x.T @ x, xy + x.T @ blocks.flatten(3).flatten(0, 2).double()
-    ridge = 1e-6 * xx.diagonal().mean() * torch.eye(dim + 1, dtype=xx.dtype, device=xx.device)
-    return torch.linalg.solve(xx + ridge, xy).float().cpu().numpy()
+@torch.inference_mode()
+def vitl_encode(frames):
+    """V-JEPA 2: (n,T,N,D), each step's frames encoded alone (encode='step') or the whole clip at once ('clip')."""
+    n, steps = len(frames), frames.shape[1] // data.TUBELET
+    video = (frames.permute(0, 4, 1, 2, 3).float() / 255 - stats[0]) / stats[1]         # n,3,F,H,W
+    if encode == 'step':
+        video = video.unflatten(2, (steps, data.TUBELET)).movedim(2, 1).flatten(0, 1)   # n*T,3,t,H,W
+    with torch.autocast('cuda', torch.bfloat16, enabled=str(device).startswith('cuda')):
+        return vitl(video).float().view(n, steps, (size // PATCH) ** 2, -1)
 
+
+# ---- sources: a split is (number of clips, actions (n,T,A), physics, frames(i,j) or features(i,j)) -------------------
 
 def cut(clips, start, end):
     """The clips start..end of a dict of arrays."""
     return {key: value[start:end] for key, value in clips.items()}
 
+
+def physics_split(split, domain, count):
+    """A split of simulated clips."""
+    drawn = data.simulate(domain, count, seed, split)
+    actions = np.zeros((count, data.FRAMES // data.TUBELET, 2), np.float32)
+    actions[:, 0] = drawn['impulse']
+    return count, actions, drawn, lambda i, j: data.render(cut(drawn, i, j), size, device)
+
+
+def read_array(path):
+    """A .npy file, never executing anything; raises Refusal by name."""
+    try:
+        return np.load(path, mmap_mode='r', allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise Refusal(f'{path}: not a readable .npy file ({error})') from None
+
+
+def read_clip(folder):
+    """
+    One clip of the user's own → (features (T,N,D) or frames (F,size,size,3) uint8, actions (T,A)).
+
+    folder holds feature_maps/*.npy with (T*256,D) or (T,N,D), or video.npy with (F,H,W,3) uint8; and
+    actions_states/actions.npy or actions.npy with (rows,A), whose first non-zero row is the impulse at step 1.
+    """
+    maps = os.path.join(folder, 'feature_maps')
+    if os.path.isdir(maps):
+        z = read_array(os.path.join(maps, next(f for f in sorted(os.listdir(maps)) if f.endswith('.npy'))))
+        content = torch.tensor(z.reshape(-1, 256, z.shape[-1]) if z.ndim == 2 else z)
+        steps = len(content)
+    else:
+        video = read_array(os.path.join(folder, 'video.npy'))
+        if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or len(video) % data.TUBELET:
+            raise Refusal(f'{folder}/video.npy: must be (frames,height,width,3) uint8 with an even number of frames, '
+                          f'not {video.shape} {video.dtype}')
+        x = torch.tensor(video).permute(0, 3, 1, 2).float()            # F,3,H,W
+        scale = size / min(x.shape[-2:])
+        x = F.interpolate(x, [round(scale * s) for s in x.shape[-2:]], mode='bilinear', antialias=True)
+        top, left = (x.shape[-2] - size) // 2, (x.shape[-1] - size) // 2
+        content = x[..., top:top + size, left:left + size].clamp(0, 255).round().byte().permute(0, 2, 3, 1)
+        steps = len(video) // data.TUBELET
+    files = [os.path.join(folder, *f) for f in (('actions_states', 'actions.npy'), ('actions.npy',))]
+    rows = read_array(next((f for f in files if os.path.exists(f)), files[-1])).astype(np.float32)
+    if rows.ndim != 2 or not np.isfinite(rows).all():
+        raise Refusal(f'{folder}: actions must be finite, (rows,A), not {rows.shape}')
+    actions = np.zeros((steps, rows.shape[1]), np.float32)
+    actions[0] = rows[np.flatnonzero(rows.any(1))[0]] if rows.any() else 0
+    return content, actions
+
+
+def folder_split(split):
+    """A split of the user's own clips: every folder in <source>/<split>, in order of name."""
+    folders = sorted(f.path for f in os.scandir(os.path.join(source, split)) if f.is_dir())
+    read = [read_clip(f) for f in folders[:1]]
+    shape = read[0][0].shape
+
+    def content(i, j):
+        parts = [read_clip(f)[0] for f in folders[i:j]]
+        odd = next((f for f, p in zip(folders[i:j], parts) if p.shape != shape), None)
+        if odd:
+            raise Refusal(f'{odd}: its shape differs from {tuple(shape)} of {folders[0]}')
+        return torch.stack(parts).to(device)
+    return len(folders), np.stack([read_clip(f)[1] for f in folders]), {}, content
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 def save_manifest():
     data.write_atomically(manifest_path, lambda f: f.write(json.dumps(manifest, indent=1).encode()))
@@ -90,6 +164,22 @@ def save_array(file, array):
     return data.sha256(path)
 
 
+def fit_decoder(frames):
+    """
+    Least squares from layer-normed features to a tubelet's pixels → float32 (D+1, 3*512), the last row the bias.
+    It turns predicted features back into pictures (data.pictures), whatever the encoder was.
+    """
+    stored = np.load(os.path.join(folder, manifest['splits']['train']['shards'][0]['file']), mmap_mode='r')
+    xx, xy = 0, 0
+    for start in range(0, min(512, len(stored)), 32):
+        z = torch.tensor(stored[start:start + 32]).float().to(device)
+        x = F.pad(F.layer_norm(z, z.shape[-1:]), (0, 1), value=1.0).flatten(0, 2).double()
+        y = data.tubelets(frames(start, start + len(z)), PATCH).flatten(3).flatten(0, 2).double()
+        xx, xy = xx + x.T @ x, xy + x.T @ y
+    ridge = 1e-6 * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+    return torch.linalg.solve(xx + ridge, xy).float().cpu().numpy()
+
+
 def draw_pictures():
     """clips.png: first, middle and last frame of clips of each domain; displacement.png: how far A and B slide."""
     try:
@@ -100,7 +190,7 @@ def draw_pictures():
         print('no pictures: pip install matplotlib')
         return
     shown = 8
-    fig, axes = plt.subplots(len(data.DOMAINS), shown, figsize=(shown * 1.3, len(data.DOMAINS) * 1.5))
+    fig, axes = plt.subplots(len(data.DOMAINS), shown, figsize=(shown * 1.3, len(data.DOMAINS) * 1.4))
     for row, (domain, (mu, mass)) in zip(axes, data.DOMAINS.items()):
         drawn = data.simulate(domain, shown, seed, 'test_A')  # the same draws in every row: only the physics differs
         frames = data.render(drawn, 128).float() / 255
@@ -122,10 +212,9 @@ def draw_pictures():
     edges = np.geomspace(a.min(), b.max(), 40)
     ax.hist(a, edges, alpha=0.6, label='A'), ax.hist(b, edges, alpha=0.6, label='B')
     ax.axvline(a.max(), color='k', lw=1, ls='--')
-    ax.set(xscale='log', xlabel='displacement over the clip [cm]', ylabel='clips',
-           title=f'{np.mean(b <= a.max()):.0%} of B slide no further than some clip of A; the rest, right of the dashed '
-                 f'line,\nmove as A never showed. Mean displacement B / A = {b.mean() / a.mean():.2f}')
-    ax.title.set_fontsize(9)
+    ax.set(xscale='log', xlabel='displacement over the clip [cm]', ylabel='clips')
+    ax.set_title(f'{np.mean(b <= a.max()):.0%} of B slide no further than some clip of A; the rest, right of the dashed '
+                 f'line,\nmove as A never showed. Median displacement B / A = {np.median(b / a):.2f}', fontsize=9)
     ax.set_xticks(ticks := [2, 5, 10, 20, 50], [str(t) for t in ticks])
     ax.minorticks_off(), ax.legend()
     fig.tight_layout()
@@ -133,51 +222,75 @@ def draw_pictures():
     plt.close(fig)
 
 
+# ---- what there is to do ---------------------------------------------------------------------------------------------
+if source == 'physics':
+    domains = {'train': 'A', 'val': 'A', 'fit_B': 'B', **{f'test_{domain}': domain for domain in data.DOMAINS}}
+    splits = {s: physics_split(s, domain, clips if s == 'train' else test_clips) for s, domain in domains.items()}
+else:
+    if not os.path.isdir(source):
+        raise Refusal(f'--source={source}: neither "physics" nor a folder')
+    domains = {s: s.removeprefix('test_') for s in sorted(os.listdir(source)) if os.path.isdir(os.path.join(source, s))}
+    empty = [s for s in domains if not any(f.is_dir() for f in os.scandir(os.path.join(source, s)))]
+    if empty or 'train' not in domains:
+        raise Refusal(f'--source={source}: needs clip folders in {source}/train and in every other split'
+                      + (f'; {empty[0]} has none' if empty else ''))
+    splits = {s: folder_split(s) for s in domains}
+example = splits['train'][3](0, 1)
+if example.dtype != torch.uint8:                                       # features: taken as they are
+    encoder, encode_clips = 'none', lambda z: z
+elif encoder == 'patch':
+    basis, encode_clips = cosine_basis(), patch_encode
+else:
+    vitl, encode_clips = load_vjepa2(weights).to(device), vitl_encode
+    stats = [torch.tensor(x, device=device).view(3, 1, 1, 1) for x in (MEAN, STD)]
+    if encode == 'clip':
+        print("encode='clip': all frames attend to each other, so z_1 has seen the whole clip and a jump from it is easy")
+shape = list(encode_clips(example).shape[1:])                          # T, N, D
+side = round(shape[1] ** 0.5)
+
 folder = data.folder_of(name)
 manifest_path = os.path.join(folder, 'manifest.json')
-steps, patches = data.FRAMES // data.TUBELET, (size // PATCH) ** 2
-made_from = {'source': 'physics', 'encoder': 'patch', 'seed': seed, 'size': size, 'fps': data.FPS,
-             'world_m': data.WORLD, 'domains': {k: list(v) for k, v in data.DOMAINS.items()},
-             'clips': {split: count for split, (_, count) in SPLITS.items()}}
-manifest = {'complete': False, 'made_from': made_from, 'shape': [steps, patches, dim], 'dtype': 'float16',
-            'grid': [size // PATCH] * 2, 'patch': PATCH, 'decoder': 'decoder.npy', 'sha256': {},
-            'splits': {split: {'domain': domain, 'shards': []} for split, (domain, _) in SPLITS.items()}}
+made_from = {'source': source, 'encoder': encoder, 'encode': encode, 'weights': weights, 'seed': seed, 'size': size,
+             'fps': data.FPS, 'world_m': data.WORLD, 'domains': {k: list(v) for k, v in data.DOMAINS.items()},
+             'clips': {s: parts[0] for s, parts in splits.items()}}
+manifest = {'complete': False, 'made_from': made_from, 'shape': shape, 'dtype': 'float16', 'grid': [side, side],
+            'patch': PATCH, 'sha256': {}, 'splits': {s: {'domain': d, 'shards': []} for s, d in domains.items()}}
 if os.path.exists(manifest_path):
     with open(manifest_path, encoding='utf-8') as f:
         found = json.load(f)
-    if (found['made_from'], found['shape']) != (made_from, manifest['shape']):
+    if (found['made_from'], found['shape']) != (made_from, shape):
         raise Refusal(f'{folder} holds a set made with other settings; choose another --name or delete the folder')
     if found['complete']:
         print(f'{folder} is complete; nothing to do')
         sys.exit(0)
     manifest = found
 os.makedirs(folder, exist_ok=True)
-shard_clips = max(1, SHARD_BYTES // (2 * steps * patches * dim))
-print(f'{folder}: {sum(n for _, n in SPLITS.values())} clips of {steps} steps x {patches} patches x {dim}')
+shard_clips = max(1, SHARD_BYTES // (2 * int(np.prod(shape))))
+print(f'{folder}: {sum(made_from["clips"].values()):,} clips of {shape[0]} steps x {shape[1]} patches x {shape[2]}')
 
+# ---- do it -----------------------------------------------------------------------------------------------------------
 start = time.time()
-basis = cosine_basis()
-for split, (domain, count) in SPLITS.items():
-    all_clips, entry = data.simulate(domain, count, seed, split), manifest['splits'][split]
+for split, (count, actions, physics, content) in splits.items():
+    shards = manifest['splits'][split]['shards']
     for number, first in enumerate(range(0, count, shard_clips)):
-        if number < len(entry['shards']):
+        if number < len(shards):
             continue  # done before an interruption
-        clips_here = min(shard_clips, count - first)
-        z = np.empty((clips_here, steps, patches, dim), np.float16)
-        label = f'{split} (domain {domain})' + (f' shard {number + 1}' if count > shard_clips else '')
-        for i in data.progress(range(clips_here), label):
-            if i % 32 == 0:
-                part = cut(all_clips, first + i, first + min(i + 32, clips_here))
-                z[i:i + 32] = patch_encode(data.tubelets(data.render(part, size, device), PATCH)).half().cpu()
+        z = np.empty((min(shard_clips, count - first), *shape), np.float16)
+        for i in data.progress(range(len(z)), split + (f', shard {number + 1}' if count > shard_clips else ''), 'clips'):
+            if i % batch == 0:
+                j = min(i + batch, len(z))
+                z[i:j] = encode_clips(content(first + i, first + j)).half().cpu()
         file = f'{split}_{number:05d}.npy'
-        entry['shards'].append({'file': file, 'clips': clips_here, 'sha256': save_array(file, z)})
+        shards.append({'file': file, 'clips': len(z), 'sha256': save_array(file, z)})
         save_manifest()
-    actions = np.zeros((count, steps, 2), np.float32)
-    actions[:, 0] = all_clips['impulse']
     manifest['sha256'][f'{split}_actions.npy'] = save_array(f'{split}_actions.npy', actions)
-    data.write_atomically(os.path.join(folder, f'{split}_physics.npz'), lambda f: np.savez(f, **all_clips))
-manifest['sha256']['decoder.npy'] = save_array('decoder.npy', fit_decoder(data.simulate('A', min(clips, 512), seed, 'train')))
-draw_pictures()
+    if physics:
+        data.write_atomically(os.path.join(folder, f'{split}_physics.npz'), lambda f: np.savez(f, **physics))
+if example.dtype == torch.uint8:
+    manifest['decoder'] = 'decoder.npy'
+    manifest['sha256']['decoder.npy'] = save_array('decoder.npy', fit_decoder(splits['train'][3]))
+if source == 'physics':
+    draw_pictures()
 manifest['complete'] = True
 save_manifest()
-print(f'done in {time.time() - start:.0f} s; pictures of the clips: {os.path.join(folder, "clips.png")}')
+print(f'done in {time.time() - start:.0f} s' + (f'; pictures: {folder}/clips.png' if source == 'physics' else ''))

@@ -20,16 +20,17 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import ROOT, Refusal, configure
-from data import batch_indices, folder_of, open_split
-from model import build, jump_loss, load, rollout, save, teacher_forcing_loss
+from data import batch_indices, open_split, read_manifest
+from hope import hand_on
+from model import build, jump_loss, load, pick_device, rollout, save, teacher_forcing_loss
 
 # predictor
 model = 'hope'           # [hope | vit]
-depth = 4                # blocks [1..]
+depth = 2                # blocks [1..]
 width = 96               # C, channels inside the predictor; a multiple of heads [6..]
 heads = 4                # attention heads, or Titan memories per block [1..]
 mlp_hidden = 384         # vit: hidden width of the MLP [1..]
-cms_hidden = 120         # hope: hidden width of each of the three CMS levels [1..]
+cms_hidden = 300         # hope: hidden width of each of the three CMS levels [1..]
 # data
 data = 'slide'           # a data set that prepare.py made; 'slide' is made on the spot if missing
 batch_size = 32          # clips per optimiser step, over all GPUs [1..]
@@ -40,12 +41,13 @@ lambda_start = 0.2       # its weight at the first step [0..1]
 lambda_end = 0.8         # its weight at the last step, linear in between [0..1]
 jump_last = 3            # jumps go to one of the last k steps, drawn per clip; also what evaluation averages over [1..]
 rollout_steps = 2        # rollout: steps fed back; the last is scored (T = 2 in V-JEPA 2-AC) [1..]
-teacher_every = 1        # teacher forcing sees every n-th clip of a batch; 1 = all of them [1..]
+teacher_every = 4        # teacher forcing, the dear term, sees every n-th clip of a batch; 1 = all of them [1..]
+carry_every = 2          # hope: at every n-th step, jumps start from the memory of another clip, just shown; 0 = never [0..]
 # optimiser: AdamW, warm-up - constant - decay
 max_iters = 3000         # optimiser steps [1..]
 learning_rate = 2e-3     # peak [>0]
-warmup = 0.05            # share of the steps in which the rate rises from 0 [0..1]
-decay = 0.3              # share of the steps in which the rate falls to 0 [0..1]
+warmup = 0.04            # share of the steps in which the rate rises from 0 [0..1]
+decay = 0.7              # share of the steps in which the rate falls to 0 [0..1]
 weight_decay = 0.04      # none on biases and other 1-D parameters [0..]
 beta2 = 0.99             # AdamW's second-moment decay [0..1]
 grad_clip = 1.0          # largest gradient norm [>0]
@@ -64,10 +66,7 @@ settings = configure(globals())
 
 # ---- device and processes ------------------------------------------------------------------------------------------
 rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-if device == 'auto':
-    device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-if device.startswith('cuda') and not torch.cuda.is_available():
-    raise Refusal(f'--device={device}: no CUDA device is here; --device=cpu runs anywhere')
+device = pick_device(device)
 if world > 1:
     if device == 'cuda':
         device = f'cuda:{int(os.environ["LOCAL_RANK"])}'
@@ -75,6 +74,9 @@ if world > 1:
     dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
 if batch_size % (world * accumulation):
     raise Refusal(f'batch_size = {batch_size} must be a multiple of accumulation x processes = {accumulation * world}')
+if model == 'hope' and carry_every and batch_size // (world * accumulation) <= teacher_every:
+    raise Refusal(f'carry_every = {carry_every} needs two shown clips in every micro-batch: raise batch_size, or lower '
+                  'teacher_every or accumulation, or set carry_every = 0')
 bf16 = device.startswith('cuda') and torch.cuda.is_bf16_supported()
 autocast = torch.autocast('cuda', torch.bfloat16) if bf16 else contextlib.nullcontext()
 torch.backends.cuda.matmul.allow_tf32 = True
@@ -97,10 +99,13 @@ elif os.path.exists(out):
     raise Refusal(f'{out} exists; go on with --resume=True, or name another --out, or delete it')
 
 # ---- data ----------------------------------------------------------------------------------------------------------
-if data == 'slide' and not os.path.exists(os.path.join(folder_of(data), 'manifest.json')) and rank == 0:
-    say('data/slide is missing: preparing it (built-in physics, nothing is downloaded)')
-    if subprocess.run([sys.executable, os.path.join(ROOT, 'prepare.py')]).returncode:
-        sys.exit(2)
+if data == 'slide' and rank == 0:
+    try:
+        read_manifest(data)
+    except Refusal:  # missing, or left unfinished by an interruption
+        say('preparing data/slide first (built-in physics, nothing is downloaded)')
+        if subprocess.run([sys.executable, os.path.join(ROOT, 'prepare.py')]).returncode:
+            sys.exit(2)
 if world > 1:
     dist.barrier()
 train_clips, val_clips = open_split(data, 'train'), open_split(data, 'val')
@@ -140,11 +145,11 @@ def rate(step):
     return learning_rate * min(1.0, rising, falling)
 
 
-def second_loss(net, z, a, tau):
-    """The jump (or rollout) term, averaged over the clips."""
+def second_loss(net, z, a, tau, memory):
+    """The jump (or rollout) term, averaged over the clips, which are predicted from their first step and the memory."""
     if loss == 'jump':
-        return jump_loss(net, z, a, tau).mean()
-    return (rollout(net, z, a, rollout_steps)[:, -1] - z[:, rollout_steps]).abs().mean()
+        return jump_loss(net, z, a, tau, memory).mean()
+    return (rollout(net, z, a, rollout_steps, memory)[:, -1] - z[:, rollout_steps]).abs().mean()
 
 
 @torch.no_grad()
@@ -160,7 +165,7 @@ def evaluate():
             else:
                 later = sum(jump_loss(predictor, z, a, torch.full((len(z),), t, device=device)).mean()
                             for t in range(T - jump_last, T)) / jump_last
-            teacher = teacher_forcing_loss(predictor, z, a)
+            teacher, _ = teacher_forcing_loss(predictor, z, a)
         copy = (z[:, :1] - z[:, -jump_last:]).abs().mean()
         sums += len(z) * np.array([teacher.item(), later.item(), copy.item()])
     predictor.train()
@@ -232,8 +237,9 @@ for step in range(first_step, max_iters):
         if world > 1:
             net.require_backward_grad_sync = part == accumulation - 1
         with autocast:
-            teacher = teacher_forcing_loss(net, z[::teacher_every], a[::teacher_every])
-            later = second_loss(net, z, a, tau)
+            teacher, memory = teacher_forcing_loss(net, z[::teacher_every], a[::teacher_every])
+            carried = hand_on(memory, len(z)) if memory and carry_every and step % carry_every == 0 else None
+            later = second_loss(net, z, a, tau, carried)
             total = (1 - share(step)) * teacher + share(step) * later
         (total / accumulation).backward()
         sums += torch.stack([teacher.detach(), later.detach()]) / accumulation

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,3 +45,30 @@ def trained(tiny, tmp_path_factory):
     for kind in ('hope', 'vit'):
         run('train.py', *TINY, f'--model={kind}', f'--data={tiny}', f'--out={folder}/{kind}.pt')
     return {kind: str(folder / f'{kind}.pt') for kind in ('hope', 'vit')}
+
+
+def own_clips(folder, splits=('train', 'val', 'test_A', 'test_B'), features=True):
+    """A folder of clips in the user's layout, 3 a split, as features (2048,1024) or as video (16,40,48,3) → its path."""
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for i in range(3):
+            clip = folder / split / f'clip_{i:05d}'
+            (clip / 'actions_states').mkdir(parents=True)
+            actions = np.zeros((16, 2))
+            actions[4] = i + 1, -1
+            np.save(clip / 'actions_states' / 'actions.npy', actions)
+            if features:
+                (clip / 'feature_maps').mkdir()
+                np.save(clip / 'feature_maps' / 'vjepa2_vitl16.npy', rng.normal(size=(2048, 1024)).astype(np.float16))
+            else:
+                np.save(clip / 'video.npy', rng.integers(0, 256, (16, 40, 48, 3), dtype=np.uint8))
+    return folder
+
+
+def official_weights(path, width=384, depth=1):
+    """A file with the keys of an official V-JEPA 2 checkpoint and random weights → its path."""
+    import model
+    torch.manual_seed(0)
+    encoder = model.VideoEncoder(width, model.HEADS[width], depth, 4 * width)
+    torch.save({'target_encoder': {f'module.backbone.{k}': v for k, v in encoder.state_dict().items()}}, path)
+    return path

@@ -1,12 +1,13 @@
 """The predictors' shared interface: what may influence what, positions, initial values, checkpoints."""
 import math
+import os
 
 import pytest
 import torch
 from conftest import refused, run
 
 import model
-from configurator import Refusal
+from configurator import Refusal, read_config
 
 SIZES = dict(feature_dim=12, grid=(2, 2), depth=2, width=24, heads=2, mlp_hidden=48, cms_hidden=16)
 B, T, N, D = 3, 5, 4, 12
@@ -31,7 +32,7 @@ def train(net, steps=5, loss=None):
     for i in range(steps):
         tau = torch.tensor([2, 3, 4]).roll(i)
         optimizer.zero_grad()
-        (model.teacher_forcing_loss(net, z, a) + model.jump_loss(net, z, a, tau).mean()).backward()
+        (model.teacher_forcing_loss(net, z, a)[0] + model.jump_loss(net, z, a, tau).mean()).backward()
         optimizer.step()
     return net.eval()
 
@@ -144,7 +145,7 @@ def test_every_parameter_has_a_gradient_after_two_steps(kind):
     net = train(predictor(kind), steps=2)
     z, a = clips()
     net.zero_grad()
-    (model.teacher_forcing_loss(net, z, a) + model.jump_loss(net, z, a, torch.tensor([2, 3, 4])).mean()).backward()
+    (model.teacher_forcing_loss(net, z, a)[0] + model.jump_loss(net, z, a, torch.tensor([2, 3, 4])).mean()).backward()
     for name, p in net.named_parameters():
         rows = p.grad.flatten(1) if p.dim() == 3 else p.grad.flatten()[None]
         assert (rows.abs().amax(1) > 0).all(), name
@@ -161,9 +162,9 @@ def test_initial_values_are_those_of_v_jepa_2():
             for name in ('attn.proj', last):
                 std = state[f'predictor_blocks.{i}.{name}.weight'].std()
                 assert abs(std / (0.02 / math.sqrt(2 * (i + 1))) - 1) < 0.05, (kind, name)
-        assert all((p == 0).all() for n, p in net.named_parameters() if n.endswith('bias') and 'alpha' not in n)
+        assert all((p == 0).all() for n, p in net.named_parameters() if n.endswith('.bias'))
     for block in net.predictor_blocks:
-        assert (block.attn.alpha_bias == -4).all()
+        assert (block.attn.alpha_bias == -4).all() and (block.attn.eta_bias == 2).all()
         assert (block.attn.memory - block.attn.R).abs().max() < 0.2
 
 
@@ -207,14 +208,16 @@ def test_state_token():
     assert out.shape == (B, T, N, D) and not torch.allclose(out, net(z, a, states=s + 1)[0])
 
 
-def test_sizes_of_the_two_predictors_match():
-    """The laptop defaults and the user's 24 layers, 384 wide, 16 heads: parameters within 5 %."""
-    def count(kind, **sizes):
-        return sum(p.numel() for p in model.build(model=kind, **sizes).parameters())
-    assert abs(count('hope', feature_dim=48) / count('vit', feature_dim=48) - 1) < 0.05
-    full = dict(feature_dim=1024, grid=(16, 16), depth=24, width=384, heads=16, mlp_hidden=1536, cms_hidden=480)
-    assert abs(count('hope', **full) / count('vit', **full) - 1) < 0.05
-    assert 43e6 < count('vit', **full) < 44e6
+@pytest.mark.parametrize('pair, features', [(('hope_jump', 'vit_jump'), dict(feature_dim=48)),
+                                            (('hope_full', 'vit_full'), dict(feature_dim=1024, grid=(16, 16)))])
+def test_compared_configs_have_the_same_number_of_parameters(pair, features):
+    """Within 5 %, for the laptop and for the user's 24 layers, 384 wide, 16 heads."""
+    hope, vit = ({k: v for k, v in read_config(f'config/{name}.py').items() if k in model.SIZES} for name in pair)
+    with torch.device('meta'):
+        hope, vit = (sum(p.numel() for p in model.build(**sizes, **features).parameters()) for sizes in (hope, vit))
+    assert abs(hope / vit - 1) < 0.05
+    if features['feature_dim'] == 1024:
+        assert 43e6 < vit < 44e6
 
 
 def test_sizes_that_do_not_fit_are_refused():
@@ -240,3 +243,36 @@ def test_files_that_are_no_checkpoints_are_refused(trained, tmp_path):
         with pytest.raises(Refusal, match=file):
             model.load(str(tmp_path / file))
     assert 'no checkpoint at' in refused(run('adapt.py', f'--ckpt={tmp_path}/missing.pt', ok=False))
+
+
+def golden(file):
+    return torch.load(os.path.join(os.path.dirname(__file__), file), weights_only=True)
+
+
+@pytest.mark.parametrize('part', ['encoder', 'target_encoder'])
+def test_video_encoder_agrees_with_the_published_code(part, tmp_path):
+    reference = golden('vjepa2_encoder_tiny.pt')
+    path = tmp_path / 'official.pt'
+    torch.save(reference['checkpoint'], path)
+    encoder = model.load_vjepa2(str(path), part, heads=2)
+    torch.testing.assert_close(encoder(reference['video']), reference[f'{part}_out'], atol=5e-5, rtol=0)
+    with pytest.raises(Refusal, match="no part 'decoder'"):
+        model.load_vjepa2(str(path), 'decoder')
+    del reference['checkpoint'][part]['module.backbone.blocks.1.norm2.bias']
+    torch.save(reference['checkpoint'], path)
+    with pytest.raises(Refusal, match='blocks.1.norm2.bias'):
+        model.load_vjepa2(str(path), part, heads=2)
+
+
+def test_predictor_agrees_with_the_published_code():
+    """V-JEPA 2-AC's own weights, rotation form and state token (its outputs are compared layer-normed, as losses are)."""
+    reference = golden('vjepa2_ac_tiny.pt')
+    state = {k.removeprefix('module.'): v for k, v in reference['checkpoint']['predictor'].items()}
+    net = model.build(feature_dim=48, action_dim=7, state_dim=7, grid=(3, 3), depth=2, width=48, heads=2, mlp_hidden=192,
+                      rope='vjepa2')
+    net.load_state_dict({k: v for k, v in state.items() if 'extrinsics' not in k})
+    for frames in (4, 1):
+        inputs = (reference[key][:, :frames] for key in ('z', 'actions', 'states'))
+        z, a, s = inputs
+        expected = torch.nn.functional.layer_norm(reference[f'out_{frames}_frame{"s" * (frames > 1)}'], (48,))
+        torch.testing.assert_close(net(z, a, states=s)[0], expected, atol=5e-5, rtol=0)

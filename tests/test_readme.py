@@ -5,7 +5,7 @@ import shlex
 import sys
 
 import pytest
-from conftest import ROOT, TINY, run
+from conftest import ROOT, TINY, official_weights, own_clips, run
 
 
 def readme_commands():
@@ -40,8 +40,12 @@ def test_command(command, tiny, trained, tmp_path):
         return
     if script == 'prepare.py':
         args += [f'--name={tmp_path}/set', '--size=32', '--dim=24', '--clips=6', '--test_clips=4']
+        if '--source=clips' in args:
+            args.append(f'--source={own_clips(tmp_path / "clips")}')
+        if '--encoder=vitl' in args:
+            args.append(f'--weights={official_weights(tmp_path / "vitl.pt")}')
     elif script == 'train.py':
-        args += [*TINY, f'--data={tiny}', f'--out={tmp_path}/x.pt']
+        args += [*TINY, f'--data={tiny}', f'--out={tmp_path}/x.pt', '--accumulation=1']
         if '--resume=True' in args:
             run(script, *[a for a in args if a != '--resume=True'], '--stop_at=3')
     elif script == 'adapt.py':
@@ -57,3 +61,11 @@ def test_the_two_commands_are_there():
         text = f.read()
     assert 'pip install -r requirements.txt && python train.py config/hope_jump.py && python adapt.py --ckpt=out/hope.pt' in text
     assert 'pip install -r requirements.txt && pytest' in text
+
+
+def test_the_python_example(tiny, trained, monkeypatch):
+    with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
+        (example,) = re.findall(r'```python\n(.*?)```', f.read(), re.S)
+    scope = {}
+    exec(example.replace('out/hope.pt', trained['hope']).replace("'slide'", repr(tiny)), scope)
+    assert scope['z_8'].shape == scope['z'][:, 7].shape

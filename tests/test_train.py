@@ -86,5 +86,6 @@ def test_bad_requests_are_one_line(tiny, tmp_path):
     assert 'no data set at' in refused(run('train.py', *args, f'--data={tmp_path}/none', ok=False))
     assert 'multiple of heads' in refused(run('train.py', *args, '--width=25', ok=False))
     if not torch.cuda.is_available():
-        assert 'no CUDA device' in refused(run('train.py', *args, '--device=cuda', ok=False))
+        assert 'no such device' in refused(run('train.py', *args, '--device=cuda', ok=False))
+    assert 'allowed are auto' in refused(run('train.py', *args, '--device=tpu', ok=False))
     assert not list(tmp_path.iterdir())

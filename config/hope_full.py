@@ -1,0 +1,18 @@
+# AC-HOPE-ViT at the size of config/vit_full.py (43 M parameters): 12 blocks, 384 wide, 16 heads, wide CMS levels.
+# Needs a GPU (not tried on one yet), and data made with: python prepare.py --name=slide256 --size=256 --dim=1024 --clips=5000
+model = 'hope'
+data = 'slide256'
+depth = 12
+width = 384
+heads = 16
+cms_hidden = 1264
+batch_size = 256
+accumulation = 8
+teacher_every = 1
+learning_rate = 4.25e-4
+warmup = 0.05
+decay = 0.05
+beta2 = 0.999
+grad_clip = 1.01
+max_iters = 20000
+out = 'out/hope_full.pt'

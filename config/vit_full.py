@@ -1,0 +1,18 @@
+# The user's ViT-AC: 24 layers, 384 wide, 16 heads, 43 M parameters, on 8 steps x 256 patches x 1024 features.
+# Needs a GPU (not tried on one yet), and data made with: python prepare.py --name=slide256 --size=256 --dim=1024 --clips=5000
+model = 'vit'
+data = 'slide256'
+depth = 24
+width = 384
+heads = 16
+mlp_hidden = 1536
+batch_size = 256
+accumulation = 8
+teacher_every = 1
+learning_rate = 4.25e-4
+warmup = 0.05
+decay = 0.05
+beta2 = 0.999
+grad_clip = 1.01
+max_iters = 20000
+out = 'out/vit_full.pt'

@@ -1,0 +1,8 @@
+# ViT-AC on the laptop set, 0.46 M parameters: the baseline of config/hope_jump.py, trained on the same clips.
+# Needs two CPU cores and 1 GB of memory.
+model = 'vit'
+depth = 4
+width = 96
+heads = 4
+mlp_hidden = 384
+out = 'out/vit.pt'
