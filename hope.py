@@ -23,10 +23,10 @@ class TitanMemory(nn.Module):
     """
     Five associative memories per head with fast weights per clip: M_k, M_v, M_mem (d→d), M_eta, M_alpha (d→1).
 
-    Each is a matrix memory in residual form, M(x) = R x + W x, where R is the identity (zero for eta and alpha, which
-    have one output). All are written with the same keys, so they are the rows of one matrix M (3d+2,d) per clip and
-    head, in the order k, v, mem, eta, alpha (Eq. 83-87). Their initial values are ordinary parameters. The query does
-    not adapt.
+    Each is a matrix memory in residual form, M(x) = M_0 x + W x, where M_0 is an ordinary parameter that starts at the
+    identity (zero for eta and alpha, which have one output), and the fast weights W start at 0. All are written with
+    the same keys, so they are the rows of one matrix M (3d+2,d) per clip and head, in the order k, v, mem, eta, alpha
+    (Eq. 83-87). The query does not adapt.
     """
 
     def __init__(self, width, heads):
@@ -34,8 +34,8 @@ class TitanMemory(nn.Module):
         self.heads, d = heads, width // heads
         self.qkv = nn.Linear(width, 3 * width)                         # query, and the inputs of M_k and of M_v
         self.proj = nn.Linear(width, width)
-        self.register_buffer('R', F.pad(torch.eye(d).repeat(3, 1), (0, 0, 0, 2)), persistent=False)
-        self.memory = nn.Parameter(self.R + 0.02 * torch.randn(heads, 3 * d + 2, d))
+        identity = F.pad(torch.eye(d).repeat(3, 1), (0, 0, 0, 2))      # (3d+2,d)
+        self.memory = nn.Parameter(identity + 0.02 * torch.randn(heads, 3 * d + 2, d))
         self.eta_bias = nn.Parameter(torch.full((heads, 1), 2.0))      # softplus(2) = 2.1: two thirds of the error are written
         # Retention per step exp(-softplus(-4)) = 0.98, so 0.86 over a clip of 8; a memory that starts at 0.5 per step
         # remembers nothing.
@@ -64,8 +64,9 @@ class TitanMemory(nn.Module):
 
         k, v, eta, alpha and the self-generated targets t = M_c(v) are taken at the chunk's start M_c (Eq. 90). The
         tokens of a frame have no order, so they are written together, as one proximal step of DGD's objective: M minimises
-            |M - (R + a (M_c - R))|^2 + sum_i eta_i |M k_i - t_i|^2,   a = prod_i alpha_i  (retention),
-        which is M = (R + a (M_c - R) + T^T E K) (I + K^T E K)^-1. It contracts for every eta > 0.
+            |M - (M_0 + a (M_c - M_0))|^2 + sum_i eta_i |M k_i - t_i|^2,   a = prod_i alpha_i  (retention),
+        which is M = (M_0 + a (M_c - M_0) + T^T E K) (I + K^T E K)^-1. It contracts for every eta > 0. What is forgotten
+        relaxes to the learned initial memory; relaxing to 0 would unlearn M_0 itself within a few clips.
         """
         d = k_in.shape[-1]
         M_k, M_v, _, M_eta_alpha = M.split([d, d, d, 2], dim=2)
@@ -81,7 +82,7 @@ class TitanMemory(nn.Module):
         # log alpha is divided by P: what a frame retains does not depend on the number of its patches.
         retained = torch.exp(-F.softplus(alpha + self.alpha_bias).mean(-1))[..., None, None]
         gram = torch.eye(d, device=k.device) + k.mT @ Ek               # (B,H,d,d), symmetric positive definite
-        goal = torch.lerp(self.R, M, retained) + target.mT @ Ek        # (B,H,3d+2,d)
+        goal = torch.lerp(self.memory, M, retained) + target.mT @ Ek        # (B,H,3d+2,d)
         return goal @ torch.linalg.inv_ex(gram)[0]                     # I + PSD is well conditioned; solve() is slower
 
 

@@ -257,9 +257,14 @@ def build(**sizes):
 
 # ---- losses: L1 on layer-normed features ---------------------------------------------------------------------------
 
-def teacher_forcing_loss(predictor, z, a):
-    """Mean L1 of every one-step prediction (V-JEPA 2, Eq. 2): z (B,T,N,D), a (B,T,A) → scalar, memory of these clips."""
-    z_hat, memory = predictor(z[:, :-1], a[:, :-1])
+def teacher_forcing_loss(predictor, z, a, memory=None):
+    """
+    Mean L1 of every one-step prediction (V-JEPA 2, Eq. 2): z (B,T,N,D), a (B,T,A) → scalar, memory after the clips.
+
+    Steps 1..T-1 are written to the memory, the last is only a target. A memory is shown a clip in this way alone, at
+    training and at test time: a key at a time that training never wrote (T) sends jumps to T astray.
+    """
+    z_hat, memory = predictor(z[:, :-1], a[:, :-1], memory=memory)
     return (z_hat - z[:, 1:]).abs().mean(), memory
 
 

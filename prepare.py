@@ -196,7 +196,7 @@ def draw_pictures():
         frames = data.render(drawn, 128).float() / 255
         ghost = torch.stack([0.4 * frames[:, 0], 0.65 * frames[:, data.FRAMES // 2], frames[:, -1]]).amax(0)
         for ax, picture in zip(row, ghost):
-            ax.imshow(picture)
+            ax.imshow(picture.numpy())
             ax.set_xticks([]), ax.set_yticks([])
         row[0].set_ylabel(f'{domain}\nμ {mu}, {mass} kg')
     fig.suptitle('The same impulses in every domain: first (dim), middle and last (bright) frame in one picture')

@@ -12,7 +12,7 @@ sys.path.insert(0, ROOT)
 torch.set_num_threads(2)
 
 TINY = ['--depth=2', '--width=24', '--heads=2', '--mlp_hidden=32', '--cms_hidden=10', '--batch_size=8', '--max_iters=6',
-        '--eval_interval=3', '--eval_clips=8', '--log_interval=1', '--device=cpu']
+        '--teacher_every=2', '--eval_interval=3', '--eval_clips=8', '--log_interval=1', '--device=cpu']
 
 
 def run(script, *args, cwd=ROOT, launcher=(), ok=True):

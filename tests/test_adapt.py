@@ -96,7 +96,7 @@ def test_results(adapt):
     out = adapt['out']
     results = json.load(open(os.path.join(out, 'results.json')))
     names = [' '.join(filter(None, (r['model'], r['method']))) for r in results['rows']]
-    assert names == ['copy', 'HOPE frozen', 'HOPE LN-TTA', 'HOPE LN-TTA', 'HOPE full TTA', 'HOPE memory',
+    assert names == ['copy', 'blank', 'HOPE frozen', 'HOPE LN-TTA', 'HOPE LN-TTA', 'HOPE full TTA', 'HOPE memory',
                      'HOPE memory + CMS', 'ViT-AC frozen', 'ViT-AC LN-TTA', 'ViT-AC LN-TTA', 'ViT-AC full TTA']
     with open(os.path.join(out, 'results.csv')) as f:
         rows = list(csv.reader(f))
@@ -113,6 +113,7 @@ def test_results(adapt):
 
 def test_bad_requests_are_one_line(tiny, trained, tmp_path):
     args = [f'--ckpt={trained["vit"]}', f'--data={tiny}', f'--out={tmp_path}/aba']
+    assert 'would prove nothing' in refused(run('adapt.py', *args, '--tune_on=B', ok=False))
     assert 'lower --clips' in refused(run('adapt.py', *args, '--clips=200', ok=False))
     assert 'no data set at' in refused(run('adapt.py', *args, f'--data={tmp_path}/none', ok=False))
     other = tmp_path / 'other'
@@ -124,7 +125,7 @@ def test_bad_requests_are_one_line(tiny, trained, tmp_path):
 def test_a_rollout_checkpoint_is_scored_by_rollout(tiny, trained, tmp_path):
     from conftest import TINY
     run('train.py', *TINY, f'--data={tiny}', '--loss=rollout', '--max_iters=2', f'--out={tmp_path}/x.pt')
-    out = run('adapt.py', f'--ckpt={tmp_path}/x.pt', f'--data={tiny}', f'--out={tmp_path}/aba', *FEW).stdout
-    assert 'rollout L1' in out
+    out = run('adapt.py', f'--ckpt={tmp_path}/x.pt', f'--data={tiny}', f'--out={tmp_path}/aba', *FEW, '--tune_on=').stdout
+    assert 'rollout L1' in out and 'tuned' not in out
     assert 'different losses' in refused(run('adapt.py', f'--ckpt={tmp_path}/x.pt,{trained["vit"]}', f'--data={tiny}',
                                              f'--out={tmp_path}/aba2', *FEW, ok=False))
