@@ -222,7 +222,7 @@ for method, guess in (('copy', stream[0][:, :1]), ('blank', empty)):
                  'loss': (guess - stream[0][:, targets]).abs().mean((1, 2, 3)).tolist()})
 for c in checkpoints:
     print(f'{c["name"]}: {c["path"]}, {sum(p.numel() for p in c["predictor"].parameters()):,} parameters, '
-          f'{c["step"]} steps of training')
+          f'{c["step"]} steps of training', flush=True)
     plan = [('frozen', None), ('LN-TTA', ln_rate), ('LN-TTA', 'tuned'), ('full TTA', 'tuned')]
     if c['predictor'].sizes['model'] == 'hope':
         plan += [('memory', None), ('memory + CMS', 'tuned')]

@@ -17,7 +17,9 @@ import difflib
 import math
 import os
 import re
+import shutil
 import sys
+import textwrap
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
@@ -109,7 +111,8 @@ def configure(scope, argv=None):
             if heading != last:
                 print(f'\n{heading}')
                 last = heading
-            print(f'  --{f"{name}={default}":<28} {comment}')
+            width = shutil.get_terminal_size((100, 24)).columns
+            print(textwrap.fill(comment, width, initial_indent=f'  --{f"{name}={default}":<26} ', subsequent_indent=' ' * 31))
         sys.exit(0)
     values = {name: default for name, (default, _, _) in knobs.items()}
 

@@ -157,11 +157,11 @@ def save_manifest():
     data.write_atomically(manifest_path, lambda f: f.write(json.dumps(manifest, indent=1).encode()))
 
 
-def save_array(file, array):
-    """Write an array atomically → its sha256."""
+def save(file, write):
+    """Write a file of the set atomically by calling write(file object), and note its sha256 in the manifest."""
     path = os.path.join(folder, file)
-    data.write_atomically(path, lambda f: np.save(f, array))
-    return data.sha256(path)
+    data.write_atomically(path, write)
+    manifest['sha256'][file] = data.sha256(path)
 
 
 def fit_decoder(frames):
@@ -281,14 +281,16 @@ for split, (count, actions, physics, content) in splits.items():
                 j = min(i + batch, len(z))
                 z[i:j] = encode_clips(content(first + i, first + j)).half().cpu()
         file = f'{split}_{number:05d}.npy'
-        shards.append({'file': file, 'clips': len(z), 'sha256': save_array(file, z)})
+        save(file, lambda f: np.save(f, z))
+        shards.append({'file': file, 'clips': len(z)})
         save_manifest()
-    manifest['sha256'][f'{split}_actions.npy'] = save_array(f'{split}_actions.npy', actions)
+    save(f'{split}_actions.npy', lambda f: np.save(f, actions))
     if physics:
-        data.write_atomically(os.path.join(folder, f'{split}_physics.npz'), lambda f: np.savez(f, **physics))
+        save(f'{split}_physics.npz', lambda f: np.savez(f, **physics))
 if example.dtype == torch.uint8:
     manifest['decoder'] = 'decoder.npy'
-    manifest['sha256']['decoder.npy'] = save_array('decoder.npy', fit_decoder(splits['train'][3]))
+    decoder = fit_decoder(splits['train'][3])
+    save('decoder.npy', lambda f: np.save(f, decoder))
 if source == 'physics':
     draw_pictures()
 manifest['complete'] = True

@@ -9,6 +9,7 @@ The data set is prepared first if it is missing. Writes the checkpoint `out`, an
 """
 import contextlib
 import csv
+import functools
 import os
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from hope import hand_on
 from model import build, jump_loss, load, pick_device, rollout, save, teacher_forcing_loss
 
 # predictor
-model = 'hope'           # [hope | vit]
+model = 'hope'           # AC-HOPE-ViT or ViT-AC [hope | vit]
 depth = 2                # blocks [1..]
 width = 96               # C, channels inside the predictor; a multiple of heads [6..]
 heads = 4                # attention heads, or Titan memories per block [1..]
@@ -41,10 +42,10 @@ lambda_start = 0.2       # its weight at the first step [0..1]
 lambda_end = 0.8         # its weight at the last step, linear in between [0..1]
 jump_last = 3            # jumps go to one of the last k steps, drawn per clip; also what evaluation averages over [1..]
 rollout_steps = 2        # rollout: steps fed back; the last is scored (T = 2 in V-JEPA 2-AC) [1..]
-teacher_every = 8        # teacher forcing, the dear term, sees every n-th clip of a batch; 1 = all of them [1..]
-carry_clips = 2          # hope: clips over which a memory is carried before it starts anew; 1 = never carried [1..]
+teacher_every = 4        # teacher forcing, the dear term, sees every n-th clip of a batch; 1 = all of them [1..]
+carry_every = 4          # hope: at every n-th step, jumps start from the memory of another, just shown clip; 0 = never [0..]
 # optimiser: AdamW, warm-up - constant - decay
-max_iters = 3600         # optimiser steps [1..]
+max_iters = 3500         # optimiser steps [1..]
 learning_rate = 2e-3     # peak [>0]
 warmup = 0.04            # share of the steps in which the rate rises from 0 [0..1]
 decay = 0.7              # share of the steps in which the rate falls to 0 [0..1]
@@ -74,13 +75,13 @@ if world > 1:
     dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
 if batch_size % (world * accumulation):
     raise Refusal(f'batch_size = {batch_size} must be a multiple of accumulation x processes = {accumulation * world}')
-if model == 'hope' and carry_clips > 1 and batch_size // (world * accumulation) <= teacher_every:
-    raise Refusal(f'carry_clips = {carry_clips} needs two shown clips in every micro-batch: raise batch_size, or lower '
-                  'teacher_every or accumulation, or set carry_clips = 1')
+if model == 'hope' and carry_every and batch_size // (world * accumulation) <= teacher_every:
+    raise Refusal(f'carry_every = {carry_every} needs two shown clips in every micro-batch: raise batch_size, or lower '
+                  'teacher_every or accumulation, or set carry_every = 0')
 bf16 = device.startswith('cuda') and torch.cuda.is_bf16_supported()
 autocast = torch.autocast('cuda', torch.bfloat16) if bf16 else contextlib.nullcontext()
 torch.backends.cuda.matmul.allow_tf32 = True
-say = print if rank == 0 else lambda *args, **kwargs: None
+say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
 
 # ---- checkpoint to go on from ----------------------------------------------------------------------------------------
 RUN_KNOBS = {'out', 'resume', 'stop_at', 'eval_interval', 'eval_clips', 'log_interval', 'device', 'compile', 'wandb'}
@@ -200,13 +201,9 @@ def log(**row):
 
 
 def save_checkpoint(step):
-    """Called by every process: rank 0 writes the file, with the memories that each process carries."""
-    everyone = [carried] * world
-    if world > 1:
-        dist.all_gather_object(everyone, [memory and [m.cpu() for m in memory] for memory in carried])
     if rank == 0:
         save(out, predictor, optimizer=optimizer.state_dict(), step=step, recipe=recipe, loss=loss,
-             jump_last=jump_last, clip_steps=T, best=best, carried=everyone)
+             jump_last=jump_last, clip_steps=T, best=best)
 
 
 if rank == 0:
@@ -219,12 +216,6 @@ if rank == 0:
             raise Refusal('--wandb needs the package: pip install wandb') from None
         wandb_run = wandb_library.init(project=wandb, config=settings)
 best = checkpoint['best'] if checkpoint else float('inf')
-# Memories carried from step to step, without gradient: one a micro-batch, a row of it for each clip that was shown.
-carried = [None] * accumulation
-if checkpoint:
-    if len(checkpoint['carried']) != world:
-        raise Refusal(f'{out} was trained by {len(checkpoint["carried"])} processes, not {world}; go on with as many')
-    carried = [memory and [m.to(device) for m in memory] for memory in checkpoint['carried'][rank]]
 _, val_second, copy = evaluate()
 say(f'{model}: {sum(p.numel() for p in predictor.parameters()):,} parameters, {T * (1 + N)} tokens per clip, '
     f'{len(train_clips):,} training clips, {device}{", bfloat16" if bf16 else ""}'
@@ -247,13 +238,11 @@ for step in range(first_step, max_iters):
         if world > 1:
             net.require_backward_grad_sync = part == accumulation - 1
         with autocast:
-            fresh = step % carry_clips == 0                            # every memory starts anew, and jumps have none
-            teacher, memory = teacher_forcing_loss(net, z[::teacher_every], a[::teacher_every],
-                                                   None if fresh else carried[part])
-            later = second_loss(net, z, a, tau, None if fresh or memory is None else hand_on(memory, len(z)))
+            teacher, memory = teacher_forcing_loss(net, z[::teacher_every], a[::teacher_every])
+            carries = memory is not None and carry_every and step % carry_every == 0
+            later = second_loss(net, z, a, tau, hand_on(memory, len(z)) if carries else None)
             total = (1 - share(step)) * teacher + share(step) * later
         (total / accumulation).backward()
-        carried[part] = memory and [m.detach() for m in memory]
         sums += torch.stack([teacher.detach(), later.detach()]) / accumulation
     norm = torch.nn.utils.clip_grad_norm_(predictor.parameters(), grad_clip)
     # One number decides: a non-finite loss makes the gradient norm non-finite too, and the norm is the same everywhere.

@@ -115,9 +115,12 @@ def test_the_whole_basis_keeps_all_energy(tmp_path):
 def test_a_set_on_disk(tiny):
     manifest = json.load(open(os.path.join(tiny, 'manifest.json')))
     assert manifest['complete'] and manifest['shape'] == [8, 4, 24]
-    for split, entry in manifest['splits'].items():
-        for shard in entry['shards']:
-            assert data.sha256(os.path.join(tiny, shard['file'])) == shard['sha256']
+    files = {f for f in os.listdir(tiny) if f.endswith(('.npy', '.npz'))}
+    assert set(manifest['sha256']) == files and 'test_B_physics.npz' in files
+    assert all(data.sha256(os.path.join(tiny, f)) == manifest['sha256'][f] for f in files)
+    stored = np.load(os.path.join(tiny, 'test_B_physics.npz'))
+    for key, shape in dict(mu=(24,), mass=(24,), impulse=(24, 2), position=(24, data.FRAMES, 2)).items():
+        assert stored[key].shape == shape
     assert set(manifest['splits']) == {'train', 'val', 'fit_B', *(f'test_{d}' for d in data.DOMAINS)}
     assert all(os.path.getsize(os.path.join(tiny, f)) > 5000 for f in ('clips.png', 'displacement.png'))
     assert not [f for f in os.listdir(tiny) if f.endswith('.tmp')]
