@@ -43,7 +43,7 @@ device = pick_device(device)
 
 GRIDS = {                        # learning rates tried for each method
     'LN-TTA': (1e-3, 3e-3, 1e-2, 3e-2),
-    'full TTA': (3e-5, 1e-4, 3e-4, 1e-3),
+    'full TTA': (1e-5, 3e-5, 1e-4, 3e-4),
     'memory + CMS': (0.1, 0.3, 1.0, 3.0),
 }
 TUNE_ON = [domain.strip() for domain in tune_on.split(',') if domain.strip()]
@@ -262,7 +262,8 @@ def figures(row):
         gain = running_mean((np.array(frozen['loss']) - loss)[phase_b])
         final = gain[-early:].mean()
         reached = np.flatnonzero(gain >= 0.5 * final)
-        f['t50'] = int(reached[0]) + 1 if final > 0 and len(reached) else None
+        worth = final > 0.01 * np.mean(frozen['loss'][phase_b])        # half of next to nothing is reached at once
+        f['t50'] = int(reached[0]) + 1 if worth and len(reached) else None
         f['return_cost'] = (loss - np.array(frozen['loss']))[2 * clips:][:early].mean()
     return {key: value if value is None or isinstance(value, int) else float(value) for key, value in f.items()}
 
@@ -293,7 +294,8 @@ for row in rows:
     print(f'{title(row):<28}' + ''.join(f'{c:>8}' for c in cells), file=table)
 print(f'\n{checkpoints[0]["loss"]} L1, mean over target steps {", ".join(str(int(t) + 1) for t in targets)}; scored before '
       'the look-back.\nwithin / beyond: clips of B that slide no further / further than any training clip of A.\n'
-      'forget: loss on held-out clips of A after B minus before B.  t50: clips of B to half of the own final gain.\n'
+      'forget: loss on held-out clips of A after B minus before B.  t50: clips of B to half of the own final gain\n'
+      '(never: no gain of 1 %).\n'
       + ''.join(f'Rate of {k} tuned on {", ".join(TUNE_ON)} among {", ".join(f"{r:g}" for r in v)}.\n'
                 for k, v in tried.items()), end='', file=table)
 print('\n' + table.getvalue())

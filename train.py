@@ -43,7 +43,7 @@ lambda_end = 0.8         # its weight at the last step, linear in between [0..1]
 jump_last = 3            # jumps go to one of the last k steps, drawn per clip; also what evaluation averages over [1..]
 rollout_steps = 2        # rollout: steps fed back; the last is scored (T = 2 in V-JEPA 2-AC) [1..]
 teacher_every = 4        # teacher forcing, the dear term, sees every n-th clip of a batch; 1 = all of them [1..]
-carry_every = 4          # hope: at every n-th step, jumps start from the memory of another, just shown clip; 0 = never [0..]
+carry_every = 4          # hope: at every n-th step, jumps start from what another clip has just written; 0 = never [0..]
 # optimiser: AdamW, warm-up - constant - decay
 max_iters = 3500         # optimiser steps [1..]
 learning_rate = 2e-3     # peak [>0]
