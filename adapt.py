@@ -33,7 +33,7 @@ out = 'out/aba'          # folder for the results
 ln_rate = 1e-4           # LN-TTA's untuned learning rate, as in the user's plan [0..]
 cms_retention = 0.97     # what a CMS level keeps of its change at each of its writes [0..1]
 tune_on = 'C,friction,mass'  # domains whose streams A→X→A choose the learning rates; '' = leave tuned methods out
-tune_clips = 20          # clips per phase of the tuning streams [1..]
+tune_clips = 15          # clips per phase of the tuning streams [1..]
 # what to measure
 probe_clips = 200        # clips of the held-out probe sets of A and of B [1..]
 probe_every = 50         # clips of the stream between two probes [1..]

@@ -104,51 +104,50 @@ def read_array(path):
         raise Refusal(f'{path}: not a readable .npy file ({error})') from None
 
 
-def read_clip(folder):
-    """
-    One clip of the user's own → (features (T,N,D) or frames (F,size,size,3) uint8, actions (T,A)).
-
-    folder holds feature_maps/*.npy with (T*256,D) or (T,N,D), or video.npy with (F,H,W,3) uint8; and
-    actions_states/actions.npy or actions.npy with (rows,A), whose first non-zero row is the impulse at step 1.
-    """
+def read_content(folder):
+    """Features (T,N,D) of feature_maps/*.npy, stored as (T*256,D) or (T,N,D), or frames (F,size,size,3) of video.npy."""
     maps = os.path.join(folder, 'feature_maps')
     if os.path.isdir(maps):
-        z = read_array(os.path.join(maps, next(f for f in sorted(os.listdir(maps)) if f.endswith('.npy'))))
-        content = torch.tensor(z.reshape(-1, 256, z.shape[-1]) if z.ndim == 2 else z)
-        steps = len(content)
-    else:
-        video = read_array(os.path.join(folder, 'video.npy'))
-        if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or len(video) % data.TUBELET:
-            raise Refusal(f'{folder}/video.npy: must be (frames,height,width,3) uint8 with an even number of frames, '
-                          f'not {video.shape} {video.dtype}')
-        x = torch.tensor(video).permute(0, 3, 1, 2).float()            # F,3,H,W
-        scale = size / min(x.shape[-2:])
-        x = F.interpolate(x, [round(scale * s) for s in x.shape[-2:]], mode='bilinear', antialias=True)
-        top, left = (x.shape[-2] - size) // 2, (x.shape[-1] - size) // 2
-        content = x[..., top:top + size, left:left + size].clamp(0, 255).round().byte().permute(0, 2, 3, 1)
-        steps = len(video) // data.TUBELET
+        files = sorted(f for f in os.listdir(maps) if f.endswith('.npy'))
+        if not files:
+            raise Refusal(f'{maps}: holds no .npy file')
+        z = read_array(os.path.join(maps, files[0]))
+        return torch.tensor(z.reshape(-1, 256, z.shape[-1]) if z.ndim == 2 else z)
+    video = read_array(os.path.join(folder, 'video.npy'))
+    if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or len(video) % data.TUBELET:
+        raise Refusal(f'{folder}/video.npy: must be (frames,height,width,3) uint8 with an even number of frames, '
+                      f'not {video.shape} {video.dtype}')
+    x = torch.tensor(video).permute(0, 3, 1, 2).float()                # F,3,H,W
+    scale = size / min(x.shape[-2:])
+    x = F.interpolate(x, [round(scale * s) for s in x.shape[-2:]], mode='bilinear', antialias=True)
+    top, left = (x.shape[-2] - size) // 2, (x.shape[-1] - size) // 2
+    return x[..., top:top + size, left:left + size].clamp(0, 255).round().byte().permute(0, 2, 3, 1)
+
+
+def read_actions(folder, steps):
+    """Actions (steps,A) from actions_states/actions.npy or actions.npy (rows,A): its first non-zero row, at step 1."""
     files = [os.path.join(folder, *f) for f in (('actions_states', 'actions.npy'), ('actions.npy',))]
     rows = read_array(next((f for f in files if os.path.exists(f)), files[-1])).astype(np.float32)
     if rows.ndim != 2 or not np.isfinite(rows).all():
         raise Refusal(f'{folder}: actions must be finite, (rows,A), not {rows.shape}')
     actions = np.zeros((steps, rows.shape[1]), np.float32)
-    actions[0] = rows[np.flatnonzero(rows.any(1))[0]] if rows.any() else 0
-    return content, actions
+    actions[0] = rows[np.argmax(rows.any(1))]
+    return actions
 
 
 def folder_split(split):
     """A split of the user's own clips: every folder in <source>/<split>, in order of name."""
     folders = sorted(f.path for f in os.scandir(os.path.join(source, split)) if f.is_dir())
-    read = [read_clip(f) for f in folders[:1]]
-    shape = read[0][0].shape
+    first = read_content(folders[0])
+    steps = len(first) if first.dtype != torch.uint8 else len(first) // data.TUBELET
 
     def content(i, j):
-        parts = [read_clip(f)[0] for f in folders[i:j]]
-        odd = next((f for f, p in zip(folders[i:j], parts) if p.shape != shape), None)
+        parts = [read_content(f) for f in folders[i:j]]
+        odd = next((f for f, p in zip(folders[i:j], parts) if p.shape != first.shape), None)
         if odd:
-            raise Refusal(f'{odd}: its shape differs from {tuple(shape)} of {folders[0]}')
+            raise Refusal(f'{odd}: its shape differs from {tuple(first.shape)} of {folders[0]}')
         return torch.stack(parts).to(device)
-    return len(folders), np.stack([read_clip(f)[1] for f in folders]), {}, content
+    return len(folders), np.stack([read_actions(f, steps) for f in folders]), {}, content
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, refused, run
 
-FEW = ['--clips=6', '--probe_clips=6', '--probe_every=6', '--tune_clips=2']
+FEW = ['--clips=6', '--probe_clips=6', '--probe_every=6', '--tune_clips=1']
 
 
 @pytest.fixture(scope='module')

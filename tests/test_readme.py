@@ -50,7 +50,7 @@ def test_command(command, tiny, trained, tmp_path):
             run(script, *[a for a in args if a != '--resume=True'], '--stop_at=3')
     elif script == 'adapt.py':
         args = [a.replace('out/hope.pt', trained['hope']).replace('out/vit.pt', trained['vit']) for a in args]
-        args += [f'--data={tiny}', f'--out={tmp_path}/aba', '--clips=4', '--probe_clips=4', '--tune_clips=2']
+        args += [f'--data={tiny}', f'--out={tmp_path}/aba', '--clips=4', '--probe_clips=4', '--tune_clips=1']
     else:
         raise AssertionError(f'no tiny settings for: {command}')
     run(script, *args, launcher=launcher or ())
