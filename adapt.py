@@ -136,7 +136,7 @@ def run_stream(checkpoint, method, rate, stream, probes=None, label=None):
             if writer:
                 drift |= {f'CMS, every {c} clip{"s" * (c > 1)}': d for c, d in zip(PERIODS, writer.drift())}
             result['diagnostics'].append(drift)
-        if probes and ((i + 1) % probe_every == 0 or i + 1 == len(z)):
+        if probes and ((i + 1) % probe_every == 0 or (i + 1) % clips == 0):  # at the end of each phase, too
             probe(i + 1)
     return result
 
@@ -215,7 +215,7 @@ os.makedirs(out, exist_ok=True)
 rows, tried = [], {}
 targets = checkpoints[0]['targets']
 # Two predictions that know nothing of motion: the first step again, and an empty scene (each patch's median feature).
-# An adapter that learns to paint over what it cannot place comes down to `blank`, and no lower.
+# An adapter that only learns to paint over what it cannot place comes down to `blank`: lower is better than that.
 empty = train_clips[range(min(256, len(train_clips)))][0].flatten(0, 1).median(0).values.to(device)  # (N,D)
 for method, guess in (('copy', stream[0][:, :1]), ('blank', empty)):
     rows.append({'model': '', 'method': method, 'rate': None, 'seconds': [0.0], 'diagnostics': [], 'probes': {}, 'shown': {},
@@ -251,8 +251,9 @@ def figures(row):
          'B_last': loss[phase_b][-early:].mean(), 'A2': loss[2 * clips:].mean(), 'A2_first': loss[2 * clips:][:early].mean(),
          'ms_per_clip': 1e3 * float(np.median(row['seconds']))}
     if beyond is not None:
-        f['B_within'] = loss[phase_b][~beyond].mean() if not beyond.all() else float('nan')
-        f['B_beyond'] = loss[phase_b][beyond].mean() if beyond.any() else float('nan')
+        for name, part in (('B_within', ~beyond), ('B_beyond', beyond)):
+            if part.any():
+                f[name] = loss[phase_b][part].mean()
     frozen = next((r for r in rows if r['model'] == row['model'] and r['method'] == 'frozen'), None)
     if row['probes']:
         probe = dict(row['probes']['A'])
@@ -268,15 +269,15 @@ def figures(row):
     return {key: value if value is None or isinstance(value, int) else float(value) for key, value in f.items()}
 
 
-COLUMNS = [('A1', 'A₁'), ('B', 'B'), ('B_within', 'within'), ('B_beyond', 'beyond'), ('B_first', 'B 1-25'),
-           ('A2_first', 'A₂ 1-25'), ('forgetting', 'forget'), ('t50', 't50'), ('ms_per_clip', 'ms')]
+COLUMNS = [('A1', 'A₁', '.4f'), ('B', 'B', '.4f'), ('B_within', 'within', '.4f'), ('B_beyond', 'beyond', '.4f'),
+           ('B_first', 'B 1-25', '.4f'), ('A2_first', 'A₂ 1-25', '.4f'), ('forgetting', 'forget', '+.4f'), ('t50', 't50', 'd'),
+           ('ms_per_clip', 'ms', '.1f')]
 
 
-def cell(key, value):
-    if value is None:
-        return 'never' if key == 't50' else '-'
-    return f'{value:d}' if key == 't50' else f'{value:.1f}' if key == 'ms_per_clip' else f'{value:+.4f}' \
-        if key == 'forgetting' else f'{value:.4f}'
+def cell(row, key, form):
+    """One cell of the table: empty where the figure has no meaning for the row."""
+    value = row['figures'].get(key, '')
+    return 'never' if value is None else format(value, form if value != '' else '')
 
 
 def title(row):
@@ -288,10 +289,9 @@ for row in rows:
     row['figures'] = figures(row)
 table = io.StringIO()
 print(f'{"loss on the stream, " + str(clips) + " clips a phase":<28}'
-      + ''.join(f'{head:>8}' for _, head in COLUMNS), file=table)
+      + ''.join(f'{head:>8}' for _, head, _ in COLUMNS), file=table)
 for row in rows:
-    cells = (cell(key, row['figures'][key]) if key in row['figures'] else '' for key, _ in COLUMNS)
-    print(f'{title(row):<28}' + ''.join(f'{c:>8}' for c in cells), file=table)
+    print(f'{title(row):<28}' + ''.join(f'{cell(row, key, form):>8}' for key, _, form in COLUMNS), file=table)
 print(f'\n{checkpoints[0]["loss"]} L1, mean over target steps {", ".join(str(int(t) + 1) for t in targets)}; scored before '
       'the look-back.\nwithin / beyond: clips of B that slide no further / further than any training clip of A.\n'
       'forget: loss on held-out clips of A after B minus before B.  t50: clips of B to half of the own final gain\n'

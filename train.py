@@ -78,6 +78,11 @@ if batch_size % (world * accumulation):
 if model == 'hope' and carry_every and batch_size // (world * accumulation) <= teacher_every:
     raise Refusal(f'carry_every = {carry_every} needs two shown clips in every micro-batch: raise batch_size, or lower '
                   'teacher_every or accumulation, or set carry_every = 0')
+if wandb:
+    try:
+        import wandb as wandb_library
+    except ImportError:
+        raise Refusal('--wandb needs the package: pip install wandb') from None
 bf16 = device.startswith('cuda') and torch.cuda.is_bf16_supported()
 autocast = torch.autocast('cuda', torch.bfloat16) if bf16 else contextlib.nullcontext()
 torch.backends.cuda.matmul.allow_tf32 = True
@@ -210,10 +215,6 @@ if rank == 0:
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     log_file, log_writer = start_log()
     if wandb:
-        try:
-            import wandb as wandb_library
-        except ImportError:
-            raise Refusal('--wandb needs the package: pip install wandb') from None
         wandb_run = wandb_library.init(project=wandb, config=settings)
 best = checkpoint['best'] if checkpoint else float('inf')
 _, val_second, copy = evaluate()
