@@ -356,7 +356,7 @@ def draw():
         for key in diagnosed['diagnostics'][0]:
             axes[2].plot(range(1, 3 * clips + 1), [d[key] for d in diagnosed['diagnostics']], label=key,
                          ls='--' if key.startswith('CMS') else '-')
-        axes[2].set(ylabel=f'drift from initial weights\n{title(diagnosed)}', ylim=(0, None))
+        axes[2].set(ylabel=f'drift from initial weights\n{title(diagnosed)}', ylim=(0, 1.4 * axes[2].get_ylim()[1]))
         axes[2].legend(fontsize=8, loc='upper left', ncols=2)
     axes[-1].set_xlabel('clip of the stream')
     fig.tight_layout()
