@@ -30,7 +30,7 @@ data = 'slide'           # the data set whose test splits make the stream
 clips = 200              # clips per phase [1..]
 out = 'out/aba'          # folder for the results
 # the methods
-ln_rate = 1e-4           # LN-TTA's untuned learning rate, as in the user's plan [0..]
+ln_rate = 1e-4           # LN-TTA's untuned, conservative learning rate [0..]
 cms_retention = 0.97     # what a CMS level keeps of its change at each of its writes [0..1]
 tune_on = 'C,friction,mass'  # domains whose streams A→X→A choose the learning rates; '' = leave tuned methods out
 tune_clips = 15          # clips per phase of the tuning streams [1..]

@@ -136,7 +136,7 @@ def read_actions(folder, steps):
 
 
 def folder_split(split):
-    """A split of the user's own clips: every folder in <source>/<split>, in order of name."""
+    """A split of own clips: every folder in <source>/<split>, in order of name."""
     folders = sorted(f.path for f in os.scandir(os.path.join(source, split)) if f.is_dir())
     first = read_content(folders[0])
     steps = len(first) if first.dtype != torch.uint8 else len(first) // data.TUBELET
