@@ -36,6 +36,9 @@ class TitanMemory(nn.Module):
         self.proj = nn.Linear(width, width)
         identity = F.pad(torch.eye(d).repeat(3, 1), (0, 0, 0, 2))      # (3d+2,d)
         self.memory = nn.Parameter(identity + 0.02 * torch.randn(heads, 3 * d + 2, d))
+        # An idle action token (all zeros) would read nothing and stay exactly zero through every block, where LayerNorm's
+        # gradient is 1/sqrt(eps): over a dozen blocks it overflows. This gives it something to ask for.
+        self.query_bias = nn.Parameter(0.02 * torch.randn(heads, 1, d))
         self.eta_bias = nn.Parameter(torch.full((heads, 1), 2.0))      # softplus(2) = 2.1: two thirds of the error are written
         # Retention per step exp(-softplus(-4)) = 0.98, so 0.86 over a clip of 8; a memory that starts at 0.5 per step
         # remembers nothing.
@@ -51,7 +54,7 @@ class TitanMemory(nn.Module):
         M = self.memory.expand(B, -1, -1, -1) if memory is None else memory
         y = []
         with torch.autocast(x.device.type, enabled=False):             # a memory in bfloat16 would lose what it sums up
-            q = rotate(unit(q), (cos_q, sin_q))
+            q = rotate(unit(q + self.query_bias), (cos_q, sin_q))
             for q_t, k_t, v_t, *rope_t in zip(*(r.unbind(0) for r in (q, k_in, v_in, cos_k, sin_k))):  # chunk = step
                 M = self.write(M, k_t, v_t, rope_t)
                 y.append(q_t @ M[:, :, 2 * d:3 * d].mT)                # read after the write: M_mem(q), (B,H,P,d)
@@ -108,10 +111,10 @@ class CMS(nn.Module):
 
     def forward(self, x):
         """x (...,C) → what the chain adds to x, (...,C)."""
-        y = x
-        for level in self.levels:
-            y = y + level(y)
-        return y - x                                                   # the block has a residual path of its own
+        added = 0                                                      # the block has a residual path of its own, and
+        for level in self.levels:                                      # y - x at the end would cancel in bfloat16
+            added = added + level(x + added)
+        return added
 
 
 class CMSWriter:

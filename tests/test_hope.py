@@ -175,6 +175,17 @@ def test_an_idle_token_has_a_finite_gradient():
     assert x.grad.isfinite().all() and x.grad.abs().max() < 1e6
 
 
+def test_a_deep_predictor_with_idle_actions_has_a_finite_gradient():
+    """Action tokens are zero after step 1; they must not stay exactly zero through all blocks (LayerNorm's gradient)."""
+    torch.manual_seed(0)
+    net = model.build(model='hope', feature_dim=12, grid=(2, 2), depth=12, width=24, heads=2, cms_hidden=32)
+    z, a = F.layer_norm(torch.randn(4, 8, 4, 12), (12,)), torch.zeros(4, 8, 2)
+    a[:, 0] = 1
+    model.teacher_forcing_loss(net, z, a)[0].backward()
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    assert norm.isfinite() and norm < 1e3
+
+
 def test_memory_stays_in_float32_under_bfloat16():
     torch.manual_seed(0)
     net = model.build(model='hope', feature_dim=12, grid=(2, 2), depth=2, width=24, heads=2, cms_hidden=16)
