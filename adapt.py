@@ -14,6 +14,7 @@ import csv
 import io
 import json
 import os
+import pickle
 import time
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 
 import data as clip_data
 from configurator import Refusal, configure
-from hope import PERIODS, CMSWriter
+from hope import CMSWriter
 from model import load, pick_device, rollout, teacher_forcing_loss
 
 # what to run
@@ -31,9 +32,12 @@ clips = 200              # clips per phase [1..]
 out = 'out/aba'          # folder for the results
 # the methods
 ln_rate = 1e-4           # LN-TTA's untuned, conservative learning rate [0..]
-cms_retention = 0.97     # what a CMS level keeps of its change at each of its writes [0..1]
-tune_on = 'C,friction,mass'  # domains whose streams A→X→A choose the learning rates; '' = leave tuned methods out
-tune_clips = 15          # clips per phase of the tuning streams [1..]
+methods = ''             # run only these, separated by commas, as they are called in the table; '' = all
+tune_on = 'C'            # domains whose streams A→X→A choose the learning rates; '' = leave tuned methods out
+tune_clips = 25          # clips per phase of the tuning streams [1..]
+oracle = ''              # checkpoint fine-tuned on other clips of B: the bound that gaps are measured against
+memory_in = ''           # start HOPE's memory and CMS from this file instead of fresh
+memory_out = ''          # keep HOPE's memory and CMS, as they are at the end of the stream, in this file
 # what to measure
 probe_clips = 200        # clips of the held-out probe sets of A and of B [1..]
 probe_every = 50         # clips of the stream between two probes [1..]
@@ -44,8 +48,14 @@ device = pick_device(device)
 GRIDS = {                        # learning rates tried for each method
     'LN-TTA': (1e-3, 3e-3, 1e-2, 3e-2),
     'full TTA': (1e-5, 3e-5, 1e-4, 3e-4),
-    'memory + CMS': (0.1, 0.3, 1.0, 3.0),
+    'action TTA': (1e-3, 3e-3, 1e-2, 3e-2),
+    'CMS': (3.0, 10.0, 20.0, 40.0),
+    'memory + CMS': (3.0, 10.0, 20.0, 40.0),
 }
+METHODS = 'frozen', 'LN-TTA', 'action TTA', 'full TTA', 'memory', 'CMS', 'memory + CMS'
+chosen = [method.strip() for method in methods.split(',')] if methods else METHODS
+if set(chosen) - set(METHODS):
+    raise Refusal(f'--methods={methods}: allowed are {", ".join(METHODS)}')
 TUNE_ON = [domain.strip() for domain in tune_on.split(',') if domain.strip()]
 if {'A', 'B'} & set(TUNE_ON):
     raise Refusal(f'--tune_on={tune_on}: rates tuned on the domains under test would prove nothing; name other shifts')
@@ -78,44 +88,52 @@ def layer_norm_parameters(predictor):
     return [p for m in norms for p in m.parameters()]
 
 
-def run_stream(checkpoint, method, rate, stream, probes=None, label=None):
+def run_stream(checkpoint, method, rate, stream, probes=None, label=None, start=None):
     """
     Run one method over a stream of clips, test-then-train.
 
-    checkpoint: a row of `checkpoints`; stream: (z, a) with z (n,T,N,D); probes: {'A': (z, a), 'B': (z, a)}.
-    Returns a dict: loss (n,), seconds per clip, probes {name: [(clip, loss), ...]}, diagnostics [{...} per clip], and
-    shown (n_shown,N,D), the predictions of the last step for the clips in SHOWN.
+    checkpoint: a row of `checkpoints`; stream: (z, a) with z (n,T,N,D); probes: {'A': (z, a), 'B': (z, a)}; start: an
+    earlier result's `state`. Returns a dict: loss (n,), seconds per clip, probes {name: [(clip, loss), ...]}, diagnostics
+    [{...} per clip], state (HOPE's memory and CMS at the end), and shown (n_shown,N,D), the predictions of the last step
+    for the clips in SHOWN.
     """
     predictor = copy.deepcopy(checkpoint['predictor'])
     trained_on, targets = checkpoint['loss'], checkpoint['targets']
     z, a = stream
     result = {'loss': [], 'seconds': [], 'probes': {name: [] for name in probes or {}}, 'diagnostics': [], 'shown': {}}
     memory, learned, optimizer, writer = None, [], None, None
+    carries, writes = method.startswith('memory'), method.endswith('CMS')
     if method == 'LN-TTA':
         learned = layer_norm_parameters(predictor)
+    elif method == 'action TTA':
+        learned = list(predictor.action_encoder.parameters())
     elif method == 'full TTA':
         learned = list(predictor.parameters())
-    elif method == 'memory + CMS':
-        writer = CMSWriter(predictor, rate, cms_retention)
+    elif writes:
+        writer = CMSWriter(predictor, rate)
+    if start:
+        memory = start['memory'] if carries else None
+        if writer and start['cms']:
+            writer.load(start['cms'])
     if learned:
         predictor.requires_grad_(False)
         for p in learned:
             p.requires_grad_(True)
         optimizer = torch.optim.Adam(learned, lr=rate)
-    carries = method.startswith('memory')
-    initial_memory = [block.attn.memory.detach() for block in predictor.predictor_blocks] if carries else None
+    titans = [block.titan for block in predictor.predictor_blocks] if carries else []
+    net = writer or predictor
 
     def probe(seen):
         with torch.no_grad():
             for name, (pz, pa) in (probes or {}).items():
-                result['probes'][name].append((seen, predict(predictor, trained_on, targets, pz, pa, memory)[1].mean().item()))
+                result['probes'][name].append((seen, predict(net, trained_on, targets, pz, pa, memory)[1].mean().item()))
 
     probe(0)
     for i in (range(len(z)) if label is None else clip_data.progress(range(len(z)), label)):
-        start = time.perf_counter()
+        clock = time.perf_counter()
         z_i, a_i = z[i:i + 1], a[i:i + 1]
         with torch.set_grad_enabled(bool(learned or writer)):
-            z_hat, loss = predict(predictor, trained_on, targets, z_i, a_i, memory)
+            z_hat, loss = predict(net, trained_on, targets, z_i, a_i, memory)
         result['loss'].append(loss.item())                             # scored; only now is the clip shown
         if i in SHOWN:
             result['shown'][i] = z_hat[0, -1].detach()
@@ -125,19 +143,26 @@ def run_stream(checkpoint, method, rate, stream, probes=None, label=None):
             optimizer.step()
             optimizer.zero_grad()
         if writer:
-            writer.tick(loss.sum())
-        if carries:
             with torch.no_grad():
-                memory = teacher_forcing_loss(predictor, z_i, a_i, memory)[1]  # shown as in training
-        result['seconds'].append(time.perf_counter() - start)
+                initial = predict(predictor, trained_on, targets, z_i, a_i, memory)[1]
+            writer.tick(loss, initial)
         if carries:
-            drift = {f'memory, block {b + 1}': ((m - m0).norm() / m0.norm()).item()
-                     for b, (m, m0) in enumerate(zip(memory, initial_memory))}
-            if writer:
-                drift |= {f'CMS, every {c} clip{"s" * (c > 1)}': d for c, d in zip(PERIODS, writer.drift())}
-            result['diagnostics'].append(drift)
+            for titan in titans:
+                titan.diagnostics = []
+            with torch.no_grad():
+                memory = teacher_forcing_loss(net, z_i, a_i, memory)[1]  # shown as in training
+        result['seconds'].append(time.perf_counter() - clock)
+        seen = {'surprise': loss.item()}
+        for b, titan in enumerate(titans):
+            seen |= {f'{key}, block {b + 1}': float(np.mean([step[key].item() for step in titan.diagnostics]))
+                     for key in titan.diagnostics[0]}
+            titan.diagnostics = None
+        for period, level in zip(predictor.sizes['cms_periods'], writer.diagnostics() if writer else ()):
+            seen |= {f'{key}, CMS every {period}': value for key, value in level.items()}
+        result['diagnostics'].append(seen)
         if probes and ((i + 1) % probe_every == 0 or (i + 1) % clips == 0):  # at the end of each phase, too
             probe(i + 1)
+    result['state'] = {'memory': memory, 'cms': writer and writer.state()}
     return result
 
 
@@ -153,9 +178,9 @@ def tune(checkpoint, method):
 
 NAMES = {'vit': 'ViT-AC', 'hope': 'HOPE'}
 checkpoints = []
-for path in ckpt.split(','):
+for path in ckpt.split(',') + [oracle] * bool(oracle):
     predictor, stored = load(path.strip(), device)
-    name = NAMES[predictor.sizes['model']]
+    name = 'oracle' if path == oracle else NAMES[predictor.sizes['model']]
     if any(name == c['name'] for c in checkpoints):
         name = f'{name} {len(checkpoints) + 1}'
     steps = stored['clip_steps']
@@ -213,28 +238,45 @@ if test_b.physics:
 # ---- run everything ------------------------------------------------------------------------------------------------
 os.makedirs(out, exist_ok=True)
 rows, tried = [], {}
+start = None
+if memory_in:
+    try:
+        start = torch.load(memory_in, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise Refusal(f'--memory_in={memory_in}: not a file that --memory_out wrote ({str(error)[:100]})') from None
+    if start['sizes'] != checkpoints[0]['predictor'].sizes:
+        raise Refusal(f'--memory_in={memory_in}: the memory of another predictor than {checkpoints[0]["path"]}')
+if memory_out and not any(method.startswith('memory') for method in chosen):
+    raise Refusal(f'--memory_out={memory_out}: none of --methods={methods} has a memory to keep')
 targets = checkpoints[0]['targets']
 # Two predictions that know nothing of motion: the first step again, and an empty scene (each patch's median feature).
 # An adapter that only learns to paint over what it cannot place comes down to `blank`: lower is better than that.
 empty = train_clips[range(min(256, len(train_clips)))][0].flatten(0, 1).median(0).values.to(device)  # (N,D)
 for method, guess in (('copy', stream[0][:, :1]), ('blank', empty)):
     rows.append({'model': '', 'method': method, 'rate': None, 'seconds': [0.0], 'diagnostics': [], 'probes': {}, 'shown': {},
-                 'loss': (guess - stream[0][:, targets]).abs().mean((1, 2, 3)).tolist()})
+                 'state': {'memory': None}, 'loss': (guess - stream[0][:, targets]).abs().mean((1, 2, 3)).tolist()})
 for c in checkpoints:
     print(f'{c["name"]}: {c["path"]}, {sum(p.numel() for p in c["predictor"].parameters()):,} parameters, '
           f'{c["step"]} steps of training', flush=True)
-    plan = [('frozen', None), ('LN-TTA', ln_rate), ('LN-TTA', 'tuned'), ('full TTA', 'tuned')]
-    if c['predictor'].sizes['model'] == 'hope':
-        plan += [('memory', None), ('memory + CMS', 'tuned')]
+    plan = [('frozen', None)]
+    if c['name'] != 'oracle':
+        plan += [('LN-TTA', 'tuned')]
+        if c['predictor'].sizes['model'] == 'hope':
+            plan += [('memory', None), ('CMS', 'tuned'), ('memory + CMS', 'tuned')]
+        else:
+            plan += [('LN-TTA', ln_rate), ('action TTA', 'tuned'), ('full TTA', 'tuned')]
     for method, rate in plan:
-        if rate == 'tuned' and not TUNE_ON:
+        if method not in chosen or (rate == 'tuned' and not TUNE_ON):
             continue
         if rate == 'tuned':
             tried[f'{c["name"]} {method}'] = losses = tune(c, method)
             rate = min(losses, key=losses.get)
         shown_rate = '' if rate is None else f' {rate:g}'
-        row = run_stream(c, method, rate, stream, probes, f'{c["name"]} {method}{shown_rate}')
+        row = run_stream(c, method, rate, stream, probes, f'{c["name"]} {method}{shown_rate}', start)
         rows.append({'model': c['name'], 'method': method, 'rate': rate, **row})
+if memory_out:                                                         # of the last method that has one
+    kept = [row['state'] for row in rows if row['state']['memory'] is not None][-1]
+    clip_data.write_atomically(memory_out, lambda f: torch.save({'sizes': checkpoints[0]['predictor'].sizes, **kept}, f))
 
 
 # ---- figures -------------------------------------------------------------------------------------------------------
@@ -255,6 +297,7 @@ def figures(row):
             if part.any():
                 f[name] = loss[phase_b][part].mean()
     frozen = next((r for r in rows if r['model'] == row['model'] and r['method'] == 'frozen'), None)
+    bound = next((r for r in rows if r['model'] == 'oracle'), None)
     if row['probes']:
         probe = dict(row['probes']['A'])
         before, after = (probe[max(k for k in probe if k <= end)] for end in (clips, 2 * clips))
@@ -265,12 +308,15 @@ def figures(row):
         reached = np.flatnonzero(gain >= 0.5 * final)
         worth = final > 0.01 * np.mean(frozen['loss'][phase_b])        # half of next to nothing is reached at once
         f['t50'] = int(reached[0]) + 1 if worth and len(reached) else None
+        if bound:
+            f['gap_closed'] = (np.array(frozen['loss']) - loss)[phase_b].mean() / (np.array(frozen['loss']) - bound['loss'])[phase_b].mean()
         f['return_cost'] = (loss - np.array(frozen['loss']))[2 * clips:][:early].mean()
     return {key: value if value is None or isinstance(value, int) else float(value) for key, value in f.items()}
 
 
 COLUMNS = [('A1', 'A₁', '.4f'), ('B', 'B', '.4f'), ('B_within', 'within', '.4f'), ('B_beyond', 'beyond', '.4f'),
-           ('B_first', 'B 1-25', '.4f'), ('A2_first', 'A₂ 1-25', '.4f'), ('forgetting', 'forget', '+.4f'), ('t50', 't50', 'd'),
+           ('B_first', 'B 1-25', '.4f'), ('return_cost', 'return', '+.3f'),
+           ('forgetting', 'forget', '+.3f'), ('gap_closed', 'gap', '.0%'), ('t50', 't50', 'd'),
            ('ms_per_clip', 'ms', '.1f')]
 
 
@@ -287,15 +333,16 @@ def title(row):
 
 for row in rows:
     row['figures'] = figures(row)
+columns = [column for column in COLUMNS if any(column[0] in row['figures'] for row in rows)]
 table = io.StringIO()
-print(f'{"loss on the stream, " + str(clips) + " clips a phase":<28}'
-      + ''.join(f'{head:>8}' for _, head, _ in COLUMNS), file=table)
+print(f'{"loss on the stream":<24}'
+      + ''.join(f'{head:>7}' for _, head, _ in columns), file=table)
 for row in rows:
-    print(f'{title(row):<28}' + ''.join(f'{cell(row, key, form):>8}' for key, _, form in COLUMNS), file=table)
-print(f'\n{checkpoints[0]["loss"]} L1, mean over target steps {", ".join(str(int(t) + 1) for t in targets)}; scored before '
-      'the look-back.\nwithin / beyond: clips of B that slide no further / further than any training clip of A.\n'
-      'forget: loss on held-out clips of A after B minus before B.  t50: clips of B to half of the own final gain\n'
-      '(never: no gain of 1 %).\n'
+    print(f'{title(row):<24}' + ''.join(f'{cell(row, key, form):>7}' for key, _, form in columns), file=table)
+print(f'\n{checkpoints[0]["loss"]} L1, mean over target steps {", ".join(str(int(t) + 1) for t in targets)}; {clips} clips a phase, '
+      'scored before\nthe look-back.  within / beyond: clips of B that slide no further / further than any\ntraining clip of A.  return: loss minus frozen loss on the first 25 clips of A₂.  forget: loss on held-out clips\n'
+      'of A after B minus before B.  t50: clips of B to half of the own final gain (never: no gain of 1 %).\n'
+      'gap: share of the way from the frozen loss on B to the oracle\'s.\n'
       + ''.join(f'Rate of {k} tuned on {", ".join(TUNE_ON)} among {", ".join(f"{r:g}" for r in v)}.\n'
                 for k, v in tried.items()), end='', file=table)
 print('\n' + table.getvalue())
@@ -309,7 +356,7 @@ write('table.txt', table.getvalue())
 write('results.json', json.dumps({
     'settings': settings, 'tuning': {k: {str(r): l for r, l in v.items()} for k, v in tried.items()},
     'checkpoints': [{'name': c['name'], 'path': c['path'], 'steps': c['step']} for c in checkpoints],
-    'rows': [{k: v for k, v in row.items() if k != 'shown'} for row in rows]}, indent=1))
+    'rows': [{k: v for k, v in row.items() if k not in ('shown', 'state')} for row in rows]}, indent=1))
 listing = io.StringIO()
 writer = csv.writer(listing)
 writer.writerow(['clip', 'phase', 'beyond_A'] + [title(row) for row in rows])
@@ -333,9 +380,10 @@ def draw():
     several = any(row['model'].startswith('ViT') for row in rows)      # then TTA is drawn for ViT-AC alone
     drawn = [row for row in rows if not (several and row['model'].startswith('HOPE') and 'TTA' in row['method'])]
     colours = dict(zip(map(title, drawn), ['0.6', '0.8'] + [f'C{i}' for i in range(10)]))
-    diagnosed = next((row for row in reversed(rows) if row['diagnostics']), None)
-    fig, axes = plt.subplots(3 if diagnosed else 2, 1, figsize=(9, 10 if diagnosed else 7), sharex=True,
-                             height_ratios=[2, 1.2, 1.2][:3 if diagnosed else 2])
+    diagnosed = next((row for row in reversed(rows) if row['method'].startswith('memory') or row['method'] == 'CMS'), None)
+    panels = ('surprise', 'drift') if diagnosed else ()
+    fig, axes = plt.subplots(2 + len(panels), 1, figsize=(9, 7 + 2.2 * len(panels)), sharex=True,
+                             height_ratios=[2, 1.2, 1, 1][:2 + len(panels)])
     for ax in axes:
         ax.axvspan(clips, 2 * clips, color='0.93', zorder=0)
         ax.margins(x=0.01)
@@ -352,12 +400,17 @@ def draw():
         axes[0].text(x * clips, axes[0].get_ylim()[1] * 0.97, phase, ha='center', va='top')
     axes[0].legend(fontsize=8, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=4)
     axes[1].set(ylabel='held-out probes\nA (solid), B (dashed)', ylim=(0, None))
-    if diagnosed:
+    for ax, panel in zip(axes[2:], panels):
         for key in diagnosed['diagnostics'][0]:
-            axes[2].plot(range(1, 3 * clips + 1), [d[key] for d in diagnosed['diagnostics']], label=key,
-                         ls='--' if key.startswith('CMS') else '-')
-        axes[2].set(ylabel=f'drift from initial weights\n{title(diagnosed)}', ylim=(0, 1.4 * axes[2].get_ylim()[1]))
-        axes[2].legend(fontsize=8, loc='upper left', ncols=2)
+            if key.startswith(panel):
+                values = np.array([d[key] for d in diagnosed['diagnostics']])
+                mean = running_mean(values, 5 if panel == 'surprise' else 1)
+                label = 'look-back loss' if key == panel else key.removeprefix(panel + ', ')
+                ax.plot(np.arange(len(mean)) + len(values) - len(mean) + 1, mean / mean[:clips].mean() if panel == 'surprise' else mean,
+                        label=label, ls='--' if 'CMS' in key else '-', lw=1.2)
+        ax.set(ylabel={'surprise': 'surprise, over its mean in A₁', 'drift': 'drift from initial weights'}[panel]
+               + f'\n{title(diagnosed)}', ylim=(0, 1.3 * ax.get_ylim()[1]))
+        ax.legend(fontsize=8, loc='upper left', ncols=3)
     axes[-1].set_xlabel('clip of the stream')
     fig.tight_layout()
     fig.savefig(os.path.join(out, 'results.png'), dpi=100)

@@ -94,17 +94,23 @@ def render(clips, size, device='cpu'):
     def column(name, *shape):
         return torch.as_tensor(clips[name], dtype=torch.float32, device=device).view(*shape)
     n, scale = len(clips['mu']), size / WORLD
-    pixel = torch.arange(size, device=device, dtype=torch.float32) + 0.5
     centre = column('position', n, FRAMES, 2) * scale
-    x = pixel - centre[..., 0, None]  # (n,F,size)
-    y = pixel - centre[..., 1, None]
+    # Only a box around the object is computed; it is cut off at the border by moving it inside.
+    box = min(size, 2 * int(RADIUS[1] * scale + 2) + 1)
+    corner = (centre.long() - box // 2).clamp(0, size - box)           # (n,F,2)
+    pixel = corner[..., None] + torch.arange(box, device=device)       # (n,F,2,box)
+    x, y = (pixel + 0.5 - centre[..., None]).unbind(2)                 # (n,F,box)
     sector = 2 * torch.pi / column('corners', n, 1, 1, 1)
-    turned = torch.atan2(y[..., :, None], x[..., None, :]) - column('angle', n, 1, 1, 1)  # (n,F,size,size)
+    turned = torch.atan2(y[..., :, None], x[..., None, :]) - column('angle', n, 1, 1, 1)  # (n,F,box,box)
     folded = torch.remainder(turned, sector) - sector / 2
     distance = torch.hypot(y[..., :, None], x[..., None, :]) * folded.cos()
     cover = (0.5 + column('radius', n, 1, 1, 1) * scale * (sector / 2).cos() - distance).clamp(0, 1)
     colour = column('colour', n, 1, 1, 1, 3)
-    return ((BACKGROUND + cover[..., None] * (colour - BACKGROUND)) * 255 + 0.5).to(torch.uint8)
+    painted = ((BACKGROUND + cover[..., None] * (colour - BACKGROUND)) * 255 + 0.5).to(torch.uint8)  # (n,F,box,box,3)
+    frames = torch.full((n * FRAMES, size, size, 3), int(BACKGROUND * 255 + 0.5), dtype=torch.uint8, device=device)
+    across, down = pixel.view(n * FRAMES, 2, box).unbind(1)
+    frames[torch.arange(n * FRAMES, device=device)[:, None, None], down[:, :, None], across[:, None]] = painted.flatten(0, 1)
+    return frames.view(n, FRAMES, size, size, 3)
 
 
 def tubelets(frames, patch):

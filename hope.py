@@ -5,13 +5,16 @@ Source: "Nested Learning: The Illusion of Deep Learning Architectures" (Behrouz 
 that paper's. AC-HOPE-ViT is model.Predictor with HopeBlock: the Titan memory stands where attention stood, the CMS
 where the MLP stood. Everything else (tokens, positions, interface) is shared with ViT-AC.
 """
+import re
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import MLP, rotate
+from configurator import Refusal
+from model import MLP, Attention, rotate
 
-PERIODS = 1, 4, 16           # ticks between the writes of the CMS levels, fast to slow
+MEMORIES = 'k', 'v', 'mem', 'eta', 'alpha'
 
 
 def unit(x):
@@ -23,94 +26,198 @@ class TitanMemory(nn.Module):
     """
     Five associative memories per head with fast weights per clip: M_k, M_v, M_mem (d→d), M_eta, M_alpha (d→1).
 
-    Each is a matrix memory in residual form, M(x) = M_0 x + W x, where M_0 is an ordinary parameter that starts at the
-    identity (zero for eta and alpha, which have one output), and the fast weights W start at 0. All are written with
-    the same keys, so they are the rows of one matrix M (3d+2,d) per clip and head, in the order k, v, mem, eta, alpha
-    (Eq. 83-87). The query does not adapt.
+    memory_hidden = 0: matrix memory, M(x) = M_0 x + W x. Else a two-layer memory, M(x) = M_0 x + W1 tanh(W2 x) (Eq. 89).
+    M_0, and the W1 and W2 that a clip starts from, are ordinary parameters; M_0 starts at the identity (zero for eta and
+    alpha). All five are written with the same keys, so they are the rows of one map R^d → R^(3d+2), in the order of
+    MEMORIES (Eq. 83-87), and share the hidden layer where there is one. The query does not adapt.
+
+    A memory's state is what its fast weights have come to differ from where they started: zero for a new clip, (B,H,3d+2,d)
+    for the matrix memory; for two layers W1 and the transpose of W2, one above the other, (B,H,3d+2+d,memory_hidden).
     """
 
-    def __init__(self, width, heads):
+    def __init__(self, sizes):
         super().__init__()
-        self.heads, d = heads, width // heads
+        width, self.heads = sizes['width'], sizes['heads']
+        d, hidden = width // self.heads, sizes['memory_hidden']
+        self.hidden, self.self_targets, self.surprise, self.dgd = hidden, *(sizes[k] for k in ('self_targets', 'surprise', 'dgd'))
         self.qkv = nn.Linear(width, 3 * width)                         # query, and the inputs of M_k and of M_v
         self.proj = nn.Linear(width, width)
         identity = F.pad(torch.eye(d).repeat(3, 1), (0, 0, 0, 2))      # (3d+2,d)
-        self.memory = nn.Parameter(identity + 0.02 * torch.randn(heads, 3 * d + 2, d))
+        self.memory = nn.Parameter(identity + 0.02 * torch.randn(self.heads, 3 * d + 2, d))
+        if hidden:
+            self.layer1 = nn.Parameter(torch.randn(self.heads, 3 * d + 2, hidden) * 0.1 / hidden ** 0.5)
+            self.layer2 = nn.Parameter(torch.randn(self.heads, hidden, d))
         # An idle action token (all zeros) would read nothing and stay exactly zero through every block, where LayerNorm's
         # gradient is 1/sqrt(eps): over a dozen blocks it overflows. This gives it something to ask for.
-        self.query_bias = nn.Parameter(0.02 * torch.randn(heads, 1, d))
-        self.eta_bias = nn.Parameter(torch.full((heads, 1), 2.0))      # softplus(2) = 2.1: two thirds of the error are written
+        self.query_bias = nn.Parameter(0.02 * torch.randn(self.heads, 1, d))
+        self.eta_bias = nn.Parameter(torch.full((self.heads, 1), 2.0))  # softplus(2) = 2.1: two thirds of the error are written
         # Retention per step exp(-softplus(-4)) = 0.98, so 0.86 over a clip of 8; a memory that starts at 0.5 per step
         # remembers nothing.
-        self.alpha_bias = nn.Parameter(torch.full((heads, 1), -4.0))
+        self.alpha_bias = nn.Parameter(torch.full((self.heads, 1), -4.0))
+        # What a head keeps of its change from one clip to the next. It starts low, 0.05: the last clip's frames lie at the
+        # same times and places as the next one's, and a head must learn to tell them apart before it keeps more.
+        self.carry_bias = nn.Parameter(torch.full((self.heads, 1, 1), -3.0))
+        if self.surprise:
+            self.gate_bias = nn.Parameter(torch.full((self.heads, 1), -2.0))
+        unknown = set(sizes['adapts']) - set(MEMORIES)
+        if unknown or not sizes['adapts']:
+            raise Refusal(f'adapts = {", ".join(sizes["adapts"])!r}: allowed are {", ".join(MEMORIES)}')
+        # Rows that may change. Without self-generated targets there is nothing that eta and alpha could be told.
+        adapts = [m in sizes['adapts'] and (self.self_targets or m not in ('eta', 'alpha')) for m in MEMORIES]
+        rows = torch.tensor(adapts).repeat_interleave(torch.tensor([d, d, d, 1, 1]))[:, None]
+        self.register_buffer('adapting', None if rows.all() else rows, persistent=False)
+        self.diagnostics = None                                        # a list here collects a dict per write
 
-    def forward(self, x, rope_q, rope_k, memory=None):
-        """x (B,T,P,C), memory (B,H,3d+2,d) or None → y (B,T,P,C), memory after the last step's writes."""
+    def forward(self, x, rope, memory=None):
+        """
+        x (B,T,P,C), rope: see Predictor.rope, memory: the state or None → y (B,T,P,C), state after the last step. A call
+        goes on where the state was left: two calls are one long call. Between clips stands hand_over().
+        """
         B, T, P, C = x.shape
         H, d = self.heads, C // self.heads
         qkv = self.qkv(x).view(B, T, P, 3, H, d).permute(3, 1, 0, 4, 2, 5)
         q, k_in, v_in = qkv.to(self.memory.dtype).contiguous()           # each (T,B,H,P,d)
+        rope_q, rope_k = rope
         cos_q, sin_q, cos_k, sin_k = (r.unflatten(2, (T, P)).movedim(2, 0) for r in rope_q + rope_k)  # (T,b,1,P,d)
-        M = self.memory.expand(B, -1, -1, -1) if memory is None else memory
+        if memory is None:
+            rows = (3 * d + 2, d) if not self.hidden else (4 * d + 2, self.hidden)
+            memory = self.memory.new_zeros(B, H, *rows)
         y = []
         with torch.autocast(x.device.type, enabled=False):             # a memory in bfloat16 would lose what it sums up
             q = rotate(unit(q + self.query_bias), (cos_q, sin_q))
             for q_t, k_t, v_t, *rope_t in zip(*(r.unbind(0) for r in (q, k_in, v_in, cos_k, sin_k))):  # chunk = step
-                M = self.write(M, k_t, v_t, rope_t)
-                y.append(q_t @ M[:, :, 2 * d:3 * d].mT)                # read after the write: M_mem(q), (B,H,P,d)
+                memory = self.write(memory, k_t, v_t, rope_t)
+                y.append(self.read(memory, q_t, slice(2 * d, 3 * d)))  # read after the write: M_mem(q), (B,H,P,d)
         y = torch.stack(y, 1).transpose(2, 3).reshape(B, T, P, C)      # (B,T,H,P,d) → (B,T,P,H*d)
-        return self.proj(y), M
+        return self.proj(y), memory
 
-    def write(self, M, k_in, v_in, rope):
+    def hand_over(self, memory):
+        """The state that the next clip starts from."""
+        return self.carry_bias.sigmoid() * memory
+
+    def weights(self, memory):
+        """The state's fast weights as they stand: for two layers (W1, W2), for the matrix memory (M_0 + W,)."""
+        if not self.hidden:
+            return self.memory + memory,
+        rows = self.memory.shape[1]
+        return self.layer1 + memory[:, :, :rows], self.layer2 + memory[:, :, rows:].mT
+
+    def read(self, memory, x, rows=slice(None)):
+        """M(x) for x (B,H,P,d) → (B,H,P,rows)."""
+        weights = self.weights(memory)
+        if not self.hidden:
+            return x @ weights[0][:, :, rows].mT
+        return x @ self.memory[:, rows].mT + (x @ weights[1].mT).tanh() @ weights[0][:, :, rows].mT
+
+    def write(self, memory, k_in, v_in, rope):
         """
-        Write one chunk of P tokens: M (B,H,3d+2,d), k_in and v_in (B,H,P,d) → M after the chunk.
+        Write one chunk of P tokens: state, k_in and v_in (B,H,P,d) → state after the chunk.
 
         k, v, eta, alpha and the self-generated targets t = M_c(v) are taken at the chunk's start M_c (Eq. 90). The
-        tokens of a frame have no order, so they are written together, as one proximal step of DGD's objective: M minimises
-            |M - (M_0 + a (M_c - M_0))|^2 + sum_i eta_i |M k_i - t_i|^2,   a = prod_i alpha_i  (retention),
-        which is M = (M_0 + a (M_c - M_0) + T^T E K) (I + K^T E K)^-1. It contracts for every eta > 0. What is forgotten
-        relaxes to the learned initial memory; relaxing to 0 would unlearn M_0 itself within a few clips.
+        tokens of a frame have no order, so they are written together, as one proximal step of DGD's objective:
+            |W - a W_c|^2 + sum_i eta_i |M(k_i) - t_i|^2,   a = prod_i alpha_i  (retention)
+        is minimised by W = (a W_c + (T - K M_0^T)^T E K) (I + K^T E K)^-1, which contracts for every eta > 0. What is
+        forgotten relaxes to the learned M_0. Of two layers, W1 is written so with the hidden activations as keys, W2
+        with the keys k, towards what one gradient step makes of its output.
         """
         d = k_in.shape[-1]
-        M_k, M_v, _, M_eta_alpha = M.split([d, d, d, 2], dim=2)
-        k = rotate(unit(k_in @ M_k.mT), rope)
-        v = unit(v_in @ M_v.mT)
-        eta, alpha = (k_in @ M_eta_alpha.mT).unbind(-1)                # (B,H,P)
-        # Self-generated targets, kept to unit length where they are longer: P keys that ask for the same M(v) would
-        # otherwise let the memory feed on itself and grow by up to sqrt(P) a step.
-        target = v @ M.mT                                              # (B,H,P,3d+2)
-        vectors = F.normalize(target[..., :3 * d].unflatten(-1, (3, d)), dim=-1, eps=1.0).flatten(-2)
-        target = torch.cat([vectors, F.normalize(target[..., 3 * d:], dim=-1, eps=1.0)], -1)
-        Ek = F.softplus(eta + self.eta_bias)[..., None] * k
+        of_k, of_v, of_mem, of_rates = slice(0, d), slice(d, 2 * d), slice(2 * d, 3 * d), slice(3 * d, None)
+        k = rotate(unit(self.read(memory, k_in, of_k)), rope)
+        v = unit(self.read(memory, v_in, of_v))
+        eta, alpha = self.read(memory, k_in, of_rates).unbind(-1)      # (B,H,P)
+        eta = F.softplus(eta + self.eta_bias)
         # log alpha is divided by P: what a frame retains does not depend on the number of its patches.
         retained = torch.exp(-F.softplus(alpha + self.alpha_bias).mean(-1))[..., None, None]
-        gram = torch.eye(d, device=k.device) + k.mT @ Ek               # (B,H,d,d), symmetric positive definite
-        goal = torch.lerp(self.memory, M, retained) + target.mT @ Ek        # (B,H,3d+2,d)
-        return goal @ torch.linalg.inv_ex(gram)[0]                     # I + PSD is well conditioned; solve() is slower
+        if self.self_targets:
+            # Kept to unit length where they are longer: P keys that ask for the same M(v) would otherwise let the memory
+            # feed on itself and grow by up to sqrt(P) a step.
+            target = self.read(memory, v)                              # (B,H,P,3d+2)
+            vectors = F.normalize(target[..., :3 * d].unflatten(-1, (3, d)), dim=-1, eps=1.0).flatten(-2)
+            target = torch.cat([vectors, F.normalize(target[..., 3 * d:], dim=-1, eps=1.0)], -1)
+        else:
+            target = F.pad(v.repeat(1, 1, 1, 3), (0, 2))
+        if self.surprise or self.hidden or self.diagnostics is not None:
+            error = self.read(memory, k) - target                      # (B,H,P,3d+2)
+            surprise = error[..., of_mem].square().sum(-1)             # |M_mem k - t|^2, (B,H,P)
+        if self.surprise:                                              # the gate opens with the retrieval error
+            gate = surprise / (surprise + F.softplus(self.gate_bias))
+            eta = eta * gate
+        if not self.hidden:
+            new = self.proximal(memory, retained, k, eta, target, self.memory)
+            new = new if self.adapting is None else torch.where(self.adapting, new, memory)
+        else:
+            rows = self.memory.shape[1]
+            w1, w2 = self.weights(memory)
+            z = k @ w2.mT
+            hidden = z.tanh()
+            if self.adapting is not None:
+                error = error * self.adapting.mT
+            step = (error @ w1) * (1 - hidden * hidden)                # gradient of 1/2 |M(k) - t|^2 at the hidden layer's z
+            new1 = self.proximal(memory[:, :, :rows], retained, hidden, eta, target - k @ self.memory.mT, self.layer1)
+            new1 = new1 if self.adapting is None else torch.where(self.adapting, new1, memory[:, :, :rows])
+            new2 = self.proximal(memory[:, :, rows:].mT, retained, k, eta, z - step, self.layer2)
+            new = torch.cat([new1, new2.mT], 2)
+        if self.diagnostics is not None:
+            self.diagnostics.append({
+                'surprise': surprise.sqrt().mean(), 'write strength': (eta / (1 + eta)).mean(),
+                'gate': gate.mean() if self.surprise else torch.ones(()), 'retention': retained.mean(),
+                'write norm': (new - retained * memory).norm(), 'drift': new.norm() / self.memory.norm()})
+        return new
 
+    def proximal(self, change, retained, keys, eta, target, start):
+        """
+        Weights S + W, S the start (H,r,c) and W the change (B,H,r,c), written with keys (B,H,P,c) and targets (B,H,P,r) → W.
 
-def hand_on(memory, clips):
+        With dgd: the minimum of |W - a W_c|^2 + sum eta |(S + W) k - t|^2. Without: one gradient step of its second term,
+        whose rate eta / (1 + sum eta) keeps it from overshooting; what DGD adds is that the step knows of the other keys.
+        """
+        Ek = eta[..., None] * keys
+        kept = start + retained * change
+        if not self.dgd:
+            rate = 1 / (1 + eta.sum(-1))[..., None, None]
+            return kept + rate * (target - keys @ kept.mT).mT @ Ek - start
+        gram = torch.eye(keys.shape[-1], device=keys.device) + keys.mT @ Ek  # symmetric positive definite
+        # I + PSD is well conditioned; solve() is slower
+        return (kept + target.mT @ Ek) @ torch.linalg.inv_ex(gram)[0] - start
+
+class Level(MLP):
     """
-    The memories of b shown clips as the start of a batch of `clips` others: row j*n of the batch is shown clip j (the
-    batch was shown [::n]), and no row gets the memory of a clip of its own group, which could hold its answer.
+    A level of the CMS: what an MLP and a gain of the input add to it, gain * x + fc2(gelu(fc1(x))).
+
+    The gain starts at 0. Written online, it is the one number that scales what passes through the level: what a push does
+    in a world of another mass. log_rates, learned on streams, say how fast each of these weights is written online, against
+    the others. Weights may carry a leading dimension n, one set for each n-th of the batch.
     """
-    if len(memory[0]) < 2:
-        raise ValueError('one shown clip cannot hand its memory to another')
-    return [m.roll(1, 0).repeat_interleave(-(-clips // len(m)), 0)[:clips] for m in memory]
+
+    def __init__(self, width, hidden):
+        super().__init__(width, hidden)
+        self.gain = nn.Parameter(torch.zeros(()))
+        # The gain is one number; a step of the MLP adds up thousands and starts at a tenth of its rate.
+        self.log_rates = nn.ParameterDict({name.replace('.', '_'): nn.Parameter(torch.tensor(0.0 if name == 'gain' else -2.3))
+                                           for name, _ in self.named_parameters()})
+
+    def forward(self, x):
+        """x (B,T,P,C) → (B,T,P,C)."""
+        if self.fc1.weight.dim() == 2:
+            return self.gain * x + super().forward(x)
+        rows = x.reshape(len(self.fc1.weight), -1, x.shape[-1])        # (n,B/n*T*P,C)
+        hidden = F.gelu(torch.baddbmm(self.fc1.bias[:, None], rows, self.fc1.weight.mT))
+        added = torch.baddbmm(self.fc2.bias[:, None], hidden, self.fc2.weight.mT)
+        return (self.gain[:, None, None] * rows + added).view(x.shape)
 
 
 class CMS(nn.Module):
     """
     Continuum Memory System: a chain of residual MLPs, fast to slow (Eq. 70). Every level processes every token; what
-    differs is how often its weights are written online (PERIODS, CMSWriter).
+    differs is how often its weights are written online (CMSWriter).
     """
 
-    def __init__(self, width, hidden):
+    def __init__(self, width, hidden, levels):
         super().__init__()
-        self.levels = nn.ModuleList(MLP(width, hidden) for _ in PERIODS)
+        self.levels = nn.ModuleList(Level(width, hidden) for _ in range(levels))
 
     def forward(self, x):
-        """x (...,C) → what the chain adds to x, (...,C)."""
+        """x (B,T,P,C) → what the chain adds to x, (B,T,P,C)."""
         added = 0                                                      # the block has a residual path of its own, and
         for level in self.levels:                                      # y - x at the end would cancel in bfloat16
             added = added + level(x + added)
@@ -119,52 +226,103 @@ class CMS(nn.Module):
 
 class CMSWriter:
     """
-    The online writes of a predictor's CMS levels: level l is written when the tick counter is a multiple of C_l,
+    The online writes of a predictor's CMS levels, for n streams of clips side by side.
 
-        theta_l <- theta_l0 + retention * (theta_l - theta_l0) - rate / C_l * sum of its gradients since the last write
+        z_hat, memory = writer(z, a, tau=tau)      the predictor as the writes have left it
+        writer.tick(losses, initial_losses)        after the look-back at one clip of every stream
 
-    (Eq. 71 with eta_l = rate / C_l, so that a slow level steps along the mean gradient of its window). The retention
-    towards the learned initial value theta_l0, once per write, lets the fast level forget a passing domain while the
-    slow one hardly moves. One tick per look-back. Changes the weights of the predictor it is given.
+    Holds how far the weights have come from the predictor's own, which are not touched: what training learns is where
+    the writes start. Level l is written when the tick counter is a multiple of its period C_l:
+
+        change_l <- change_l - eta_l * sum of the gradients of L since the last write
+
+    (Eq. 71) with eta_l = rate * exp(log_rate) / C_l, so that a slow level steps along the mean gradient of its window.
+    L = loss^2 / 2: the gradient of the loss times the loss itself, which is the surprise. What is well predicted hardly
+    writes. At every tick all changes are multiplied by a retention that is earned: min(1, initial loss / loss)^2, where
+    the initial loss is that of the unwritten weights on the same clip. Where the old world is back, the writes predict
+    worse than no writes and are forgotten within two clips; where they help they stay, and no decay wears them out.
     """
 
-    def __init__(self, predictor, rate, retention):
-        chains = [block.cms.levels for block in predictor.predictor_blocks]
-        self.levels = [[p for chain in chains for p in chain[i].parameters()] for i in range(len(PERIODS))]
-        self.initial = [[p.detach().clone() for p in level] for level in self.levels]
-        self.sums = [[torch.zeros_like(p) for p in level] for level in self.levels]
-        self.rate, self.retention, self.ticks = rate, retention, 0
+    def __init__(self, predictor, rate, streams=1):
+        self.predictor, self.periods = predictor, predictor.sizes['cms_periods']
+        self.rate, self.streams, self.ticks = rate, streams, 0
+        named = dict(predictor.named_parameters())
+        self.levels = [{name: p for name, p in named.items() if f'cms.levels.{level}.' in name and 'log_rates' not in name}
+                       for level in range(len(self.periods))]
+        self.log_rates = {name: named[re.sub(r'(levels\.\d+\.)(.*)', lambda m: m[1] + 'log_rates.' + m[2].replace('.', '_'), name)]
+                          for level in self.levels for name in level}
+        self.changes = {name: p.new_zeros(streams, *p.shape) for level in self.levels for name, p in level.items()}
+        self.sums = {name: torch.zeros_like(change) for name, change in self.changes.items()}
+        self.retention, self.write_norms = 1.0, [0.0] * len(self.periods)
+        self.refresh()
 
-    def tick(self, loss):
-        """Take the gradients of one look-back loss and write the levels whose turn it is."""
-        grads = iter(torch.autograd.grad(loss, [p for level in self.levels for p in level]))
+    def __call__(self, *args, **kwargs):
+        """The predictor's forward with the written weights; every n-th of the batch has those of its stream."""
+        return torch.func.functional_call(self.predictor, self.weights, args, kwargs)
+
+    def refresh(self):
+        """The written weights. Their gradient is also that of the initial weights (first order)."""
+        self.weights = {name: p + self.changes[name] for level in self.levels for name, p in level.items()}
+
+    def tick(self, losses, initial_losses, retain_graph=False):
+        """
+        Look back at one clip of every stream: write the levels that are due by the gradients of losses (streams,), and
+        forget by what the unwritten weights would have reached, initial_losses (streams,).
+        """
+        gradients = torch.autograd.grad(losses.square().sum() / 2, list(self.weights.values()), retain_graph=retain_graph)
         self.ticks += 1
-        for period, level, initial, sums in zip(PERIODS, self.levels, self.initial, self.sums):
-            for p, start, total in zip(level, initial, sums):
-                total += next(grads)
-                if self.ticks % period == 0:
-                    p.data = start + self.retention * (p.data - start) - self.rate / period * total
-                    total.zero_()
+        for name, gradient in zip(self.weights, gradients):
+            self.sums[name] = self.sums[name] + gradient
+        earned = (initial_losses / losses.detach().clamp(min=1e-12)).clamp(max=1).square()
+        self.changes = {name: earned.view(-1, *[1] * (c.dim() - 1)) * c for name, c in self.changes.items()}
+        for i, (level, period) in enumerate(zip(self.levels, self.periods)):
+            if self.ticks % period == 0:
+                steps = {name: self.rate / period * self.log_rates[name].exp() * self.sums[name] for name in level}
+                for name in level:
+                    self.changes[name] = self.changes[name] - steps[name]
+                    self.sums[name] = torch.zeros_like(self.sums[name])
+                self.write_norms[i] = self.norm(steps, level)
+        self.retention = earned.mean()
+        self.refresh()
 
-    def drift(self):
-        """|theta_l - theta_l0| / |theta_l0| of each level, fast to slow."""
-        return [(sum((p - s).square().sum() for p, s in zip(*pair)) / sum(s.square().sum() for s in pair[1])).sqrt().item()
-                for pair in zip(self.levels, self.initial)]
+    def norm(self, values, level):
+        """Root mean square over the streams of the norm of a level's values."""
+        return (sum(values[name].square().sum() for name in level) / self.streams).sqrt()
+
+    def diagnostics(self):
+        """Per level, fast to slow: writes so far, norm of the last write, drift |change| / |initial weights|."""
+        return [{'writes': self.ticks // period, 'retention': float(self.retention), 'write norm': float(norm),
+                 'drift': float(self.norm(self.changes, level) / sum(p.square().sum() for p in level.values()).sqrt())}
+                for level, period, norm in zip(self.levels, self.periods, self.write_norms)]
+
+    def state(self):
+        """What a later writer needs to go on, for load(): plain values and tensors."""
+        return {'ticks': self.ticks, 'changes': dict(self.changes), 'sums': dict(self.sums)}
+
+    def load(self, state):
+        """Go on from state()."""
+        self.ticks, self.changes, self.sums = state['ticks'], dict(state['changes']), dict(state['sums'])
+        self.refresh()
 
 
 class HopeBlock(nn.Module):
-    """x + Titan(LN x), then x + CMS(LN x)."""
+    """x + Titan(LN x), then x + CMS(LN x). mixer = 'attention' has attention in Titan's place, 'both' adds the two."""
 
     def __init__(self, sizes):
         super().__init__()
         width = sizes['width']
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = TitanMemory(width, sizes['heads'])
+        self.titan = TitanMemory(sizes) if sizes['mixer'] in ('titan', 'both') else None
+        self.attn = Attention(width, sizes['heads']) if sizes['mixer'] in ('attention', 'both') else None
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.cms = CMS(width, sizes['cms_hidden'])
+        self.cms = CMS(width, sizes['cms_hidden'], len(sizes['cms_periods']))
 
-    def forward(self, x, rope_q, rope_k, memory=None):
-        """x (B,T,P,C), memory of this block or None → (B,T,P,C), memory."""
-        y, memory = self.attn(self.norm1(x), rope_q, rope_k, memory)
-        x = x + y
-        return x + self.cms(self.norm2(x)), memory
+    def forward(self, x, rope, memory=None):
+        """x (B,T,P,C), rope: see Predictor.rope, memory of this block or None → (B,T,P,C), memory."""
+        normed, new = self.norm1(x), None
+        if self.titan is not None:
+            y, new = self.titan(normed, rope, memory if memory is None else self.titan.hand_over(memory))
+            x = x + y
+        if self.attn is not None:
+            x = x + self.attn.block_causal(normed, rope)
+        return x + self.cms(self.norm2(x)), new

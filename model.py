@@ -28,7 +28,14 @@ SIZES = {                    # every size of a predictor, with the laptop defaul
     'width': 96,             # C
     'heads': 4,
     'mlp_hidden': 384,       # ViT-AC: hidden width of the MLP
-    'cms_hidden': 120,       # HOPE: hidden width of each of the three CMS levels
+    'cms_hidden': 120,       # HOPE: hidden width of each CMS level
+    'cms_periods': (1, 4, 16),  # HOPE: ticks between the writes of the CMS levels, fast to slow
+    'mixer': 'titan',        # HOPE: 'titan', 'attention' or 'both'
+    'memory_hidden': 0,      # HOPE: hidden width of the two-layer Titan memory; 0 = matrix memory
+    'adapts': ('k', 'v', 'mem', 'eta', 'alpha'),  # HOPE: the memories that are written
+    'self_targets': True,    # HOPE: each memory's target is M(v); else v itself
+    'surprise': True,        # HOPE: writes are gated by the retrieval error
+    'dgd': True,             # HOPE: False leaves out what DGD adds to a gradient step
     'rope': 'paired',        # 'paired' (a true rotation) or 'vjepa2' (the published models' form)
 }
 
@@ -79,6 +86,13 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(y.transpose(1, 2).reshape(B, S, C))
 
+    def block_causal(self, x, rope):
+        """x (B,T,P,C), P tokens per step; a token sees its own and earlier steps → (B,T,P,C)."""
+        B, T, P, C = x.shape
+        step = torch.arange(T * P, device=x.device) // P
+        mask = step[:, None] >= step if T > 1 else None
+        return self(x.view(B, T * P, C), rope[0], rope[1], mask).view(B, T, P, C)
+
 
 class MLP(nn.Module):
     """fc2(gelu(fc1(x))) with the exact-erf GELU."""
@@ -103,12 +117,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width, sizes['mlp_hidden'])
 
-    def forward(self, x, rope_q, rope_k, memory=None):
-        """x (B,T,P,C), P tokens per step; a token sees its own and earlier steps → (B,T,P,C), None (no memory)."""
-        B, T, P, C = x.shape
-        step = torch.arange(T * P, device=x.device) // P
-        mask = step[:, None] >= step if T > 1 else None                # block-causal
-        x = x + self.attn(self.norm1(x).view(B, T * P, C), rope_q, rope_k, mask).view(B, T, P, C)
+    def forward(self, x, rope, memory=None):
+        """x (B,T,P,C), rope: see Predictor.rope → (B,T,P,C), None (no memory)."""
+        x = x + self.attn.block_causal(self.norm1(x), rope)
         return x + self.mlp(self.norm2(x)), None
 
 
@@ -131,7 +142,7 @@ class VideoEncoder(nn.Module):
         rope = angle.cos(), angle.sin()
         x = x.flatten(2).transpose(1, 2).unsqueeze(1)                  # (B,1,S,D): one block of tokens, no mask
         for block in self.blocks:
-            x, _ = block(x, rope, rope)
+            x, _ = block(x, (rope, rope))
         return self.norm(x).squeeze(1)
 
 
@@ -167,7 +178,7 @@ def load_vjepa2(path, part='target_encoder', heads=None):
 class Predictor(nn.Module):
     """Action-conditioned predictor: Linear D→C, action (and state) token and patches per step, blocks, LN, Linear C→D."""
 
-    def __init__(self, sizes, block):
+    def __init__(self, sizes, block, action_cms=None):
         super().__init__()
         width, rest = sizes['width'], sizes['width'] % sizes['heads']
         if rest or width // sizes['heads'] < 6:
@@ -175,6 +186,7 @@ class Predictor(nn.Module):
         self.sizes = sizes
         self.predictor_embed = nn.Linear(sizes['feature_dim'], width)
         self.action_encoder = nn.Linear(sizes['action_dim'], width)
+        self.action_cms = action_cms
         self.state_encoder = nn.Linear(sizes['state_dim'], width) if sizes['state_dim'] else None
         self.predictor_blocks = nn.ModuleList(block(sizes) for _ in range(sizes['depth']))
         self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
@@ -185,7 +197,7 @@ class Predictor(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-                if name.endswith(('.attn.proj', '.fc2')):
+                if name.startswith('predictor_blocks') and name.endswith(('.attn.proj', '.titan.proj', '.fc2')):
                     module.weight.data /= math.sqrt(2 * (int(name.split('.')[1]) + 1))
 
     def rope(self, steps, tau, device):
@@ -210,8 +222,7 @@ class Predictor(nn.Module):
             position = torch.cat([when.expand(-1, -1, len(place), 1), place.expand(*when.shape[:2], -1, 2)], -1)
             angle = rope_angles(position, self.sizes['width'] // self.sizes['heads'], self.sizes['rope'])
             return angle.flatten(1, 2).unsqueeze(1)
-        query, key = angles(query_time), angles(time)
-        return (query.cos(), query.sin()), (key.cos(), key.sin())
+        return tuple((angle.cos(), angle.sin()) for angle in (angles(query_time), angles(time)))
 
     def forward(self, z, a, tau=None, memory=None, states=None):
         """
@@ -228,14 +239,16 @@ class Predictor(nn.Module):
             raise ValueError(f'a jump takes z (B,1,N,D) and tau (B,), not {tuple(z.shape)} and {tuple(tau.shape)}')
         if (states is None) != (self.state_encoder is None):
             raise ValueError('states must be given exactly where the predictor has a state token')
+        if self.action_cms is not None:
+            a = a + self.action_cms(a)
         tokens = [self.action_encoder(a)[:, :, None], self.predictor_embed(z)]
         if states is not None:
             tokens.insert(1, self.state_encoder(states)[:, :, None])
         x = torch.cat(tokens, dim=2)                                   # (B,T,P,C), P = conditions + N
-        rope_q, rope_k = self.rope(T, tau, z.device)
+        rope = self.rope(T, tau, z.device)
         kept = []
         for i, block in enumerate(self.predictor_blocks):
-            x, new = block(x, rope_q, rope_k, None if memory is None else memory[i])
+            x, new = block(x, rope, None if memory is None else memory[i])
             kept.append(new)
         z_hat = self.predictor_proj(self.predictor_norm(x[:, :, -N:]))
         z_hat = F.layer_norm(z_hat, z_hat.shape[-1:])
@@ -248,11 +261,10 @@ def build(**sizes):
     if unknown:
         raise Refusal(f'no predictor has the sizes {", ".join(sorted(unknown))}')
     sizes = {**SIZES, **sizes}
-    if sizes['model'] == 'hope':
-        from hope import HopeBlock as block  # here, because hope.py builds on this file
-    else:
-        block = Block
-    return Predictor(sizes, block)
+    if sizes['model'] == 'vit':
+        return Predictor(sizes, Block)
+    from hope import CMS, HopeBlock  # here, because hope.py builds on this file
+    return Predictor(sizes, HopeBlock, CMS(sizes['action_dim'], 16, len(sizes['cms_periods'])))
 
 
 # ---- losses: L1 on layer-normed features ---------------------------------------------------------------------------

@@ -24,7 +24,7 @@ def adapt(tiny, trained, tmp_path_factory):
         sys.argv, sys.excepthook = argv, hook
 
 
-METHODS = [('LN-TTA', 1e-2), ('full TTA', 1e-2), ('memory', None), ('memory + CMS', 1.0)]
+METHODS = [('LN-TTA', 1e-2), ('action TTA', 1e-2), ('full TTA', 1e-2), ('memory', None), ('CMS', 1.0), ('memory + CMS', 1.0)]
 
 
 def losses(adapt, method, rate, stream):
@@ -54,13 +54,38 @@ def test_every_method_learns_from_the_look_back(adapt, method, rate):
     assert losses(adapt, method, rate, (z2, a))[4:] != losses(adapt, method, rate, (z, a))[4:]
 
 
-@pytest.mark.parametrize('method', ['LN-TTA', 'full TTA'])
+@pytest.mark.parametrize('method', ['LN-TTA', 'action TTA', 'full TTA'])
 def test_rate_zero_is_frozen_bit_for_bit(adapt, method):
     assert losses(adapt, method, 0.0, adapt['stream']) == losses(adapt, 'frozen', None, adapt['stream'])
 
 
-def test_cms_at_rate_zero_is_memory_alone(adapt):
-    assert losses(adapt, 'memory + CMS', 0.0, adapt['stream']) == losses(adapt, 'memory', None, adapt['stream'])
+def test_cms_at_rate_zero_is_without_cms(adapt):
+    """Written weights run through batched products, so the last bit may differ."""
+    for method, without in (('memory + CMS', 'memory'), ('CMS', 'frozen')):
+        assert losses(adapt, method, 0.0, adapt['stream']) == pytest.approx(losses(adapt, without, None, adapt['stream']), rel=1e-5)
+
+
+def test_a_kept_memory_goes_on_where_it_stopped(adapt):
+    """A stream cut in two, with the state handed in, is the uncut stream; without it the second half differs."""
+    z, a = adapt['stream']
+    c, whole = adapt['checkpoints'][0], losses(adapt, 'memory + CMS', 1.0, adapt['stream'])
+    first = adapt['run_stream'](c, 'memory + CMS', 1.0, (z[:7], a[:7]))
+    second = adapt['run_stream'](c, 'memory + CMS', 1.0, (z[7:], a[7:]), start=first['state'])
+    assert first['loss'] + second['loss'] == whole
+    assert adapt['run_stream'](c, 'memory + CMS', 1.0, (z[7:], a[7:]))['loss'] != whole[7:]
+
+
+def test_diagnostics(adapt):
+    """Every block's memory and every CMS level report along the stream; what is not asked for is not computed."""
+    row = adapt['run_stream'](adapt['checkpoints'][0], 'memory + CMS', 1.0, adapt['stream'])
+    last = row['diagnostics'][-1]
+    for b in (1, 2):
+        assert 0 < last[f'surprise, block {b}'] < 2 and 0 < last[f'write strength, block {b}'] < 1
+        assert 0 < last[f'gate, block {b}'] < 1 and 0 < last[f'retention, block {b}'] < 1
+        assert last[f'drift, block {b}'] > 0 and last[f'write norm, block {b}'] > 0
+    assert [last[f'writes, CMS every {c}'] for c in (1, 4, 16)] == [18, 4, 1]
+    assert last['surprise'] == row['loss'][-1] and last['drift, CMS every 1'] > 0
+    assert 'drift, block 1' not in adapt['run_stream'](adapt['checkpoints'][0], 'CMS', 1.0, adapt['stream'])['diagnostics'][-1]
 
 
 def test_a_run_leaves_the_checkpoint_untouched(adapt):
@@ -96,8 +121,9 @@ def test_results(adapt):
     out = adapt['out']
     results = json.load(open(os.path.join(out, 'results.json')))
     names = [' '.join(filter(None, (r['model'], r['method']))) for r in results['rows']]
-    assert names == ['copy', 'blank', 'HOPE frozen', 'HOPE LN-TTA', 'HOPE LN-TTA', 'HOPE full TTA', 'HOPE memory',
-                     'HOPE memory + CMS', 'ViT-AC frozen', 'ViT-AC LN-TTA', 'ViT-AC LN-TTA', 'ViT-AC full TTA']
+    hope, vit = ('memory', 'CMS', 'memory + CMS'), ('LN-TTA', 'action TTA', 'full TTA')
+    assert names == ['copy', 'blank', *(f'HOPE {m}' for m in ('frozen', 'LN-TTA', *hope)),
+                     *(f'ViT-AC {m}' for m in ('frozen', 'LN-TTA', *vit))]
     with open(os.path.join(out, 'results.csv')) as f:
         rows = list(csv.reader(f))
     assert len(rows) == 1 + 18 and [r[1] for r in rows[1:]] == ['A1'] * 6 + ['B'] * 6 + ['A2'] * 6
@@ -108,7 +134,7 @@ def test_results(adapt):
     for file in ('results.png', 'predictions.png'):
         assert os.path.getsize(os.path.join(out, file)) > 5000
     table = open(os.path.join(out, 'table.txt')).read()
-    assert 'HOPE memory + CMS' in table and max(map(len, table.splitlines())) <= 110
+    assert 'HOPE memory + CMS' in table and max(map(len, table.splitlines())) <= 100
 
 
 def test_bad_requests_are_one_line(tiny, trained, tmp_path):
@@ -119,6 +145,7 @@ def test_bad_requests_are_one_line(tiny, trained, tmp_path):
     other = tmp_path / 'other'
     run('prepare.py', f'--name={other}', '--size=32', '--dim=12', '--clips=4', '--test_clips=24')
     assert 'features of size 24' in refused(run('adapt.py', *args, f'--data={other}', *FEW, ok=False))
+    assert 'allowed are' in refused(run('adapt.py', *args, '--methods=frozen,TTA', ok=False))
     assert not (tmp_path / 'aba').exists()
 
 
@@ -129,3 +156,17 @@ def test_a_rollout_checkpoint_is_scored_by_rollout(tiny, trained, tmp_path):
     assert 'rollout L1' in out and 'tuned' not in out
     assert 'different losses' in refused(run('adapt.py', f'--ckpt={tmp_path}/x.pt,{trained["vit"]}', f'--data={tiny}',
                                              f'--out={tmp_path}/aba2', *FEW, ok=False))
+
+
+def test_the_oracle_is_the_bound_that_gaps_are_measured_against(tiny, trained, tmp_path):
+    args = [f'--data={tiny}', *FEW, '--tune_on=', f'--out={tmp_path}/aba']
+    run('adapt.py', f'--ckpt={trained["hope"]}', f'--oracle={trained["vit"]}', '--methods=frozen,memory', *args,
+        f'--memory_out={tmp_path}/memory.pt')
+    rows = {f"{r['model']} {r['method']}": r for r in json.load(open(tmp_path / 'aba' / 'results.json'))['rows']}
+    assert list(rows) == [' copy', ' blank', 'HOPE frozen', 'HOPE memory', 'oracle frozen']
+    b = slice(6, 12)
+    frozen, memory, bound = (sum(rows[name]['loss'][b]) for name in ('HOPE frozen', 'HOPE memory', 'oracle frozen'))
+    assert rows['HOPE memory']['figures']['gap_closed'] == pytest.approx((frozen - memory) / (frozen - bound))
+    run('adapt.py', f'--ckpt={trained["hope"]}', '--methods=memory', *args, f'--memory_in={tmp_path}/memory.pt')
+    again = json.load(open(tmp_path / 'aba' / 'results.json'))['rows'][-1]
+    assert again['loss'][0] != rows['HOPE memory']['loss'][0]

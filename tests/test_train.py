@@ -36,6 +36,54 @@ def test_same_seed_same_result_and_resume_is_exact(kind, tiny, trained, tmp_path
     assert 'max_iters' in refused(run('train.py', *args, f'--out={out}', '--resume=True', '--max_iters=9', ok=False))
 
 
+STREAMS = ['--stream=4', '--stream_from=0.4', '--action_gain=0.5', '--cms_rate=5']
+
+
+def test_streams_resume_exactly(tiny, tmp_path):
+    """Streams begin in mid-run, carry a memory and write the CMS; stopping between and within changes nothing."""
+    args = [*TINY, f'--data={tiny}', *STREAMS]
+    run('train.py', *args, f'--out={tmp_path}/whole.pt')
+    for stop in ('--stop_at=2', '--stop_at=5', '--stop_at=0'):
+        run('train.py', *args, f'--out={tmp_path}/parts.pt', f'--resume={(tmp_path / "parts.pt").exists()}', stop)
+    assert same(tmp_path / 'whole.pt', tmp_path / 'parts.pt')
+    with open(tmp_path / 'whole.csv', newline='') as f:
+        rows = [row for row in csv.DictReader(f) if row['loss']]
+    places = [f'jump_{i}' for i in (1, 2, 3, 4)]
+    assert [all(row[p] for p in places) for row in rows] == [False] * 3 + [True] * 3
+    assert sum(float(rows[-1][p]) for p in places) / 4 == pytest.approx(float(rows[-1]['jump']))
+    trained_rates = [v for k, v in weights(tmp_path / 'whole.pt').items() if k.endswith('levels.0.log_rates.gain')]
+    assert all(v != 0 for v in trained_rates)                          # the rates of the writes are learned, too
+
+
+def test_streams_on_processes_and_micro_batches(tiny, tmp_path):
+    args = [*TINY, f'--data={tiny}', *STREAMS, '--stream_from=0', '--stream=2', '--max_iters=2', '--seed=3']
+    run('train.py', *args, f'--out={tmp_path}/one.pt')
+    run('train.py', *args, f'--out={tmp_path}/two.pt', '--accumulation=2')
+    assert same(tmp_path / 'one.pt', tmp_path / 'two.pt', atol=2e-4)
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    run('train.py', *args, f'--out={tmp_path}/ddp.pt', launcher=torchrun)
+    assert same(tmp_path / 'one.pt', tmp_path / 'ddp.pt', atol=2e-4)
+
+
+def test_bad_streams_are_one_line(tiny, tmp_path):
+    args = [*TINY, f'--data={tiny}', f'--out={tmp_path}/x.pt']
+    assert 'set stream > 1' in refused(run('train.py', *args, '--action_gain=0.5', ok=False))
+    assert 'multiple of' in refused(run('train.py', *args, '--stream=3', ok=False))
+    assert 'no CMS levels' in refused(run('train.py', *args, '--model=vit', '--stream=2', '--cms_rate=1', ok=False))
+    assert 'whole numbers' in refused(run('train.py', *args, '--cms_periods=1,x', ok=False))
+    assert 'more often' in refused(run('train.py', *args, '--cms_periods=0,4', ok=False))
+    assert 'adapts' in refused(run('train.py', *args, '--adapts=key', ok=False))
+
+
+def test_starting_from_another_checkpoint(tiny, trained, tmp_path):
+    run('train.py', *TINY, f'--data={tiny}', '--max_iters=1', f'--init_from={trained["hope"]}', '--learning_rate=1e-9',
+        '--split=fit_B', f'--out={tmp_path}/x.pt')
+    assert same(tmp_path / 'x.pt', trained['hope'], atol=1e-6)
+    line = refused(run('train.py', *TINY, f'--data={tiny}', '--model=vit', f'--init_from={trained["hope"]}',
+                       f'--out={tmp_path}/y.pt', ok=False))
+    assert 'init_from' in line
+
+
 def test_another_seed_gives_another_result(tiny, trained, tmp_path):
     run('train.py', *TINY, f'--data={tiny}', f'--out={tmp_path}/x.pt', '--seed=2')
     assert not same(tmp_path / 'x.pt', trained['hope'], atol=1e-3)

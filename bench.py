@@ -1,0 +1,123 @@
+"""
+Speed: time of forward + backward, FLOP/s, peak memory and their growth with the clip's length, HOPE against ViT-AC.
+
+    python bench.py                                        full size: config/vit_full.py against config/hope_full.py
+    python bench.py --vit=config/vit_jump.py --hope=config/hope_jump.py --features=48 --grid=4     laptop size
+
+Both are timed in turn in one run and compared by their medians: machines are noisy, ratios less so. Peak memory is
+that of a process of its own for each case.
+"""
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from configurator import ROOT, Refusal, configure, read_config
+from model import SIZES, build, jump_loss, pick_device
+
+# what to compare
+vit = 'config/vit_full.py'     # config file of the ViT-AC
+hope = 'config/hope_full.py'   # config file of the HOPE
+features = 1024          # D, feature size [1..]
+grid = 16                # patches per side [1..]
+steps = '8,16,32'        # T, time steps per clip in teacher forcing
+batch = 1                # clips at once [1..]
+# how
+repeats = 3              # timed repetitions of each, after one to warm up [1..]
+threads = 0              # CPU threads; 0 = PyTorch's choice [0..]
+bf16 = False             # autocast to bfloat16
+compile = False          # torch.compile the predictor
+device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
+only = ''                # for the script's own use: one case, its peak memory as JSON
+settings = configure(globals())
+device = pick_device(device)
+if threads:
+    torch.set_num_threads(threads)
+try:
+    LENGTHS = [int(T) for T in steps.split(',')]
+except ValueError:
+    raise Refusal(f'--steps={steps}: must be whole numbers separated by commas') from None
+
+
+def predictor_of(path):
+    """The predictor that a config file describes, on random weights, in training mode."""
+    sizes = {key: value for key, value in read_config(path).items() if key in SIZES}
+    torch.manual_seed(0)
+    net = build(**{**sizes, 'feature_dim': features, 'grid': (grid, grid)}).to(device)
+    if compile:
+        net.compile()
+    return net.train()
+
+
+def case(net, T, jump):
+    """A function that runs one forward + backward on random clips: teacher forcing over T steps, or a jump."""
+    torch.manual_seed(1)
+    z = torch.nn.functional.layer_norm(torch.randn(batch, T + 1, grid * grid, features, device=device), (features,))
+    a = torch.zeros(batch, T + 1, 2, device=device)
+    a[:, 0] = 1
+
+    def run():
+        net.zero_grad(set_to_none=True)
+        with torch.autocast(device.split(':')[0], torch.bfloat16, enabled=bf16):
+            if jump:
+                loss = jump_loss(net, z, a, torch.full((batch,), T, device=device)).mean()
+            else:
+                loss = (net(z[:, :-1], a[:, :-1])[0] - z[:, 1:]).abs().mean()
+        loss.backward()
+        return loss.item()                                             # waits for the device
+    return run
+
+
+def peak_memory(path, T, jump):
+    """Peak memory in MiB of one forward + backward, in a process of its own."""
+    here = [f'--{key}={value}' for key, value in settings.items() if key not in ('only', 'device')]
+    done = subprocess.run([sys.executable, __file__, *here, f'--device={device}', f'--only={path},{T},{int(jump)}'],
+                          capture_output=True, text=True)
+    return json.loads(done.stdout)['peak'] if done.returncode == 0 else float('nan')
+
+
+if only:
+    path, T, jump = only.split(',')
+    case(predictor_of(path), int(T), jump == '1')()
+    if device.startswith('cuda'):
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
+    print(json.dumps({'peak': peak}))
+    sys.exit(0)
+
+nets = {path: predictor_of(path) for path in (vit, hope)}
+for path, net in nets.items():
+    print(f'{path:<24} {sum(p.numel() for p in net.parameters()):>12,} parameters')
+    with torch.no_grad():
+        memory = net(torch.zeros(1, 1, grid * grid, features, device=device), torch.zeros(1, 1, 2, device=device))[1]
+    if memory is not None:
+        print(f'{"":<24} {sum(m.numel() * m.element_size() for m in memory) / 2**20:>12.2f} MiB of memory state per clip')
+what = torch.cuda.get_device_name() if device.startswith('cuda') else f'{device}, {torch.get_num_threads()} threads'
+print(f'{what}, {"bfloat16" if bf16 else "float32"}, batch {batch}, {grid * grid} patches x {features} features; '
+      f'forward + backward, median of {repeats}\n')
+print(f'{"":<22}{"ViT-AC":>10}{"HOPE":>10}{"ratio":>8}{"GFLOP/s":>16}{"peak MiB":>16}{"ratio":>8}')
+for T, jump in [(T, False) for T in LENGTHS] + [(LENGTHS[0], True)]:
+    runs = {path: case(net, T, jump) for path, net in nets.items()}
+    flops, seconds = {}, {path: [] for path in nets}
+    for path, run in runs.items():
+        with FlopCounterMode(display=False) as counter:                # also warms up
+            run()
+        flops[path] = counter.get_total_flops()
+    for _ in range(repeats):
+        for path, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[path].append(time.perf_counter() - start)
+    a, b = (statistics.median(seconds[path]) for path in (vit, hope))
+    speed = ' '.join(f'{flops[path] / t / 1e9:>7.0f}' for path, t in ((vit, a), (hope, b)))
+    peaks = [peak_memory(path, T, jump) for path in (vit, hope)]
+    name = f'jump to step {T + 1}' if jump else f'teacher forcing T={T}'
+    print(f'{name:<22}{a:>8.3f} s{b:>8.3f} s{b / a:>8.2f}{speed:>16}{peaks[0]:>8.0f}{peaks[1]:>8.0f}'
+          f'{peaks[1] / peaks[0]:>8.2f}', flush=True)

@@ -1,0 +1,9 @@
+# The oracle: the trained ViT-AC fine-tuned on other clips of B. Nobody may know B before meeting it; this is the bound.
+# Needs out/vit.pt (config/vit_jump.py); takes 2 minutes on two CPU cores. Its `val` line is on A, where it gets worse.
+model = 'vit'
+init_from = 'out/vit.pt'
+split = 'fit_B'
+depth = 4
+max_iters = 1500
+learning_rate = 1e-3
+out = 'out/oracle.pt'
