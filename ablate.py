@@ -66,11 +66,11 @@ def results(variant, seed):
             f'--resume={os.path.exists(f"{name}.pt")}')
         run('adapt.py', f'--ckpt={name}.pt', f'--data={data}', f'--clips={clips}', f'--probe_clips={clips}',
             f'--tune_clips={tune_clips}', f'--device={device}', f'--out={name}',
-            '--methods=frozen,' + ('LN-TTA' if variant == 'ViT-AC' else 'memory + CMS'))
+            '--methods=frozen,' + ('LN-TTA' if variant == 'ViT-AC' else 'CMS'))
     with open(os.path.join(name, 'results.json'), encoding='utf-8') as f:
         rows = json.load(f)['rows']
     frozen, adapted = (next(r['figures'] for r in rows[::-1] if r['method'] in names)
-                       for names in (('frozen',), ('memory + CMS', 'LN-TTA')))
+                       for names in (('frozen',), ('CMS', 'LN-TTA')))
     with open(f'{name}.csv', newline='', encoding='utf-8') as f:
         speed = np.median([float(row['clips_per_s']) for row in csv.DictReader(f) if row['clips_per_s']])
     return {'A frozen': frozen['A1'], 'A₁': adapted['A1'], 'B frozen': frozen['B'], 'B': adapted['B'],
@@ -85,6 +85,6 @@ for variant in chosen:
     if variant == chosen[0]:
         print(f'{f"{max_iters} steps, seeds {seeds}":<28}' + ''.join(f'{column:>10}' for column in means), file=table)
     print(f'{variant:<28}' + ''.join(f'{v:>10.0f}' if c == 'clips/s' else f'{v:>10.4f}' for c, v in means.items()), file=table)
-print('ViT-AC adapts by tuned LN-TTA, the others by memory + CMS at its tuned rate; clips/s in training.', file=table)
+print('ViT-AC adapts by tuned LN-TTA, the others by CMS writes at their tuned rate; clips/s in training.', file=table)
 print('\n' + table.getvalue())
 write_atomically(os.path.join(out, 'table.txt'), lambda f: f.write(table.getvalue().encode()))

@@ -261,8 +261,10 @@ for c in checkpoints:
     plan = [('frozen', None)]
     if c['name'] != 'oracle':
         plan += [('LN-TTA', 'tuned')]
-        if c['predictor'].sizes['model'] == 'hope':
-            plan += [('memory', None), ('CMS', 'tuned'), ('memory + CMS', 'tuned')]
+        sizes = c['predictor'].sizes
+        if sizes['model'] == 'hope':
+            carrying = sizes['mixer'] != 'attention'                   # else there is no memory to carry
+            plan += [('memory', None)] * carrying + [('CMS', 'tuned')] + [('memory + CMS', 'tuned')] * carrying
         else:
             plan += [('LN-TTA', ln_rate), ('action TTA', 'tuned'), ('full TTA', 'tuned')]
     for method, rate in plan:
@@ -408,8 +410,10 @@ def draw():
                 label = 'look-back loss' if key == panel else key.removeprefix(panel + ', ')
                 ax.plot(np.arange(len(mean)) + len(values) - len(mean) + 1, mean / mean[:clips].mean() if panel == 'surprise' else mean,
                         label=label, ls='--' if 'CMS' in key else '-', lw=1.2)
-        ax.set(ylabel={'surprise': 'surprise, over its mean in A₁', 'drift': 'drift from initial weights'}[panel]
-               + f'\n{title(diagnosed)}', ylim=(0, 1.3 * ax.get_ylim()[1]))
+        if panel == 'drift':
+            ax.set(ylabel=f'drift from initial weights\n{title(diagnosed)}', yscale='log', ylim=(1e-4, 20))
+        else:
+            ax.set(ylabel=f'surprise, over its mean in A₁\n{title(diagnosed)}', ylim=(0, 1.3 * ax.get_ylim()[1]))
         ax.legend(fontsize=8, loc='upper left', ncols=3)
     axes[-1].set_xlabel('clip of the stream')
     fig.tight_layout()

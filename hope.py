@@ -5,8 +5,6 @@ Source: "Nested Learning: The Illusion of Deep Learning Architectures" (Behrouz 
 that paper's. AC-HOPE-ViT is model.Predictor with HopeBlock: the Titan memory stands where attention stood, the CMS
 where the MLP stood. Everything else (tokens, positions, interface) is shared with ViT-AC.
 """
-import re
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -246,14 +244,16 @@ class CMSWriter:
     def __init__(self, predictor, rate, streams=1):
         self.predictor, self.periods = predictor, predictor.sizes['cms_periods']
         self.rate, self.streams, self.ticks = rate, streams, 0
-        named = dict(predictor.named_parameters())
-        self.levels = [{name: p for name, p in named.items() if f'cms.levels.{level}.' in name and 'log_rates' not in name}
-                       for level in range(len(self.periods))]
-        self.log_rates = {name: named[re.sub(r'(levels\.\d+\.)(.*)', lambda m: m[1] + 'log_rates.' + m[2].replace('.', '_'), name)]
-                          for level in self.levels for name in level}
+        self.levels, self.log_rates = [{} for _ in self.periods], {}
+        for place, module in predictor.named_modules():
+            if isinstance(module, Level):
+                for name, p in module.named_parameters():
+                    if not name.startswith('log_rates'):
+                        self.levels[int(place.rpartition('.')[2])][f'{place}.{name}'] = p
+                        self.log_rates[f'{place}.{name}'] = module.log_rates[name.replace('.', '_')]
         self.changes = {name: p.new_zeros(streams, *p.shape) for level in self.levels for name, p in level.items()}
         self.sums = {name: torch.zeros_like(change) for name, change in self.changes.items()}
-        self.retention, self.write_norms = 1.0, [0.0] * len(self.periods)
+        self.retention, self.write_norms = torch.ones(()), [torch.zeros(())] * len(self.periods)
         self.refresh()
 
     def __call__(self, *args, **kwargs):
@@ -291,8 +291,8 @@ class CMSWriter:
 
     def diagnostics(self):
         """Per level, fast to slow: writes so far, norm of the last write, drift |change| / |initial weights|."""
-        return [{'writes': self.ticks // period, 'retention': float(self.retention), 'write norm': float(norm),
-                 'drift': float(self.norm(self.changes, level) / sum(p.square().sum() for p in level.values()).sqrt())}
+        return [{'writes': self.ticks // period, 'retention': self.retention.item(), 'write norm': norm.item(),
+                 'drift': (self.norm(self.changes, level) / sum(p.square().sum() for p in level.values()).sqrt()).item()}
                 for level, period, norm in zip(self.levels, self.periods, self.write_norms)]
 
     def state(self):

@@ -25,7 +25,7 @@ from model import load_vjepa2, pick_device
 # what to make
 name = 'slide'           # data set: data/<name> beside the code, or a folder if it contains a slash
 source = 'physics'       # physics, or a folder <source>/<split>/<clip>/ of your own clips
-clips = 30000            # physics: clips in train; fit_B, for the oracle, has a tenth of them [1..]
+clips = 30000            # physics: clips in train; fit_B, for the oracle, has a fifth of them [1..]
 test_clips = 600         # physics: clips in val and in each test_<domain> [1..]
 seed = 1                 # physics: every random number of the set follows from it [0..]
 # how to encode
@@ -224,7 +224,7 @@ def draw_pictures():
 # ---- what there is to do ---------------------------------------------------------------------------------------------
 if source == 'physics':
     domains = {'train': 'A', 'val': 'A', 'fit_B': 'B', **{f'test_{domain}': domain for domain in data.DOMAINS}}
-    count = {'train': clips, 'fit_B': max(test_clips, clips // 10)}
+    count = {'train': clips, 'fit_B': max(test_clips, clips // 5)}
     splits = {s: physics_split(s, domain, count.get(s, test_clips)) for s, domain in domains.items()}
 else:
     if not os.path.isdir(source):

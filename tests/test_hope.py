@@ -271,7 +271,7 @@ def test_extreme_rates_stay_finite(eta_bias, alpha_bias, variant):
         layer.eta_bias.fill_(eta_bias)
         layer.alpha_bias.fill_(alpha_bias)
         state, inputs = fresh(layer), [chunk(t) for t in range(7)]
-        for t in range(300):
+        for t in range(100):
             k_in, v_in, rope = inputs[t % 7]
             state = layer.write(state, 100 * k_in, 100 * v_in, rope)
     assert state.isfinite().all() and state.abs().max() < 1e4

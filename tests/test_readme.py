@@ -45,12 +45,24 @@ def test_command(command, tiny, trained, tmp_path):
         if '--encoder=vitl' in args:
             args.append(f'--weights={official_weights(tmp_path / "vitl.pt")}')
     elif script == 'train.py':
+        args = [a.replace('out/hope.pt', trained['hope']).replace('out/vit.pt', trained['vit']) for a in args]
         args += [*TINY, f'--data={tiny}', f'--out={tmp_path}/x.pt', '--accumulation=1']
+        starts = {'config/hope_stream.py': trained['hope'], 'config/oracle.py': trained['vit']}
+        args += [f'--init_from={starts[a]}' for a in words[1:] if a in starts]
         if '--resume=True' in args:
             run(script, *[a for a in args if a != '--resume=True'], '--stop_at=3')
     elif script == 'adapt.py':
-        args = [a.replace('out/hope.pt', trained['hope']).replace('out/vit.pt', trained['vit']) for a in args]
+        args = [a.replace('out/hope.pt', trained['hope']).replace('out/vit.pt', trained['vit']).replace('out/oracle.pt', trained['vit'])
+                .replace('out/hope_stream.pt', trained['hope']) for a in args]
         args += [f'--data={tiny}', f'--out={tmp_path}/aba', '--clips=4', '--probe_clips=4', '--tune_clips=1']
+    elif script == 'bench.py':
+        args += ['--features=24', '--grid=2', '--steps=2', '--repeats=1', '--vit=config/vit_jump.py', '--hope=config/hope_jump.py']
+    elif script == 'ablate.py':
+        args += [f'--data={tiny}', f'--out={tmp_path}/ablation', '--clips=4', '--tune_clips=1', '--seeds=1', '--max_iters=2',
+                 '--variants=HOPE,ViT-AC', '--extra=' + ' '.join(TINY), '--device=cpu']
+        assert 'ViT-AC' in run(script, *args).stdout.splitlines()[-3]
+        assert 'no such' not in run(script, *args).stdout              # done already: only prints the table again
+        return
     else:
         raise AssertionError(f'no tiny settings for: {command}')
     run(script, *args, launcher=launcher or ())
