@@ -153,10 +153,10 @@ if checkpoint is None:
                       adapts=tuple(adapts.split(',')), self_targets=self_targets, surprise=surprise, dgd=dgd).to(device)
     if init_from:
         start, _ = load(init_from, device)
-        if start.sizes != predictor.sizes:
-            differ = [f'{k} = {v} (here {predictor.sizes[k]})' for k, v in start.sizes.items() if v != predictor.sizes[k]]
-            raise Refusal(f'init_from = {init_from}: another predictor: {", ".join(differ)}')
-        predictor.load_state_dict(start.state_dict())
+        try:
+            predictor.load_state_dict(start.state_dict())
+        except RuntimeError as error:
+            raise Refusal(f'init_from = {init_from}: not this predictor: {" ".join(str(error).split())[:200]}') from None
 predictor.train()
 named = dict(predictor.named_parameters())
 weights = [p for p in named.values() if p.dim() > 1]
@@ -340,12 +340,13 @@ for step in range(first_step, max_iters):
         left = (now - started) / (done - first_step) * (max_iters - done)
         window = now
         along = f'{later[0]:.4f}' + (f'→{later[-1]:.4f}' if places > 1 else '')  # first and last place of a stream
-        say(f'step {done:>6}/{max_iters} {done / max_iters:>4.0%}  tf {teacher:.4f}  {loss} {along}  '
-            f'λ {share(step):.2f}  lr {rate(step):.1e}  |g| {norm.item():.2f}  {speed:.0f} clips/s  '
+        say(f'step {done:>5}/{max_iters} {done / max_iters:>4.0%}  tf {teacher:.4f}  {loss} {along}  '
+            f'λ {share(step):.2f}  lr {rate(step):.0e}  |g| {norm.item():.1f}  {speed:.0f} clips/s  '
             f'{left // 60:.0f}:{left % 60:02.0f} left')
         mean = sum(later) / places
-        log(step=done, loss=(1 - share(step)) * teacher + share(step) * mean, teacher_forcing=teacher,
-            **{loss: mean, 'lambda': share(step), **(dict(zip(PLACES, later)) if places > 1 else {})}, learning_rate=rate(step), grad_norm=norm.item(), clips_per_s=speed)
+        along_stream = dict(zip(PLACES, later)) if places > 1 else {}
+        log(step=done, loss=(1 - share(step)) * teacher + share(step) * mean, teacher_forcing=teacher, **along_stream,
+            **{loss: mean, 'lambda': share(step)}, learning_rate=rate(step), grad_norm=norm.item(), clips_per_s=speed)
     if done % eval_interval == 0 or stopping:
         val_teacher, val_second, copy = evaluate()
         best = min(best, val_second)
