@@ -87,8 +87,11 @@ if only:
     case(predictor_of(path), int(T), jump == '1')()
     if device.startswith('cuda'):
         peak = torch.cuda.max_memory_allocated() / 2**20
+    elif os.path.exists('/proc/self/status'):                          # on Linux ru_maxrss starts from the parent's peak
+        with open('/proc/self/status') as f:
+            peak = next(int(line.split()[1]) for line in f if line.startswith('VmHWM')) / 2**10
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps({'peak': peak}))
     sys.exit(0)
 
