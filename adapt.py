@@ -178,11 +178,13 @@ def tune(checkpoint, method):
 
 NAMES = {'vit': 'ViT-AC', 'hope': 'HOPE'}
 checkpoints = []
-for path in ckpt.split(',') + [oracle] * bool(oracle):
+for path in [*ckpt.split(','), oracle] if oracle else ckpt.split(','):
     predictor, stored = load(path.strip(), device)
-    name = 'oracle' if path == oracle else NAMES[predictor.sizes['model']]
+    name = NAMES[predictor.sizes['model']]
     if any(name == c['name'] for c in checkpoints):
         name = f'{name} {len(checkpoints) + 1}'
+    if oracle and len(checkpoints) == ckpt.count(',') + 1:             # the last one
+        name = 'oracle'
     steps = stored['clip_steps']
     checkpoints.append({'name': name, 'path': path, 'predictor': predictor, 'loss': stored['loss'], 'step': stored['step'],
                         'targets': torch.arange(steps - stored['jump_last'], steps, device=device)})
@@ -278,6 +280,7 @@ for c in checkpoints:
         rows.append({'model': c['name'], 'method': method, 'rate': rate, **row})
 if memory_out:                                                         # of the last method that has one
     kept = [row['state'] for row in rows if row['state']['memory'] is not None][-1]
+    os.makedirs(os.path.dirname(os.path.abspath(memory_out)), exist_ok=True)
     clip_data.write_atomically(memory_out, lambda f: torch.save({'sizes': checkpoints[0]['predictor'].sizes, **kept}, f))
 
 
@@ -310,8 +313,9 @@ def figures(row):
         reached = np.flatnonzero(gain >= 0.5 * final)
         worth = final > 0.01 * np.mean(frozen['loss'][phase_b])        # half of next to nothing is reached at once
         f['t50'] = int(reached[0]) + 1 if worth and len(reached) else None
-        if bound:
-            f['gap_closed'] = (np.array(frozen['loss']) - loss)[phase_b].mean() / (np.array(frozen['loss']) - bound['loss'])[phase_b].mean()
+        gap = (np.array(frozen['loss']) - bound['loss'])[phase_b].mean() if bound else 0
+        if gap:
+            f['gap_closed'] = (np.array(frozen['loss']) - loss)[phase_b].mean() / gap
         f['return_cost'] = (loss - np.array(frozen['loss']))[2 * clips:][:early].mean()
     return {key: value if value is None or isinstance(value, int) else float(value) for key, value in f.items()}
 
@@ -341,12 +345,15 @@ print(f'{"loss on the stream":<24}'
       + ''.join(f'{head:>7}' for _, head, _ in columns), file=table)
 for row in rows:
     print(f'{title(row):<24}' + ''.join(f'{cell(row, key, form):>7}' for key, _, form in columns), file=table)
-print(f'\n{checkpoints[0]["loss"]} L1, mean over target steps {", ".join(str(int(t) + 1) for t in targets)}; {clips} clips a phase, '
-      'scored before\nthe look-back.  within / beyond: clips of B that slide no further / further than any\ntraining clip of A.  return: loss minus frozen loss on the first 25 clips of A₂.  forget: loss on held-out clips\n'
-      'of A after B minus before B.  t50: clips of B to half of the own final gain (never: no gain of 1 %).\n'
-      'gap: share of the way from the frozen loss on B to the oracle\'s.\n'
-      + ''.join(f'Rate of {k} tuned on {", ".join(TUNE_ON)} among {", ".join(f"{r:g}" for r in v)}.\n'
-                for k, v in tried.items()), end='', file=table)
+print(f"""
+{checkpoints[0]["loss"]} L1, mean over target steps {", ".join(str(int(t) + 1) for t in targets)}; {clips} clips a phase, scored before the look-back.
+within / beyond: clips of B that slide no further / further than any training clip of A.
+return: loss minus frozen loss on the first 25 clips of A₂.
+forget: loss on held-out clips of A after B minus before B.
+t50: clips of B to half of the own final gain (never: no gain of 1 %).
+gap: share of the way from the own frozen loss on B to the oracle's.""", file=table)
+for k, v in tried.items():
+    print(f'Rate of {k} tuned on {", ".join(TUNE_ON)} among {", ".join(f"{r:g}" for r in v)}.', file=table)
 print('\n' + table.getvalue())
 
 
@@ -381,7 +388,7 @@ def draw():
         return
     several = any(row['model'].startswith('ViT') for row in rows)      # then TTA is drawn for ViT-AC alone
     drawn = [row for row in rows if not (several and row['model'].startswith('HOPE') and 'TTA' in row['method'])]
-    colours = dict(zip(map(title, drawn), ['0.6', '0.8'] + [f'C{i}' for i in range(10)]))
+    colours = dict(zip(map(title, drawn), ['0.6', '0.8'] + [f'C{i % 10}' for i in range(len(drawn))]))
     diagnosed = next((row for row in reversed(rows) if row['method'].startswith('memory') or row['method'] == 'CMS'), None)
     panels = ('surprise', 'drift') if diagnosed else ()
     fig, axes = plt.subplots(2 + len(panels), 1, figsize=(9, 7 + 2.2 * len(panels)), sharex=True,

@@ -62,8 +62,8 @@ class TitanMemory(nn.Module):
             raise Refusal(f'adapts = {", ".join(sizes["adapts"])!r}: allowed are {", ".join(MEMORIES)}')
         # Rows that may change. Without self-generated targets there is nothing that eta and alpha could be told.
         adapts = [m in sizes['adapts'] and (self.self_targets or m not in ('eta', 'alpha')) for m in MEMORIES]
-        rows = torch.tensor(adapts).repeat_interleave(torch.tensor([d, d, d, 1, 1]))[:, None]
-        self.register_buffer('adapting', None if rows.all() else rows, persistent=False)
+        rows = torch.tensor([flag for flag, n in zip(adapts, (d, d, d, 1, 1)) for _ in range(n)])[:, None]
+        self.register_buffer('adapting', None if all(adapts) else rows, persistent=False)
         self.diagnostics = None                                        # a list here collects a dict per write
 
     def forward(self, x, rope, memory=None):

@@ -277,9 +277,9 @@ def test_extreme_rates_stay_finite(eta_bias, alpha_bias, variant):
     assert state.isfinite().all() and state.abs().max() < 1e4
 
 
-@pytest.mark.parametrize('variant', [{'surprise': False}, {'surprise': False, 'memory_hidden': 4}], ids=str)
-def test_a_memory_does_not_feed_on_itself(variant):
-    """All keys of a frame ask for the same self-generated target, along the sum of the keys, 10,000 times."""
+@pytest.mark.parametrize('variant, times', [({'surprise': False}, 10_000), ({'surprise': False, 'memory_hidden': 4}, 3_000)], ids=str)
+def test_a_memory_does_not_feed_on_itself(variant, times):
+    """All keys of a frame ask for the same self-generated target, along the sum of the keys, thousands of times."""
     layer = memory_layer(**variant)
     keys = torch.linalg.qr(torch.randn(1, H, d, d).double())[0]
     same = keys.sum(2, keepdim=True).expand(-1, -1, d, -1).contiguous()
@@ -287,7 +287,7 @@ def test_a_memory_does_not_feed_on_itself(variant):
     with torch.no_grad():
         layer.eta_bias.fill_(10.0)
         layer.alpha_bias.fill_(-40.0)
-        for _ in range(10_000):
+        for _ in range(times):
             state = layer.write(state, keys, same, STILL)
     assert state.isfinite().all() and state.norm() < 1000
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import refused, run
 
+import hope
 import model
 from configurator import Refusal, read_config
 
@@ -145,7 +146,15 @@ def test_every_parameter_has_a_gradient_after_two_steps(kind):
     net = train(predictor(kind), steps=2)
     z, a = clips()
     net.zero_grad()
-    (model.teacher_forcing_loss(net, z, a)[0] + model.jump_loss(net, z, a, torch.tensor([2, 3, 4])).mean()).backward()
+    teacher, memory = model.teacher_forcing_loss(net, z, a)
+    loss, tau = teacher + model.jump_loss(net, z, a, torch.tensor([2, 3, 4])).mean(), torch.tensor([4, 4, 4])
+    if kind == 'hope':                                     # what streams train: the handing over, the rates of the writes
+        writer = hope.CMSWriter(net, 1.0, streams=3)
+        for _ in range(16):
+            losses = model.jump_loss(writer, z, a, tau, memory)
+            writer.tick(losses, losses.detach(), retain_graph=True)
+        loss = loss + model.jump_loss(writer, z, a, tau, memory).mean()
+    loss.backward()
     for name, p in net.named_parameters():
         rows = p.grad.flatten(1) if p.dim() == 3 else p.grad.flatten()[None]
         assert (rows.abs().amax(1) > 0).all(), name
@@ -154,19 +163,19 @@ def test_every_parameter_has_a_gradient_after_two_steps(kind):
 def test_initial_values_are_those_of_v_jepa_2():
     """Known mistake 7: a general initialisation that undoes the special values."""
     sizes = dict(width=192, heads=4, mlp_hidden=384, cms_hidden=256, depth=3)
-    for kind, last in (('vit', 'mlp.fc2'), ('hope', 'cms.levels.2.fc2')):
+    for kind, mixer, last in (('vit', 'attn', 'mlp.fc2'), ('hope', 'titan', 'cms.levels.2.fc2')):
         net = predictor(kind, **sizes)
         state = net.state_dict()
         for i in range(3):
-            assert abs(state[f'predictor_blocks.{i}.attn.qkv.weight'].std() / 0.02 - 1) < 0.05
-            for name in ('attn.proj', last):
+            assert abs(state[f'predictor_blocks.{i}.{mixer}.qkv.weight'].std() / 0.02 - 1) < 0.05
+            for name in (f'{mixer}.proj', last):
                 std = state[f'predictor_blocks.{i}.{name}.weight'].std()
                 assert abs(std / (0.02 / math.sqrt(2 * (i + 1))) - 1) < 0.05, (kind, name)
         assert all((p == 0).all() for n, p in net.named_parameters() if n.endswith('.bias'))
     for block in net.predictor_blocks:
-        assert (block.attn.alpha_bias == -4).all() and (block.attn.eta_bias == 2).all()
+        assert (block.titan.alpha_bias == -4).all() and (block.titan.eta_bias == 2).all()
         identity = torch.nn.functional.pad(torch.eye(48).repeat(3, 1), (0, 0, 0, 2))
-        assert (block.attn.memory - identity).abs().max() < 0.2
+        assert (block.titan.memory - identity).abs().max() < 0.2
 
 
 def test_paired_rotation_turns_and_sees_differences_only():
