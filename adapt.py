@@ -178,13 +178,11 @@ def tune(checkpoint, method):
 
 NAMES = {'vit': 'ViT-AC', 'hope': 'HOPE'}
 checkpoints = []
-for path in [*ckpt.split(','), oracle] if oracle else ckpt.split(','):
+for path, role in [(path, '') for path in ckpt.split(',')] + [(oracle, 'oracle')] * bool(oracle):
     predictor, stored = load(path.strip(), device)
-    name = NAMES[predictor.sizes['model']]
+    name = role or NAMES[predictor.sizes['model']]
     if any(name == c['name'] for c in checkpoints):
         name = f'{name} {len(checkpoints) + 1}'
-    if oracle and len(checkpoints) == ckpt.count(',') + 1:             # the last one
-        name = 'oracle'
     steps = stored['clip_steps']
     checkpoints.append({'name': name, 'path': path, 'predictor': predictor, 'loss': stored['loss'], 'step': stored['step'],
                         'targets': torch.arange(steps - stored['jump_last'], steps, device=device)})
@@ -238,7 +236,6 @@ if test_b.physics:
     beyond = travelled(test_b, clips) > travelled(train_clips, len(train_clips)).max()
 
 # ---- run everything ------------------------------------------------------------------------------------------------
-os.makedirs(out, exist_ok=True)
 rows, tried = [], {}
 start = None
 if memory_in:
@@ -250,6 +247,7 @@ if memory_in:
         raise Refusal(f'--memory_in={memory_in}: the memory of another predictor than {checkpoints[0]["path"]}')
 if memory_out and not any(method.startswith('memory') for method in chosen):
     raise Refusal(f'--memory_out={memory_out}: none of --methods={methods} has a memory to keep')
+os.makedirs(out, exist_ok=True)
 targets = checkpoints[0]['targets']
 # Two predictions that know nothing of motion: the first step again, and an empty scene (each patch's median feature).
 # An adapter that only learns to paint over what it cannot place comes down to `blank`: lower is better than that.

@@ -18,8 +18,8 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from configurator import ROOT, Refusal, configure, read_config
-from model import SIZES, build, jump_loss, pick_device
+from configurator import Refusal, configure, read_config
+from model import SIZES, build, jump_loss, pick_device, teacher_forcing_loss
 
 # what to compare
 vit = 'config/vit_full.py'     # config file of the ViT-AC
@@ -68,7 +68,7 @@ def case(net, T, jump):
             if jump:
                 loss = jump_loss(net, z, a, torch.full((batch,), T, device=device)).mean()
             else:
-                loss = (net(z[:, :-1], a[:, :-1])[0] - z[:, 1:]).abs().mean()
+                loss, _ = teacher_forcing_loss(net, z, a)
         loss.backward()
         return loss.item()                                             # waits for the device
     return run

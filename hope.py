@@ -85,7 +85,7 @@ class TitanMemory(nn.Module):
             q = rotate(unit(q + self.query_bias), (cos_q, sin_q))
             for q_t, k_t, v_t, *rope_t in zip(*(r.unbind(0) for r in (q, k_in, v_in, cos_k, sin_k))):  # chunk = step
                 memory = self.write(memory, k_t, v_t, rope_t)
-                y.append(self.read(memory, q_t, slice(2 * d, 3 * d)))  # read after the write: M_mem(q), (B,H,P,d)
+                y.append(self.read(self.weights(memory), q_t, slice(2 * d, 3 * d)))  # read after the write, (B,H,P,d)
         y = torch.stack(y, 1).transpose(2, 3).reshape(B, T, P, C)      # (B,T,H,P,d) → (B,T,P,H*d)
         return self.proj(y), memory
 
@@ -100,9 +100,8 @@ class TitanMemory(nn.Module):
         rows = self.memory.shape[1]
         return self.layer1 + memory[:, :, :rows], self.layer2 + memory[:, :, rows:].mT
 
-    def read(self, memory, x, rows=slice(None)):
-        """M(x) for x (B,H,P,d) → (B,H,P,rows)."""
-        weights = self.weights(memory)
+    def read(self, weights, x, rows=slice(None)):
+        """M(x) for x (B,H,P,d) with the weights() of a state → (B,H,P,rows)."""
         if not self.hidden:
             return x @ weights[0][:, :, rows].mT
         return x @ self.memory[:, rows].mT + (x @ weights[1].mT).tanh() @ weights[0][:, :, rows].mT
@@ -120,22 +119,23 @@ class TitanMemory(nn.Module):
         """
         d = k_in.shape[-1]
         of_k, of_v, of_mem, of_rates = slice(0, d), slice(d, 2 * d), slice(2 * d, 3 * d), slice(3 * d, None)
-        k = rotate(unit(self.read(memory, k_in, of_k)), rope)
-        v = unit(self.read(memory, v_in, of_v))
-        eta, alpha = self.read(memory, k_in, of_rates).unbind(-1)      # (B,H,P)
+        weights = self.weights(memory)
+        k = rotate(unit(self.read(weights, k_in, of_k)), rope)
+        v = unit(self.read(weights, v_in, of_v))
+        eta, alpha = self.read(weights, k_in, of_rates).unbind(-1)     # (B,H,P)
         eta = F.softplus(eta + self.eta_bias)
         # log alpha is divided by P: what a frame retains does not depend on the number of its patches.
         retained = torch.exp(-F.softplus(alpha + self.alpha_bias).mean(-1))[..., None, None]
         if self.self_targets:
             # Kept to unit length where they are longer: P keys that ask for the same M(v) would otherwise let the memory
             # feed on itself and grow by up to sqrt(P) a step.
-            target = self.read(memory, v)                              # (B,H,P,3d+2)
+            target = self.read(weights, v)                             # (B,H,P,3d+2)
             vectors = F.normalize(target[..., :3 * d].unflatten(-1, (3, d)), dim=-1, eps=1.0).flatten(-2)
             target = torch.cat([vectors, F.normalize(target[..., 3 * d:], dim=-1, eps=1.0)], -1)
         else:
             target = F.pad(v.repeat(1, 1, 1, 3), (0, 2))
         if self.surprise or self.hidden or self.diagnostics is not None:
-            error = self.read(memory, k) - target                      # (B,H,P,3d+2)
+            error = self.read(weights, k) - target                     # (B,H,P,3d+2)
             surprise = error[..., of_mem].square().sum(-1)             # |M_mem k - t|^2, (B,H,P)
         if self.surprise:                                              # the gate opens with the retrieval error
             gate = surprise / (surprise + F.softplus(self.gate_bias))
@@ -145,7 +145,7 @@ class TitanMemory(nn.Module):
             new = new if self.adapting is None else torch.where(self.adapting, new, memory)
         else:
             rows = self.memory.shape[1]
-            w1, w2 = self.weights(memory)
+            w1, w2 = weights
             z = k @ w2.mT
             hidden = z.tanh()
             if self.adapting is not None:

@@ -148,13 +148,13 @@ def test_one_token_is_delta_gradient_descent():
         state = 0.1 * torch.randn_like(fresh(layer))
         new = layer.write(state, k_in, v_in, rope)
         M = layer.memory + state
-        k = hope.rotate(hope.unit(layer.read(state, k_in, slice(0, d))), rope)[..., 0, :]
+        k = hope.rotate(hope.unit(layer.read(layer.weights(state), k_in, slice(0, d))), rope)[..., 0, :]
         step = new - state                                             # -beta (M k - target) k^T: rank one, along k
         torch.testing.assert_close(step @ k[..., None] * k[..., None, :], step, rtol=0, atol=1e-10)
-        v = hope.unit(layer.read(state, v_in, slice(d, 2 * d)))
-        target = layer.read(state, v)[..., 0, 2 * d:3 * d]
+        v = hope.unit(layer.read(layer.weights(state), v_in, slice(d, 2 * d)))
+        target = layer.read(layer.weights(state), v)[..., 0, 2 * d:3 * d]
         target = target / target.norm(dim=-1, keepdim=True).clamp(min=1)
-        beta = F.softplus(layer.read(state, k_in)[..., 0, 3 * d] + layer.eta_bias[:, 0])
+        beta = F.softplus(layer.read(layer.weights(state), k_in)[..., 0, 3 * d] + layer.eta_bias[:, 0])
         beta = (beta / (1 + beta))[..., None]
         error = (M[:, :, 2 * d:3 * d] @ k[..., None])[..., 0] - target
         torch.testing.assert_close((step @ k[..., None])[:, :, 2 * d:3 * d, 0], -beta * error, rtol=0, atol=1e-10)
@@ -185,7 +185,7 @@ def test_recall_after_one_write(pairs):
     keys, values = (x / x.norm(dim=-1, keepdim=True) for x in (keys, values))
     still = torch.ones(1, 1, pairs, d), torch.zeros(1, 1, pairs, d)
     state = layer.write(fresh(layer), keys, values, still)
-    before, after = (values - keys).norm(), (values - layer.read(state, keys, slice(2 * d, 3 * d))).norm()
+    before, after = (values - keys).norm(), (values - layer.read(layer.weights(state), keys, slice(2 * d, 3 * d))).norm()
     if pairs == d:
         torch.testing.assert_close(before / after, torch.tensor(1 + eta).double(), rtol=1e-4, atol=0)
     else:
@@ -228,7 +228,7 @@ def test_a_memory_that_is_not_written_is_a_plain_network():
         y, memory = layer(x, (rope, rope))
         assert memory.abs().max() < 1e-12
         q = layer.qkv(x)[..., :H * d].view(B, 2 * P, H, d).transpose(1, 2)
-        read = layer.read(fresh(layer), hope.rotate(hope.unit(q + layer.query_bias), rope), slice(2 * d, 3 * d))
+        read = layer.read(layer.weights(fresh(layer)), hope.rotate(hope.unit(q + layer.query_bias), rope), slice(2 * d, 3 * d))
         torch.testing.assert_close(y, layer.proj(read.transpose(1, 2).reshape(B, 2, P, H * d)), rtol=0, atol=1e-12)
 
 
