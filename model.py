@@ -7,9 +7,12 @@ The V-JEPA 2 family: 3D RoPE, attention, block, frozen video encoder, action-con
 Predictor is the whole interface. ViT-AC is Predictor with the Block below, AC-HOPE-ViT is Predictor with hope.HopeBlock.
 Sources: V-JEPA 2 (Assran et al., 2025), whose parameter names, layout and initialisation are kept.
 """
+import json
 import math
 import os
 import pickle
+import re
+import zipfile
 
 import torch
 import torch.nn as nn
@@ -23,7 +26,7 @@ SIZES = {                    # every size of a predictor, with the laptop defaul
     'feature_dim': 96,       # D
     'action_dim': 2,         # A
     'state_dim': 0,          # size of the optional state token; 0 = none
-    'grid': (4, 4),          # rows, columns of patches; N = rows * columns
+    'grid': (4, 4),          # rows, columns of patches; N = rows * columns; None = square, whatever N is
     'depth': 4,
     'width': 96,             # C
     'heads': 4,
@@ -37,6 +40,7 @@ SIZES = {                    # every size of a predictor, with the laptop defaul
     'surprise': True,        # HOPE: writes are gated by the retrieval error
     'dgd': True,             # HOPE: False leaves out what DGD adds to a gradient step
     'rope': 'paired',        # 'paired' (a true rotation) or 'vjepa2' (the published models' form)
+    'normed_output': True,   # z_hat is layer-normed; the published predictor leaves that to its loss
 }
 
 
@@ -146,31 +150,115 @@ class VideoEncoder(nn.Module):
         return self.norm(x).squeeze(1)
 
 
-HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 22}                # width → heads of the published encoders
+HEADS = {                    # width → heads of the published models
+    'encoder': {768: 12, 1024: 16, 1280: 16, 1408: 22, 1664: 26},
+    'predictor': {1024: 16, 384: 16},
+}
+TENSORS = {                  # how Hugging Face calls what the official files call ...
+    'embeddings.patch_embeddings.proj': 'patch_embed.proj', 'layernorm': 'norm', 'layer': 'blocks',
+    'attention.proj': 'attn.proj', 'attention.query': 'attn.q', 'attention.key': 'attn.k', 'attention.value': 'attn.v',
+}
+
+
+def peek(path):
+    """What a file of torch.save holds, memory-mapped: only tensors that are used are read. Raises Refusal."""
+    try:
+        stored = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, ValueError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
+        raise Refusal(f'{path}: not a file of weights ({type(error).__name__}: {str(error)[:100]})') from None
+    return stored if isinstance(stored, dict) else {}
+
+
+def read_weights(path, part):
+    """
+    The tensors of one part of an official V-JEPA 2 file under their official names → ({name: tensor}, heads or None).
+
+    path: an official .pt, a .safetensors file, or a Hugging Face folder with config.json and *.safetensors. Nothing in a
+    file is executed. Raises Refusal for a missing or broken file, and for a part that it does not have.
+    """
+    if not os.path.exists(path):
+        raise Refusal(f'no V-JEPA 2 weights at {path!r}')
+    files = sorted(f.path for f in os.scandir(path) if f.name.endswith('.safetensors')) if os.path.isdir(path) else [path]
+    if not files:
+        raise Refusal(f'{path}: a folder of weights holds *.safetensors files, this one has none')
+    if not files[0].endswith('.safetensors'):
+        parts = {k: v for k, v in peek(path).items() if isinstance(v, dict) and v}
+        if part not in parts:
+            raise Refusal(f'{path} has no part {part!r}; it has {", ".join(map(repr, parts)) or "none"}')
+        return {str(k).removeprefix('module.').removeprefix('backbone.'): v for k, v in parts[part].items()}, None
+    if part == 'predictor':
+        raise Refusal(f'{path}: Hugging Face files hold no action-conditioned predictor; take vjepa2-ac-vitg.pt')
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise Refusal(f'{path}: .safetensors need the package: pip install safetensors') from None
+    state, heads = {}, None
+    try:
+        for file in files:
+            state |= {k.removeprefix('vjepa2.'): v for k, v in load_file(file).items()}
+        if os.path.exists(config := os.path.join(path, 'config.json')):
+            with open(config, encoding='utf-8') as f:
+                heads = json.load(f).get('num_attention_heads')
+    except (SafetensorError, OSError, ValueError) as error:
+        raise Refusal(f'{path}: not a file of weights ({str(error)[:100]})') from None
+    state = {k.removeprefix('encoder.'): v for k, v in state.items() if k.startswith('encoder.')}
+    for theirs, ours in TENSORS.items():
+        state = {re.sub(rf'(^|\.){re.escape(theirs)}\.', rf'\1{ours}.', k): v for k, v in state.items()}
+    for k in [k for k in state if '.attn.q.' in k]:                    # one linear with rows [q; k; v]
+        names = [k.replace('.attn.q.', f'.attn.{x}.') for x in 'qkv']
+        if all(name in state for name in names):
+            state[k.replace('.attn.q.', '.attn.qkv.')] = torch.cat([state.pop(name) for name in names])
+    return state, heads
 
 
 def load_vjepa2(path, part='target_encoder', heads=None):
     """
-    A V-JEPA 2 video encoder from an official checkpoint → VideoEncoder in eval mode, its sizes read from the weights.
+    A module with official V-JEPA 2 weights, in eval mode, its sizes read from the weights.
 
-    part: 'target_encoder' (what the action-conditioned model was trained on) or 'encoder'. heads: where the width does
-    not tell. Raises Refusal for a missing file or part, and names a missing, unexpected or misshapen tensor.
+    part: 'target_encoder' (what the action-conditioned model was trained on) or 'encoder' → VideoEncoder; 'predictor' →
+    Predictor, called as predictor(z, a, states=s), whose output is not layer-normed (as published). path: see
+    read_weights. heads: where neither the width nor a config.json tells. Raises Refusal that names the first missing,
+    unexpected or misshapen tensor; nothing is half loaded.
     """
-    if not os.path.isfile(path):
-        raise Refusal(f'no V-JEPA 2 weights at {path!r}; get vitl.pt (5.1 GB) from https://dl.fbaipublicfiles.com/vjepa2/ '
-                      'and name it with --weights')
-    stored = torch.load(path, map_location='cpu', weights_only=True)
-    if part not in stored:
-        raise Refusal(f'{path} has no part {part!r}; it has {", ".join(stored)}')
-    state = {k.removeprefix('module.').removeprefix('backbone.'): v for k, v in stored[part].items()}
-    state.pop('pos_embed', None)
-    try:
-        width, depth = len(state['norm.weight']), sum(k.endswith('.norm1.weight') for k in state)
-        encoder = VideoEncoder(width, heads or HEADS[width], depth, len(state['blocks.0.mlp.fc1.bias']))
-        encoder.load_state_dict(state)
-    except (KeyError, RuntimeError) as error:
-        raise Refusal(f'{path}: {part} is not a V-JEPA 2 encoder: {" ".join(str(error).split())[:300]}') from None
-    return encoder.eval()
+    if part not in ('target_encoder', 'encoder', 'predictor'):
+        raise Refusal(f"part {part!r}: allowed are 'target_encoder', 'encoder' and 'predictor'")
+    state, told = read_weights(path, part)
+    where = f'{path}, {part}'
+    if odd := [k for k, v in state.items() if not torch.is_tensor(v)]:
+        raise Refusal(f'{where}: {odd[0]} is not a tensor')
+    state.pop('pos_embed', None)                                       # a stray one; rotary models have no use for it
+    first = 'predictor_blocks' if part == 'predictor' else 'blocks'
+
+    def size(name, axis=0):
+        if name not in state or state[name].dim() <= axis:
+            raise Refusal(f'{where}: tensor {name} is missing')
+        return state[name].shape[axis]
+    width, hidden = size(f'{"predictor_" * (part == "predictor")}norm.weight'), size(f'{first}.0.mlp.fc1.weight')
+    depth = 1 + max(int(k.split('.')[1]) for k in state if re.match(rf'{first}\.\d+\.', k))
+    depth = min(depth, len(state))                                     # a name alone builds no million blocks
+    heads = heads or told or HEADS['predictor' if part == 'predictor' else 'encoder'].get(width)
+    if not heads:
+        raise Refusal(f'{where}: width {width} does not tell the number of heads; name it with heads=')
+    if width % heads:
+        raise Refusal(f'{where}: width {width} is not a multiple of {heads} heads')
+    with torch.device('meta'):                                         # sizes first, memory only when all of them fit
+        if part == 'predictor':
+            net = build(feature_dim=size('predictor_embed.weight', 1), action_dim=size('action_encoder.weight', 1),
+                        state_dim=size('state_encoder.weight', 1), grid=None, depth=depth, width=width,
+                        heads=heads, mlp_hidden=hidden, rope='vjepa2', normed_output=False)
+        else:
+            net = VideoEncoder(width, heads, depth, hidden)
+    for name, tensor in net.state_dict().items():
+        if name not in state:
+            raise Refusal(f'{where}: tensor {name} is missing')
+        if state[name].shape != tensor.shape:
+            raise Refusal(f'{where}: tensor {name} is {tuple(state[name].shape)}, must be {tuple(tensor.shape)}')
+    unexpected = sorted(set(state) - set(net.state_dict()))
+    if unexpected:
+        raise Refusal(f'{where}: {len(unexpected)} unexpected tensors, the first is {unexpected[0]}')
+    net.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
+    return net.eval()
 
 
 # ---- predictor -----------------------------------------------------------------------------------------------------
@@ -188,6 +276,8 @@ class Predictor(nn.Module):
         self.action_encoder = nn.Linear(sizes['action_dim'], width)
         self.action_cms = action_cms
         self.state_encoder = nn.Linear(sizes['state_dim'], width) if sizes['state_dim'] else None
+        if self.state_encoder and sizes['rope'] == 'vjepa2':           # the published weights have it and do not use it
+            self.extrinsics_encoder = nn.Linear(sizes['action_dim'] - 1, width)
         self.predictor_blocks = nn.ModuleList(block(sizes) for _ in range(sizes['depth']))
         self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
         self.predictor_proj = nn.Linear(width, sizes['feature_dim'])
@@ -200,23 +290,22 @@ class Predictor(nn.Module):
                 if name.startswith('predictor_blocks') and name.endswith(('.attn.proj', '.titan.proj', '.fc2')):
                     module.weight.data /= math.sqrt(2 * (int(name.split('.')[1]) + 1))
 
-    def rope(self, steps, tau, device):
+    def rope(self, steps, patches, tau, device):
         """
         (cos, sin) of queries and of keys for `steps` steps of tokens, each broadcastable to (B,H,steps*P,d).
 
         A query sits at the time of the step that it predicts, a key at the time of the step that it comes from:
-        rotating both by the same time would cancel. In the published form queries sit at their own step.
+        rotating both by the same time would cancel. In the published form a query that predicts step t + 1 sits at t.
         """
-        rows, columns = self.sizes['grid']
+        rows, columns = self.sizes['grid'] or [math.isqrt(patches)] * 2
         conditions = 2 if self.state_encoder else 1
         row, column = torch.meshgrid(torch.arange(rows, device=device) * 1.0,
                                      torch.arange(columns, device=device) * (rows / columns), indexing='ij')
         place = F.pad(torch.stack([row.flatten(), column.flatten()], -1), (0, 0, conditions, 0))  # (P,2); action at 0,0
         time = torch.arange(steps, device=device).view(1, steps, 1, 1)
-        if tau is not None:
-            query_time = tau.view(-1, 1, 1, 1)
-        else:
-            query_time = time if self.sizes['rope'] == 'vjepa2' else time + 1
+        query_time = time + 1 if tau is None else tau.view(-1, 1, 1, 1)
+        if self.sizes['rope'] == 'vjepa2':
+            query_time = query_time - 1
 
         def angles(when):                                              # (b,steps,1,1) → (b,1,steps*P,d)
             position = torch.cat([when.expand(-1, -1, len(place), 1), place.expand(*when.shape[:2], -1, 2)], -1)
@@ -231,7 +320,8 @@ class Predictor(nn.Module):
         tau None: z (B,T,N,D), a (B,T,A) → z_hat (B,T,N,D); z_hat[:,t] predicts z[:,t+1] from steps <= t.
         tau (B,) integer, 0-based: z (B,1,N,D), a (B,1,A) → z_hat (B,N,D) predicts step tau in one pass.
         memory: None starts from the learned initial memory, else what an earlier call returned; row b of the batch
-        reads and writes row b alone. Returns (z_hat, memory); ViT-AC's memory is None. z_hat is layer-normed like z.
+        reads and writes row b alone. Returns (z_hat, memory); ViT-AC's memory is None. z_hat is layer-normed like z,
+        but where the predictor comes from load_vjepa2.
         states (B,T,S) where the predictor has a state token. Raises ValueError where shapes do not fit.
         """
         B, T, N, _ = z.shape
@@ -245,13 +335,14 @@ class Predictor(nn.Module):
         if states is not None:
             tokens.insert(1, self.state_encoder(states)[:, :, None])
         x = torch.cat(tokens, dim=2)                                   # (B,T,P,C), P = conditions + N
-        rope = self.rope(T, tau, z.device)
+        rope = self.rope(T, N, tau, z.device)
         kept = []
         for i, block in enumerate(self.predictor_blocks):
             x, new = block(x, rope, None if memory is None else memory[i])
             kept.append(new)
         z_hat = self.predictor_proj(self.predictor_norm(x[:, :, -N:]))
-        z_hat = F.layer_norm(z_hat, z_hat.shape[-1:])
+        if self.sizes['normed_output']:
+            z_hat = F.layer_norm(z_hat, z_hat.shape[-1:])
         return z_hat if tau is None else z_hat[:, 0], None if kept[0] is None else kept
 
 
@@ -316,6 +407,36 @@ def save(path, predictor, **more):
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     checkpoint = {'sizes': predictor.sizes, 'predictor': predictor.state_dict(), **more}
     write_atomically(path, lambda f: torch.save(checkpoint, f))
+
+
+def start_from(predictor, path):
+    """
+    Give a predictor the weights of a checkpoint, ours or an official action-conditioned one → names that start anew.
+
+    Ours must fit in every tensor. Of an official one the encoders of actions and states may have other sizes or be absent
+    here (own clips have a push of two numbers and no states): those start anew or are left out. Raises Refusal else.
+    """
+    new = []
+    if not os.path.isfile(path):
+        raise Refusal(f'init_from = {path}: there is no such file')
+    if 'sizes' in peek(path):
+        state = load(path)[0].state_dict()
+    else:
+        state, mine = load_vjepa2(path, 'predictor', predictor.sizes['heads']).state_dict(), predictor.state_dict()
+        if predictor.sizes['rope'] != 'vjepa2':
+            raise Refusal(f"{path}: official weights know the published rotation only; set rope = 'vjepa2'")
+        for name in {**state, **mine}:
+            if name.startswith(('action_encoder', 'state_encoder', 'extrinsics_encoder')):
+                if name not in mine:
+                    del state[name]
+                elif name not in state or state[name].shape != mine[name].shape:
+                    state[name] = mine[name]
+                    new.append(name)
+    try:
+        predictor.load_state_dict(state)
+    except RuntimeError as error:
+        raise Refusal(f'init_from = {path}: not this predictor: {" ".join(str(error).split())[:200]}') from None
+    return new
 
 
 def load(path, device='cpu'):

@@ -23,13 +23,14 @@ import torch.distributed as dist
 from configurator import ROOT, Refusal, configure
 from data import batch_indices, open_split, read_manifest
 from hope import CMSWriter
-from model import build, jump_loss, load, pick_device, rollout, save, teacher_forcing_loss
+from model import build, jump_loss, load, pick_device, rollout, save, start_from, teacher_forcing_loss
 
 # predictor
 model = 'hope'           # AC-HOPE-ViT or ViT-AC [hope | vit]
 depth = 2                # blocks [1..]
 width = 96               # C, channels inside the predictor; a multiple of heads [6..]
 heads = 4                # attention heads, or Titan memories per block [1..]
+rope = 'paired'          # rotary positions: a true rotation, or the published models' form [paired | vjepa2]
 mlp_hidden = 384         # vit: hidden width of the MLP [1..]
 cms_hidden = 236         # hope: hidden width of each CMS level [1..]
 cms_periods = '1,4,16'   # hope: ticks between the online writes of each CMS level, fast to slow
@@ -57,7 +58,7 @@ stream_from = 0.8        # share of the steps after which streams begin; up to t
 action_gain = 0.0        # each stream's actions are multiplied by one c, log-uniform in e^-gain .. e^gain [0..]
 known_share = 0.5        # share of the streams that keep c = 1 [0..1]
 cms_rate = 0.0           # learning rate of the CMS levels' writes inside a stream; 0 = they are not written [0..]
-init_from = ''           # start from the weights of this checkpoint
+init_from = ''           # start from the weights of this checkpoint, or of the official vjepa2-ac-vitg.pt
 # optimiser: AdamW, warm-up - constant - decay
 max_iters = 3000         # optimiser steps [1..]
 learning_rate = 2e-3     # peak [>0]
@@ -150,13 +151,10 @@ if checkpoint is None:
     predictor = build(model=model, feature_dim=D, action_dim=train_clips.actions.shape[-1], depth=depth, width=width,
                       grid=tuple(train_clips.manifest['grid']), heads=heads, mlp_hidden=mlp_hidden,
                       cms_hidden=cms_hidden, cms_periods=periods, mixer=mixer, memory_hidden=memory_hidden,
-                      adapts=tuple(adapts.split(',')), self_targets=self_targets, surprise=surprise, dgd=dgd).to(device)
+                      adapts=tuple(adapts.split(',')), self_targets=self_targets, surprise=surprise, dgd=dgd, rope=rope).to(device)
     if init_from:
-        start, _ = load(init_from, device)
-        try:
-            predictor.load_state_dict(start.state_dict())
-        except RuntimeError as error:
-            raise Refusal(f'init_from = {init_from}: not this predictor: {" ".join(str(error).split())[:200]}') from None
+        new = start_from(predictor, init_from)
+        say(f'starting from {init_from}' + (f', but anew: {", ".join(new)}' if new else ''))
 predictor.train()
 named = dict(predictor.named_parameters())
 weights = [p for p in named.values() if p.dim() > 1]

@@ -1,0 +1,24 @@
+# Fine-tunes the official V-JEPA 2-AC predictor (305 M parameters) on own clips by its published losses, teacher forcing and
+# a rollout over two steps. Needs vjepa2-ac-vitg.pt (its `predictor`; `target_encoder` is the encoder of the features),
+# a GPU with 40 GB or more (not tried on one yet), and features of ViT-g:
+#   python prepare.py --name=mine_vitg --source=clips --encoder=vitg --weights=vjepa2-ac-vitg.pt
+model = 'vit'
+init_from = 'vjepa2-ac-vitg.pt'
+rope = 'vjepa2'
+depth = 24
+width = 1024
+heads = 16
+mlp_hidden = 4096
+data = 'mine_vitg'
+loss = 'rollout'
+rollout_steps = 2
+batch_size = 32
+accumulation = 4
+teacher_every = 1
+learning_rate = 7.5e-5
+warmup = 0.05
+decay = 0.5
+beta2 = 0.999
+grad_clip = 1.01
+max_iters = 5000
+out = 'out/vjepa2_ac_finetuned.pt'

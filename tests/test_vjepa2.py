@@ -1,0 +1,246 @@
+"""Official V-JEPA 2 weights: the published arithmetic, both file layouts, every kind of wrong file."""
+import json
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, refused, run
+
+import model
+from configurator import Refusal
+
+PARTS = pytest.mark.parametrize('part', ['encoder', 'target_encoder'])
+
+
+def golden(file):
+    return torch.load(os.path.join(os.path.dirname(__file__), file), weights_only=True)
+
+
+def official(tmp_path, file='vjepa2_encoder_tiny.pt', change=lambda checkpoint: None):
+    """A golden file's checkpoint, changed, as a file of its own → path."""
+    checkpoint = golden(file)['checkpoint']
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / 'official.pt')
+    return str(tmp_path / 'official.pt')
+
+
+@PARTS
+def test_encoder_agrees_with_the_published_code(part, tmp_path):
+    reference = golden('vjepa2_encoder_tiny.pt')
+    encoder = model.load_vjepa2(official(tmp_path), part, heads=2)
+    assert not encoder.training
+    torch.testing.assert_close(encoder(reference['video']), reference[f'{part}_out'], atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize('steps', [4, 1])
+def test_predictor_agrees_with_the_published_code(steps, tmp_path):
+    """The action-conditioned predictor with its state token, as it is and with what our losses see, layer-normed."""
+    reference = golden('vjepa2_ac_tiny.pt')
+    predictor = model.load_vjepa2(official(tmp_path, 'vjepa2_ac_tiny.pt'), 'predictor', heads=2)
+    z, a, s = (reference[key][:, :steps] for key in ('z', 'actions', 'states'))
+    expected = reference['out_4_frames' if steps == 4 else 'out_1_frame']
+    z_hat, memory = predictor(z, a, states=s)
+    assert memory is None and not predictor.training
+    torch.testing.assert_close(z_hat, expected, atol=5e-5, rtol=0)
+    predictor.sizes['normed_output'] = True
+    torch.testing.assert_close(predictor(z, a, states=s)[0], F.layer_norm(expected, (48,)), atol=5e-5, rtol=0)
+
+
+def test_a_jump_of_the_published_form_is_teacher_forcing_by_one(tmp_path):
+    reference = golden('vjepa2_ac_tiny.pt')
+    predictor = model.load_vjepa2(official(tmp_path, 'vjepa2_ac_tiny.pt'), 'predictor', heads=2)
+    z, a, s = (reference[key][:, :1] for key in ('z', 'actions', 'states'))
+    one, three = (predictor(z, a, tau=torch.full((len(z),), t), states=s)[0] for t in (1, 3))
+    torch.testing.assert_close(one, predictor(z, a, states=s)[0][:, 0], atol=1e-6, rtol=0)
+    assert (one - three).abs().mean() > 1e-3
+
+
+def test_true_sizes():
+    """ViT-L, ViT-H, ViT-g and the action-conditioned predictor have the published numbers of parameters."""
+    def count(net):
+        return sum(p.numel() for p in net.parameters())
+    with torch.device('meta'):
+        assert count(model.VideoEncoder(1024, 16, 24, 4096)) == 303_885_312
+        assert count(model.VideoEncoder(1408, 22, 40, 6144)) == 1_012_173_952
+        assert count(model.build(feature_dim=1408, action_dim=7, state_dim=7, depth=24, width=1024, heads=16, mlp_hidden=4096,
+                                 grid=None, rope='vjepa2')) == 305_220_992
+
+
+def test_features_of_low_variance_feel_the_eps(tmp_path):
+    """LayerNorm's eps is 1e-6: 1e-5 would shift what a nearly flat video gives by far more than rounding."""
+    encoder = model.load_vjepa2(official(tmp_path), heads=2)
+    flat = 1e-3 * golden('vjepa2_encoder_tiny.pt')['video']
+    with torch.no_grad():
+        encoder.patch_embed['proj'].bias.zero_()
+        right = encoder(flat)
+        for module in encoder.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                assert module.eps == 1e-6
+                module.eps = 1e-5
+        assert (encoder(flat) - right).abs().max() > 0.02
+
+
+def test_the_tiled_rotation_by_hand():
+    """y_i = x_i cos(p w_{i mod n/2}) + J(x)_i sin(p w_{i mod n/2}), and no true rotation: it changes lengths' products."""
+    generator = torch.Generator().manual_seed(0)
+    x, position, n = torch.randn(24, generator=generator).double(), (3.0, 5.0, 2.0), 8
+    angle = model.rope_angles(torch.tensor(position), 24, 'vjepa2').double()
+    turned = model.rotate(x, (angle.cos(), angle.sin()))
+    for axis, p in enumerate(position):
+        for i in range(n):
+            w = 10000 ** (-2 * (i % (n // 2)) / n)
+            j = axis * n + i
+            J = -x[j + 1] if i % 2 == 0 else x[j - 1]
+            expected = x[j] * torch.cos(torch.tensor(p * w)) + J * torch.sin(torch.tensor(p * w))
+            assert abs(turned[j] - expected) < 1e-5
+    assert abs(turned.norm() - x.norm()) > 1e-3
+
+
+def test_non_square_grids_are_scaled_as_published():
+    net = model.build(feature_dim=8, width=24, heads=2, depth=1, mlp_hidden=16, grid=(2, 4), rope='vjepa2')
+    (cos, _), _ = net.rope(1, 8, None, 'cpu')
+    angle = model.rope_angles(torch.tensor([[0, 1, 3 * 2 / 4]]), 12, 'vjepa2')
+    torch.testing.assert_close(cos[0, 0, 1 + 7], angle[0].cos())      # row 1, column 3 of a 2 x 4 grid; the action is first
+
+
+# ---- wrong files -----------------------------------------------------------------------------------------------------
+
+def drop(key):
+    return lambda checkpoint: checkpoint['target_encoder'].pop(f'module.backbone.{key}')
+
+
+def put(key, value):
+    return lambda checkpoint: checkpoint['target_encoder'].update({f'module.backbone.{key}': value})
+
+
+@pytest.mark.parametrize('change, words', [
+    (drop('blocks.1.norm2.bias'), ['blocks.1.norm2.bias', 'missing']),
+    (drop('norm.weight'), ['norm.weight', 'missing']),
+    (drop('patch_embed.proj.bias'), ['patch_embed.proj.bias', 'missing']),
+    (put('blocks.0.attn.gamma', torch.zeros(3)), ['blocks.0.attn.gamma', 'unexpected']),
+    (put('blocks.0.attn.qkv.weight', torch.zeros(3, 48)), ['blocks.0.attn.qkv.weight', '(3, 48)', '(144, 48)']),
+    (put('blocks.99999999.norm1.bias', torch.zeros(48)), ['missing']),
+    (put('norm.bias', 'text'), ['norm.bias', 'not a tensor']),
+    (lambda checkpoint: checkpoint.pop('target_encoder'), ["no part 'target_encoder'", "'encoder'"]),
+])
+def test_what_is_missing_unexpected_or_misshapen_is_named(change, words, tmp_path):
+    with pytest.raises(Refusal) as refusal:
+        model.load_vjepa2(official(tmp_path, change=change), heads=2)
+    assert all(word in str(refusal.value) for word in words), refusal.value
+    assert '\n' not in str(refusal.value)
+
+
+def test_a_stray_position_table_is_tolerated_and_heads_are_asked_for(tmp_path):
+    reference = golden('vjepa2_encoder_tiny.pt')
+    path = official(tmp_path, change=put('pos_embed', torch.zeros(1, 18, 48)))
+    torch.testing.assert_close(model.load_vjepa2(path, heads=2)(reference['video']), reference['target_encoder_out'], atol=5e-5, rtol=0)
+    for arguments, words in ((dict(), 'heads='), (dict(heads=5), 'not a multiple'), (dict(part='decoder'), 'target_encoder')):
+        with pytest.raises(Refusal, match=words):
+            model.load_vjepa2(path, **arguments)
+    with pytest.raises(Refusal, match="no part 'predictor'"):
+        model.load_vjepa2(path, 'predictor', heads=2)
+    with pytest.raises(Refusal, match='no V-JEPA 2 weights at'):
+        model.load_vjepa2(str(tmp_path / 'none.pt'))
+    (tmp_path / 'text.pt').write_text('hello')
+    with pytest.raises(Refusal, match='not a file of weights'):
+        model.load_vjepa2(str(tmp_path / 'text.pt'))
+    (tmp_path / 'folder').mkdir()
+    with pytest.raises(Refusal, match='has none'):
+        model.load_vjepa2(str(tmp_path / 'folder'))
+
+
+def test_weights_never_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'pwned'),)
+    torch.save({'target_encoder': {'module.norm.weight': Evil()}}, tmp_path / 'evil.pt')
+    with pytest.raises(Refusal, match='not a file of weights'):
+        model.load_vjepa2(str(tmp_path / 'evil.pt'))
+    assert not (tmp_path / 'pwned').exists()
+
+
+# ---- against transformers --------------------------------------------------------------------------------------------
+
+def hugging_face(tmp_path, frames=4, side=32, **more):
+    """transformers' V-JEPA 2 with random weights, saved as people get it → model, folder."""
+    transformers = pytest.importorskip('transformers', reason='the comparison with transformers: pip install transformers')
+    pytest.importorskip('safetensors')
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=2, crop_size=side, frames_per_clip=frames,
+                 pred_hidden_size=24, pred_num_hidden_layers=1, pred_num_attention_heads=2, attn_implementation='sdpa')
+    theirs = transformers.VJEPA2Model(transformers.VJEPA2Config(**{**sizes, **more})).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():                                  # biases and gains that are not trivial
+            p += 0.1 * torch.randn_like(p)
+    theirs.save_pretrained(tmp_path / 'hf')
+    return theirs, str(tmp_path / 'hf')
+
+
+@pytest.mark.parametrize('shape, more', [
+    ((4, 32, 32), {}), ((16, 32, 48), {}), ((2, 64, 32), {}), ((5, 32, 32), {}), ((4, 40, 56), {}), ((16, 32, 32), {}),
+    ((8, 48, 48), dict(hidden_size=96, num_attention_heads=4, num_hidden_layers=3, mlp_ratio=3)),
+    ((4, 32, 32), dict(hidden_size=128, num_attention_heads=2)),
+])
+def test_encoder_agrees_with_transformers(shape, more, tmp_path):
+    """Sizes, longer and non-square clips, frames and pixels that fill no patch, and the gradients."""
+    theirs, folder = hugging_face(tmp_path, side=shape[1], **more)
+    ours = model.load_vjepa2(folder)
+    if shape[1] != shape[2]:                                           # transformers counts rows and columns on a square crop
+        grid = torch.cartesian_prod(*map(torch.arange, (shape[0] // 2, shape[1] // 16, shape[2] // 16)))
+        for layer in theirs.encoder.layer:
+            layer.attention.get_position_ids = lambda x, masks=None: grid.unbind(1)
+    video = torch.randn(2, 3, *shape)
+    x, y = video.clone().requires_grad_(), video[:, :, :shape[0] // 2 * 2].clone().requires_grad_()
+    features = ours(x)
+    expected = theirs.get_vision_features(y.transpose(1, 2))
+    assert features.shape == (2, shape[0] // 2 * (shape[1] // 16) * (shape[2] // 16), more.get('hidden_size', 48))
+    torch.testing.assert_close(features, expected, atol=5e-5, rtol=0)
+    features.square().mean().backward()
+    expected.square().mean().backward()
+    torch.testing.assert_close(x.grad[:, :, :shape[0] // 2 * 2], y.grad, atol=1e-7, rtol=1e-3)
+    weight = theirs.encoder.layer[1].attention.key.weight.grad
+    torch.testing.assert_close(ours.blocks[1].attn.qkv.weight.grad.chunk(3)[1], weight, atol=1e-7, rtol=1e-3)
+
+
+def test_hugging_face_files_are_strict_too(tmp_path):
+    _, folder = hugging_face(tmp_path)
+    from safetensors.torch import load_file, save_file
+    file = os.path.join(folder, 'model.safetensors')
+    with pytest.raises(Refusal, match='vjepa2-ac-vitg.pt'):
+        model.load_vjepa2(folder, 'predictor')
+    state = load_file(file)
+    one = model.load_vjepa2(file, heads=2)                             # the file alone does not tell the heads
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), model.load_vjepa2(folder).parameters()))
+    removed = state.pop('encoder.layer.1.attention.key.weight')
+    save_file(state, file)
+    with pytest.raises(Refusal, match='blocks.1.attn.qkv.weight'):
+        model.load_vjepa2(folder)
+    save_file({**state, 'encoder.layer.1.attention.key.weight': removed, 'encoder.layer.1.extra.bias': removed.clone()}, file)
+    with pytest.raises(Refusal, match='blocks.1.extra.bias'):
+        model.load_vjepa2(folder)
+    with open(file, 'wb') as f:
+        f.write(b'no tensors')
+    with pytest.raises(Refusal, match='not a file of weights'):
+        model.load_vjepa2(folder)
+    assert json.load(open(os.path.join(folder, 'config.json')))['num_attention_heads'] == 2
+
+
+# ---- fine-tuning -----------------------------------------------------------------------------------------------------
+
+def test_official_weights_are_fine_tuned_on_own_data(tiny, tmp_path):
+    """init_from takes an official predictor: only the encoders of other actions and states start anew."""
+    torch.manual_seed(0)
+    published = model.build(feature_dim=24, action_dim=7, state_dim=7, grid=None, depth=2, width=24, heads=2, mlp_hidden=32,
+                            rope='vjepa2')
+    torch.save({'predictor': {f'module.{k}': v for k, v in published.state_dict().items()}}, tmp_path / 'ac.pt')
+    args = [*TINY, f'--data={tiny}', '--model=vit', f'--init_from={tmp_path}/ac.pt', '--loss=rollout', '--max_iters=1',
+            '--learning_rate=1e-9', f'--out={tmp_path}/x.pt']
+    assert "set rope = 'vjepa2'" in refused(run('train.py', *args, ok=False))
+    out = run('train.py', *args, '--rope=vjepa2').stdout
+    assert 'anew: action_encoder.weight' in out and 'predictor_embed' not in out
+    net, _ = model.load(str(tmp_path / 'x.pt'))
+    for name, p in published.named_parameters():
+        if name.split('.')[0] not in ('action_encoder', 'state_encoder', 'extrinsics_encoder'):
+            torch.testing.assert_close(net.get_parameter(name), p, atol=1e-6, rtol=0)
+    assert 'predictor_blocks.1' in refused(run('train.py', *args, '--rope=vjepa2', '--depth=1', f'--out={tmp_path}/y.pt', ok=False))
