@@ -4,15 +4,19 @@ Prepare features: simulate or import clips, encode them with a frozen encoder, w
     python prepare.py                                           the laptop default: data/slide, under a minute
     python prepare.py --name=slide256 --size=256 --dim=1024 --clips=1000                    full-size tensors
     python prepare.py --name=mine --source=clips                                           your own clips (README)
-    python prepare.py --name=slide_vitl --size=256 --encoder=vitl --weights=vitl.pt --clips=1000 --device=cuda
+    python prepare.py --name=slide_vitl --encoder=vitl --clips=1000       with V-JEPA 2; downloads its weights once
 
 Interrupted, the same command goes on where it stopped; a finished set is left alone. data/<name>/clips.png shows clips
 of each domain, data/<name>/displacement.png how far objects slide in A and B.
 """
+import http.client
 import json
 import os
+import re
 import sys
 import time
+import urllib.error
+import urllib.request
 
 import numpy as np
 import torch
@@ -24,16 +28,19 @@ from model import load_vjepa2, pick_device
 
 # what to make
 name = 'slide'           # data set: data/<name> beside the code, or a folder if it contains a slash
-source = 'physics'       # physics, or a folder <source>/<split>/<clip>/ of your own clips
+source = 'physics'       # physics, or a folder of your own clips: <source>/<split>/<clip>, or <source>/<clip> with --split
+split = ''               # own clips by their numbers: train:17000-21999,B:22000-22999,A2:23000-23999; '' = by folder
+skip_bad = False         # own clips: leave out what cannot be read, name it and count it
 clips = 30000            # physics: clips in train; fit_B, for the oracle, has a fifth of them [1..]
 test_clips = 600         # physics: clips in val and in each test_<domain> [1..]
 seed = 1                 # physics: every random number of the set follows from it [0..]
 # how to encode
-size = 64                # picture size in pixels, a multiple of 16; own videos are resized and centre-cropped [16..]
-encoder = 'patch'        # frozen encoder: low spatial frequencies of each patch, or V-JEPA 2 [patch | vitl]
+size = 0                 # picture size in pixels, a multiple of 16; 0 = 64 for patch, what the V-JEPA 2 model saw else [0..]
+encoder = 'patch'        # frozen: low spatial frequencies of each patch, or V-JEPA 2 [patch | vitl | vith | vitg | vitg384]
 dim = 48                 # patch: D, the number of lowest frequencies kept [3..1536]
-weights = ''             # vitl: path of the official vitl.pt
-encode = 'step'          # vitl: each step's own frames, or all frames at once (then z_1 sees the future) [step | clip]
+weights = ''             # V-JEPA 2: official .pt, .safetensors or Hugging Face folder; '' = download once into torch's cache
+part = 'target_encoder'  # V-JEPA 2: which encoder of an official .pt [target_encoder | encoder]
+encode = 'step'          # V-JEPA 2: each step's own frames, or all at once (then z_1 sees the future) [step | clip]
 # where
 device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
 batch = 32               # clips encoded at once [1..]
@@ -42,9 +49,71 @@ device = pick_device(device)
 
 PATCH = 16                   # pixels per patch side, as in ViT-L/16
 SHARD_BYTES = 128 * 2**20    # an interrupted run loses at most one shard
+TOKENS = 2**14               # tokens that V-JEPA 2 encodes at once: what bounds its memory, whatever the batch
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as V-JEPA 2 was trained
+MODELS = {                   # the official encoders: repository on Hugging Face, pixels; 1.3, 2.6, 4.1, 4.1 GB
+    'vitl': ('facebook/vjepa2-vitl-fpc64-256', 256),
+    'vith': ('facebook/vjepa2-vith-fpc64-256', 256),
+    'vitg': ('facebook/vjepa2-vitg-fpc64-256', 256),
+    'vitg384': ('facebook/vjepa2-vitg-fpc64-384', 384),
+}
+VIDEOS = '.mp4', '.avi', '.mov', '.mkv', '.webm'
+size = size or (64 if encoder == 'patch' else MODELS[encoder][1])
 if size % PATCH:
     raise Refusal(f'--size={size}: must be a multiple of {PATCH}')
+if split and source == 'physics':
+    raise Refusal(f'--split={split}: numbers clips of your own; name their folder with --source')
+
+
+# ---- official weights --------------------------------------------------------------------------------------------------
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """The first answer of the server carries the size and sha256 of a file; where it sends us does not."""
+
+    def redirect_request(self, *args):
+        return None
+
+
+def download(repository, path):
+    """
+    The official weights of a Hugging Face repository, into path, once. An interrupted download goes on where it stopped;
+    size and sha256 are compared with the server's before the file gets its name. Raises Refusal without network.
+    """
+    try:
+        import safetensors  # noqa: F401  before a gigabyte is fetched that could not be read
+    except ImportError:
+        raise Refusal(f'--encoder={encoder}: official weights need the package: pip install safetensors') from None
+    url = f'{os.environ.get("HF_ENDPOINT", "https://huggingface.co")}/{repository}/resolve/main/model.safetensors'
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    partial = path + '.part'
+    try:
+        try:
+            answer = urllib.request.build_opener(NoRedirect).open(urllib.request.Request(url, method='HEAD'), timeout=30)
+        except urllib.error.HTTPError as error:
+            if not 300 <= error.code < 400:
+                raise
+            answer = error
+        digest = (answer.headers.get('X-Linked-Etag') or '').strip('"')
+        length = int(answer.headers.get('X-Linked-Size') or 0)
+        if not re.fullmatch('[0-9a-f]{64}', digest) or not length:
+            raise Refusal(f'{url}: the server names no size and sha256 to check a download by')
+        done = os.path.getsize(partial) if os.path.exists(partial) else 0
+        if done < length:
+            request = urllib.request.Request(url, headers={'Range': f'bytes={done}-'})
+            with urllib.request.urlopen(request, timeout=30) as body, open(partial, 'ab') as f:
+                if body.status != 206:                                 # the server starts from the beginning
+                    f.truncate(done := 0)
+                for _ in data.progress(range(-(-(length - done) // 2**20)), f'downloading {encoder}', 'MiB'):
+                    f.write(body.read(2**20))
+    except (OSError, http.client.HTTPException) as error:              # URLError, a timeout, a full disk
+        raise Refusal(f'--encoder={encoder}: cannot download ({error}); get model.safetensors from https://huggingface.co/{repository} '
+                      f'or {encoder.replace("384", "-384")}.pt from https://dl.fbaipublicfiles.com/vjepa2/ and name it with --weights') from None
+    if os.path.getsize(partial) < length:
+        raise Refusal(f'{url}: the connection ended after {os.path.getsize(partial):,} of {length:,} bytes; the same command goes on')
+    if os.path.getsize(partial) > length or data.sha256(partial) != digest:
+        os.remove(partial)
+        raise Refusal(f'{url}: what came does not have the sha256 that the server named; try again')
+    os.replace(partial, path)
 
 
 # ---- frozen encoders: uint8 frames (n,F,H,W,3) → features (n,T,N,D) --------------------------------------------------
@@ -71,17 +140,21 @@ def patch_encode(frames):
 
 
 @torch.inference_mode()
-def vitl_encode(frames):
+def vjepa2_encode(frames):
     """V-JEPA 2: (n,T,N,D), each step's frames encoded alone (encode='step') or the whole clip at once ('clip')."""
     n, steps = len(frames), frames.shape[1] // data.TUBELET
     video = (frames.permute(0, 4, 1, 2, 3).float() / 255 - stats[0]) / stats[1]         # n,3,F,H,W
     if encode == 'step':
         video = video.unflatten(2, (steps, data.TUBELET)).movedim(2, 1).flatten(0, 1)   # n*T,3,t,H,W
+    tokens = video.shape[2] // data.TUBELET * (size // PATCH) ** 2                       # of one forward pass's item
     with torch.autocast('cuda', torch.bfloat16, enabled=str(device).startswith('cuda')):
-        return vitl(video).float().view(n, steps, (size // PATCH) ** 2, -1)
+        z = torch.cat([vjepa2(part).float() for part in video.split(max(1, TOKENS // tokens))])
+    return z.view(n, steps, (size // PATCH) ** 2, -1)
 
 
-# ---- sources: a split is (number of clips, actions (n,T,A), physics, frames(i,j) or features(i,j)) -------------------
+# ---- sources -----------------------------------------------------------------------------------------------------------
+# A split is: its number of clips; actions(indices) → (n,T,A); physics, a dict of arrays or empty; and content(i, j) → the
+# readable ones among clips i..j-1 as frames (uint8) or features, and their indices.
 
 def cut(clips, start, end):
     """The clips start..end of a dict of arrays."""
@@ -93,32 +166,90 @@ def physics_split(split, domain, count):
     drawn = data.simulate(domain, count, seed, split)
     actions = np.zeros((count, data.FRAMES // data.TUBELET, 2), np.float32)
     actions[:, 0] = drawn['impulse']
-    return count, actions, drawn, lambda i, j: data.render(cut(drawn, i, j), size, device)
+    return count, actions.__getitem__, drawn, lambda i, j: (data.render(cut(drawn, i, j), size, device), list(range(i, j)))
 
 
 def read_array(path):
     """A .npy file, never executing anything; raises Refusal by name."""
     try:
         return np.load(path, mmap_mode='r', allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise Refusal(f'{path}: not a readable .npy file ({error})') from None
 
 
+def read_video(path):
+    """Frames (F,H,W,3) uint8 of a .npy array, a folder of numbered pictures, or a video file."""
+    if path.endswith('.npy'):
+        video = read_array(path)
+        if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8:
+            raise Refusal(f'{path}: must be (frames,height,width,3) uint8, not {video.shape} {video.dtype}')
+        return np.array(video)
+    if os.path.isdir(path):
+        from PIL import Image  # comes with matplotlib
+        names = sorted((f for f in os.listdir(path) if f.endswith('.png')), key=number_of)
+        numbers = [number_of(name) for name in names]
+        if not names or None in numbers or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+            raise Refusal(f'{path}: holds no unbroken row of numbered pictures (frame_00001.png, frame_00002.png, ...)')
+        frames = []
+        for name in names:
+            try:
+                with Image.open(os.path.join(path, name), formats=['PNG']) as picture:
+                    frames.append(np.asarray(picture.convert('RGB')))
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                raise Refusal(f'{os.path.join(path, name)}: not a readable picture ({error})') from None
+            if frames[-1].shape != frames[0].shape:
+                raise Refusal(f'{os.path.join(path, name)}: {frames[-1].shape[1::-1]} pixels, {names[0]} has {frames[0].shape[1::-1]}')
+        return np.stack(frames)
+    try:
+        import av
+    except ImportError:
+        raise Refusal(f'{path}: video files need the package: pip install av') from None
+    try:
+        with av.open(path) as container:
+            return np.stack([frame.to_ndarray(format='rgb24') for frame in container.decode(video=0)])
+    except (av.error.FFmpegError, ValueError, IndexError) as error:
+        raise Refusal(f'{path}: not a readable video ({error})') from None
+
+
+def number_of(path):
+    """The number at the end of a name (clip_00017 → 17), or None."""
+    digits = re.search(r'(\d+)$', os.path.splitext(os.path.basename(path))[0])
+    return int(digits[1]) if digits else None
+
+
+def only(folder, files, what):
+    """The one of these files that a clip's folder has; raises Refusal by name where there are none or several."""
+    if len(files) != 1:
+        raise Refusal(f'{folder}: has {len(files) or "no"} {what}')
+    return os.path.join(folder, files[0])
+
+
 def read_content(folder):
-    """Features (T,N,D) of feature_maps/*.npy, stored as (T*256,D) or (T,N,D), or frames (F,size,size,3) of video.npy."""
+    """
+    What a clip's folder shows: features (T,N,D) of feature_maps/*.npy, stored as (T*256,D) or (T,N,D), float16 or float32,
+    or frames (F,size,size,3) uint8 of rgb/, of a .npy array or of a video file.
+    """
+    if not os.path.isdir(folder):
+        raise Refusal(f'{folder}: there is no such clip')
     maps = os.path.join(folder, 'feature_maps')
     if os.path.isdir(maps):
-        files = sorted(f for f in os.listdir(maps) if f.endswith('.npy'))
-        if not files:
-            raise Refusal(f'{maps}: holds no .npy file')
-        z = read_array(os.path.join(maps, files[0]))
-        return torch.tensor(z.reshape(-1, 256, z.shape[-1]) if z.ndim == 2 else z)
-    video = read_array(os.path.join(folder, 'video.npy'))
-    if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or len(video) % data.TUBELET:
-        raise Refusal(f'{folder}/video.npy: must be (frames,height,width,3) uint8 with an even number of frames, '
-                      f'not {video.shape} {video.dtype}')
-    x = torch.tensor(video).permute(0, 3, 1, 2).float()                # F,3,H,W
-    scale = size / min(x.shape[-2:])
+        path = only(maps, [f for f in os.listdir(maps) if f.endswith('.npy')], '.npy files of features; it must be one')
+        z = read_array(path)
+        if z.dtype not in (np.float16, np.float32) or z.ndim not in (2, 3) or 0 in z.shape or (z.ndim == 2 and len(z) % 256):
+            raise Refusal(f'{path}: must be (T*256,D) or (T,N,D), float16 or float32, not {z.shape} {z.dtype}')
+        z = torch.tensor(z.reshape(-1, 256, z.shape[-1]) if z.ndim == 2 else z).half()
+        if not torch.isfinite(z).all():
+            raise Refusal(f'{path}: has values that are not finite in float16')
+        return z
+    files = [f for f in os.listdir(folder) if f.endswith(VIDEOS) or (f.endswith('.npy') and f != 'actions.npy') or f == 'rgb']
+    path = only(folder, files, 'of feature_maps/, rgb/, a .npy array and a video file; it must be one')
+    video = read_video(path)
+    if len(video) % data.TUBELET:
+        raise Refusal(f'{path}: has {len(video)} frames; a step is {data.TUBELET}, so their number must be even')
+    x = torch.from_numpy(video).permute(0, 3, 1, 2).float()            # F,3,H,W
+    # V-JEPA 2 was trained on the middle of the picture: short side to 256/224 of the crop. The patch encoder sees all of it.
+    short = size if encoder == 'patch' else int(size * 256 / 224)
+    scale = short / min(x.shape[-2:])
     x = F.interpolate(x, [round(scale * s) for s in x.shape[-2:]], mode='bilinear', antialias=True)
     top, left = (x.shape[-2] - size) // 2, (x.shape[-1] - size) // 2
     return x[..., top:top + size, left:left + size].clamp(0, 255).round().byte().permute(0, 2, 3, 1)
@@ -127,27 +258,100 @@ def read_content(folder):
 def read_actions(folder, steps):
     """Actions (steps,A) from actions_states/actions.npy or actions.npy (rows,A): its first non-zero row, at step 1."""
     files = [os.path.join(folder, *f) for f in (('actions_states', 'actions.npy'), ('actions.npy',))]
-    rows = read_array(next((f for f in files if os.path.exists(f)), files[-1])).astype(np.float32)
-    if rows.ndim != 2 or not np.isfinite(rows).all():
-        raise Refusal(f'{folder}: actions must be finite, (rows,A), not {rows.shape}')
+    path = next((f for f in files if os.path.exists(f)), files[0])
+    rows = read_array(path)
+    if rows.ndim != 2 or 0 in rows.shape or rows.dtype.kind not in 'fiu' or not np.isfinite(rows).all():
+        raise Refusal(f'{path}: actions must be finite numbers, (rows,A), not {rows.shape} {rows.dtype}')
     actions = np.zeros((steps, rows.shape[1]), np.float32)
     actions[0] = rows[np.argmax(rows.any(1))]
     return actions
 
 
-def folder_split(split):
-    """A split of own clips: every folder in <source>/<split>, in order of name."""
-    folders = sorted(f.path for f in os.scandir(os.path.join(source, split)) if f.is_dir())
-    first = read_content(folders[0])
-    steps = len(first) if first.dtype != torch.uint8 else len(first) // data.TUBELET
+def own_split(folders, example):
+    """A split of own clips: folders, and the content and actions of a clip that all must be shaped like."""
+    shape, (steps, A) = example[0].shape, example[1].shape
 
     def content(i, j):
-        parts = [read_content(f) for f in folders[i:j]]
-        odd = next((f for f, p in zip(folders[i:j], parts) if p.shape != first.shape), None)
-        if odd:
-            raise Refusal(f'{odd}: its shape differs from {tuple(first.shape)} of {folders[0]}')
-        return torch.stack(parts).to(device)
-    return len(folders), np.stack([read_actions(f, steps) for f in folders]), {}, content
+        good, kept = [], []
+        for number in range(i, j):
+            try:
+                clip = read_content(folders[number])
+                if clip.shape != shape:
+                    raise Refusal(f'{folders[number]}: its shape {tuple(clip.shape)} differs from {tuple(shape)} of {example[2]}')
+                if read_actions(folders[number], steps).shape != (steps, A):
+                    raise Refusal(f'{folders[number]}: its actions do not have the {A} numbers of {example[2]}')
+            except Refusal as error:
+                if not skip_bad:
+                    raise
+                print(f'skipped: {error}')
+                continue
+            good.append(clip)
+            kept.append(number)
+        return torch.stack(good).to(device) if good else torch.empty(0, *shape, dtype=example[0].dtype), kept
+    return len(folders), lambda kept: np.stack([read_actions(folders[i], steps) for i in kept]), {}, content
+
+
+def numbered_clips(parent):
+    """The clip folders in a folder by their number, or by their name where they have none → {key: path}, in order of name."""
+    numbered = {}
+    for path in sorted(f.path for f in os.scandir(parent) if f.is_dir()):
+        key = number_of(path)
+        key = os.path.basename(path) if key is None else key
+        if key in numbered:
+            raise Refusal(f'{path} and {numbered[key]} are two clips with one number')
+        numbered[key] = path
+    return numbered
+
+
+def find_clips():
+    """The folders of own clips → {split: [folder, ...]}, by folder or by the numbers of --split."""
+    if not os.path.isdir(source):
+        raise Refusal(f'--source={source}: neither "physics" nor a folder')
+    found = {}
+    if not split:
+        for name in sorted(f.name for f in os.scandir(source) if f.is_dir() and not f.name.startswith('.')):
+            found[name] = list(numbered_clips(os.path.join(source, name)).values())
+    else:
+        numbered, taken = numbered_clips(source), set()
+        for word in split.split(','):
+            match = re.fullmatch(r'(\w+):(\d+)-(\d+)', word.strip())
+            if not match or int(match[2]) > int(match[3]):
+                raise Refusal(f'--split={split}: {word!r} is not name:first-last, such as train:17000-21999')
+            numbers = range(int(match[2]), int(match[3]) + 1)
+            if len(numbers) > 10**7 or taken.intersection(numbers):
+                raise Refusal(f'--split={split}: {word!r} has clips of another range, or more than ten million')
+            taken.update(numbers)
+            # What is not a split of train.py is a phase of adapt.py; A2 is the world of A again.
+            name = 'A' if match[1] in ('A1', 'A2') else match[1]
+            name = name if re.fullmatch('train|val|(fit|test)_.*', name) else f'test_{name}'
+            missing = [os.path.join(source, f'clip_{number:05d}') for number in numbers if number not in numbered]
+            if missing and not skip_bad:
+                raise Refusal(f'{missing[0]}: clip is missing ({len(missing)} of {word.strip()})')
+            found.setdefault(name, []).extend(numbered[number] for number in numbers if number in numbered)
+            if missing:
+                print(f'skipped: {len(missing)} clips of {word.strip()} are missing, the first is {missing[0]}')
+    empty = [name for name in {'train': [], **found} if not found.get(name)]
+    if empty:
+        raise Refusal(f'--source={source}: split {empty[0]} has no clips; they belong into {os.path.join(source, empty[0])}/<clip>/ '
+                      'or into a range of --split')
+    if 'val' not in found:                                             # the training clips nobody trains on
+        found['val'] = found['train'][9::10] or found['train'][-1:]
+        found['train'] = [folder for folder in found['train'] if folder not in set(found['val'])] or found['val']
+        print(f"no split val: {len(found['val'])} of the clips of train, every tenth, are held out as val")
+    return found
+
+
+def first_clip(folders):
+    """The clip that all others must be shaped like: content, actions and folder of the first one that can be read."""
+    for folder in folders:
+        try:
+            clip = read_content(folder)
+            steps = len(clip) if clip.dtype != torch.uint8 else len(clip) // data.TUBELET
+            return clip, read_actions(folder, steps), folder
+        except Refusal:
+            if not skip_bad:
+                raise
+    raise Refusal(f'--source={source}: not one of {len(folders)} clips of train can be read')
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -163,18 +367,29 @@ def save(file, write):
     manifest['sha256'][file] = data.sha256(path)
 
 
-def fit_decoder(frames):
+def stored(clips, steps):
+    """The first clips of train as they were stored, layer-normed like what data.Split gives → (n,steps,N,D) float32."""
+    files = [os.path.join(folder, shard['file']) for shard in manifest['splits']['train']['shards']]
+    z = np.concatenate([np.load(f, mmap_mode='r')[:clips, :steps] for f in files[:-(-clips // shard_clips)]])[:clips]
+    return F.layer_norm(torch.from_numpy(z).float(), z.shape[-1:])
+
+
+def fit_decoder(content):
     """
     Least squares from layer-normed features to a tubelet's pixels → float32 (D+1, 3*512), the last row the bias.
     It turns predicted features back into pictures (data.pictures), whatever the encoder was.
     """
-    stored = np.load(os.path.join(folder, manifest['splits']['train']['shards'][0]['file']), mmap_mode='r')
-    xx, xy = 0, 0
-    for start in range(0, min(512, len(stored)), 32):
-        z = torch.tensor(stored[start:start + 32]).float().to(device)
-        x = F.pad(F.layer_norm(z, z.shape[-1:]), (0, 1), value=1.0).flatten(0, 2).double()
-        y = data.tubelets(frames(start, start + len(z)), PATCH).flatten(3).flatten(0, 2).double()
-        xx, xy = xx + x.T @ x, xy + x.T @ y
+    xx, xy, done = 0, 0, 0
+    first_shard = manifest['splits']['train']['shards'][0]
+    z = stored(min(512, first_shard['clips']), shape[0])
+    tried = first_shard['clips'] + len(first_shard['skipped'])
+    for start in range(0, tried, 32):
+        if done == len(z):
+            break
+        frames = content(start, min(start + 32, tried))[0][:len(z) - done]
+        x = F.pad(z[done:done + len(frames)].to(device), (0, 1), value=1.0).flatten(0, 2).double()
+        y = data.tubelets(frames, PATCH).flatten(3).flatten(0, 2).double()
+        xx, xy, done = xx + x.T @ x, xy + x.T @ y, done + len(frames)
     ridge = 1e-6 * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
     return torch.linalg.solve(xx + ridge, xy).float().cpu().numpy()
 
@@ -226,33 +441,35 @@ if source == 'physics':
     domains = {'train': 'A', 'val': 'A', 'fit_B': 'B', **{f'test_{domain}': domain for domain in data.DOMAINS}}
     count = {'train': clips, 'fit_B': max(test_clips, clips // 5)}
     splits = {s: physics_split(s, domain, count.get(s, test_clips)) for s, domain in domains.items()}
+    example = splits['train'][3](0, 1)[0]
 else:
-    if not os.path.isdir(source):
-        raise Refusal(f'--source={source}: neither "physics" nor a folder')
-    domains = {s: s.removeprefix('test_') for s in sorted(os.listdir(source)) if os.path.isdir(os.path.join(source, s))}
-    empty = [s for s in domains if not any(f.is_dir() for f in os.scandir(os.path.join(source, s)))]
-    if empty or 'train' not in domains:
-        raise Refusal(f'--source={source}: needs clip folders in {source}/train and in every other split'
-                      + (f'; {empty[0]} has none' if empty else ''))
-    splits = {s: folder_split(s) for s in domains}
-example = splits['train'][3](0, 1)
+    found = find_clips()
+    first = first_clip(found['train'])
+    splits = {s: own_split(folders, first) for s, folders in found.items()}
+    domains = {s: s.removeprefix('test_') for s in found}
+    example = first[0][None].to(device)
 if example.dtype != torch.uint8:                                       # features: taken as they are
     encoder, encode_clips = 'none', lambda z: z
 elif encoder == 'patch':
     basis, encode_clips = cosine_basis(), patch_encode
 else:
-    vitl, encode_clips = load_vjepa2(weights).to(device), vitl_encode
+    path = weights or os.path.join(torch.hub.get_dir(), 'checkpoints', f'vjepa2-{encoder}.safetensors')
+    if not weights and not os.path.exists(path):
+        download(MODELS[encoder][0], path)
+    vjepa2, encode_clips = load_vjepa2(path, part).to(device), vjepa2_encode
     stats = [torch.tensor(x, device=device).view(3, 1, 1, 1) for x in (MEAN, STD)]
     if encode == 'clip':
         print("encode='clip': all frames attend to each other, so z_1 has seen the whole clip and a jump from it is easy")
 shape = list(encode_clips(example).shape[1:])                          # T, N, D
 side = round(shape[1] ** 0.5)
+if side ** 2 != shape[1]:
+    raise Refusal(f'{shape[1]} patches per step are not a square grid')
 
 folder = data.folder_of(name)
 manifest_path = os.path.join(folder, 'manifest.json')
-made_from = {'source': source, 'encoder': encoder, 'encode': encode, 'weights': weights, 'seed': seed, 'size': size,
-             'fps': data.FPS, 'world_m': data.WORLD, 'domains': {k: list(v) for k, v in data.DOMAINS.items()},
-             'clips': {s: parts[0] for s, parts in splits.items()}}
+made_from = {'source': source, 'split': split, 'encoder': encoder, 'encode': encode, 'weights': weights, 'part': part, 'seed': seed,
+             'size': size, 'fps': data.FPS, 'world_m': data.WORLD, 'domains': {k: list(v) for k, v in data.DOMAINS.items()},
+             'skip_bad': skip_bad, 'clips': {s: parts[0] for s, parts in splits.items()}}
 manifest = {'complete': False, 'made_from': made_from, 'shape': shape, 'dtype': 'float16', 'grid': [side, side],
             'patch': PATCH, 'sha256': {}, 'splits': {s: {'domain': d, 'shards': []} for s, d in domains.items()}}
 if os.path.exists(manifest_path):
@@ -269,30 +486,42 @@ shard_clips = max(1, SHARD_BYTES // (2 * int(np.prod(shape))))
 print(f'{folder}: {sum(made_from["clips"].values()):,} clips of {shape[0]} steps x {shape[1]} patches x {shape[2]}')
 
 # ---- do it -----------------------------------------------------------------------------------------------------------
-start = time.time()
-for split, (count, actions, physics, content) in splits.items():
-    shards = manifest['splits'][split]['shards']
-    for number, first in enumerate(range(0, count, shard_clips)):
-        if number < len(shards):
-            continue  # done before an interruption
-        z = np.empty((min(shard_clips, count - first), *shape), np.float16)
-        for i in data.progress(range(len(z)), split + (f', shard {number + 1}' if count > shard_clips else ''), 'clips'):
-            if i % batch == 0:
-                j = min(i + batch, len(z))
-                z[i:j] = encode_clips(content(first + i, first + j)).half().cpu()
-        file = f'{split}_{number:05d}.npy'
-        save(file, lambda f: np.save(f, z))
-        shards.append({'file': file, 'clips': len(z)})
-        save_manifest()
-    save(f'{split}_actions.npy', lambda f: np.save(f, actions))
+start, skipped = time.time(), 0
+for which, (count, actions, physics, content) in splits.items():
+    shards = manifest['splits'][which]['shards']
+    done = min(count, len(shards) * shard_clips)                       # before an interruption
+    for i in data.progress(range(done, count), which):
+        place = i % shard_clips
+        if place == 0:
+            z, kept = [], []
+        if place % batch == 0:
+            clip, readable = content(i, min(i + batch, i - place + shard_clips, count))
+            z.append(encode_clips(clip).half().cpu().numpy() if readable else np.empty((0, *shape), np.float16))
+            kept += readable
+        if place == shard_clips - 1 or i == count - 1:
+            file = f'{which}_{len(shards):05d}.npy'
+            save(file, lambda f: np.save(f, np.concatenate(z)))
+            shards.append({'file': file, 'clips': len(kept), 'skipped': sorted(set(range(i - place, i + 1)) - set(kept))})
+            save_manifest()
+    bad = {i for shard in shards for i in shard['skipped']}
+    if len(bad) == count:
+        raise Refusal(f'split {which}: none of its {count} clips can be read')
+    skipped += len(bad)
+    save(f'{which}_actions.npy', lambda f: np.save(f, actions([i for i in range(count) if i not in bad])))
     if physics:
-        save(f'{split}_physics.npz', lambda f: np.savez(f, **physics))
+        save(f'{which}_physics.npz', lambda f: np.savez(f, **physics))
 if example.dtype == torch.uint8:
     manifest['decoder'] = 'decoder.npy'
     decoder = fit_decoder(splits['train'][3])
     save('decoder.npy', lambda f: np.save(f, decoder))
 if source == 'physics':
+    # Before the push, z_1 can know where there is room to slide, no more. What is above that, it has seen in the future.
+    z_1 = stored(min(1600, 2**27 // (shape[1] * shape[2])), 1)         # at most 512 MiB
+    position = splits['train'][2]['position'][:len(z_1)]
+    explained = data.explained(z_1.flatten(1), torch.from_numpy(position[:, -1] - position[:, 0]))
+    print(f'z_1 alone explains {explained:.0%} of the displacement (linear read-out of {len(z_1):,} clips, each left out once)')
     draw_pictures()
 manifest['complete'] = True
 save_manifest()
-print(f'done in {time.time() - start:.0f} s' + (f'; pictures: {folder}/clips.png' if source == 'physics' else ''))
+print(f'done in {time.time() - start:.0f} s' + (f'; pictures: {folder}/clips.png' if source == 'physics' else '')
+      + (f'; {skipped} clips skipped' if skip_bad else ''))

@@ -1,7 +1,10 @@
 """Fixtures: a tiny data set made by prepare.py, two tiny trained checkpoints, and a way to run the scripts."""
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -15,10 +18,39 @@ TINY = ['--depth=2', '--width=24', '--heads=2', '--mlp_hidden=32', '--cms_hidden
         '--teacher_every=2', '--eval_interval=3', '--eval_clips=8', '--log_interval=1', '--device=cpu']
 
 
+FORKS = multiprocessing.get_context('forkserver')                      # imports torch once, not at every start of a script
+FORKS.set_forkserver_preload(['torch', 'numpy', 'matplotlib.pyplot'])
+
+
+def child(path, args, cwd, environment, out, err):
+    """Run a script as `python path args` would, in this fresh process."""
+    for stream, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
+    os.environ.update(environment)
+    os.chdir(cwd)
+    torch.set_num_threads(1)
+    sys.argv, sys.path[0] = [path, *args], os.path.dirname(path)
+    try:
+        runpy.run_path(path, run_name='__main__')
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
+
+
 def run(script, *args, cwd=ROOT, launcher=(), ok=True):
     """Run a script of the project as a user would → CompletedProcess; ok=True asserts that it exits with 0."""
-    done = subprocess.run([*(launcher or [sys.executable]), os.path.join(ROOT, script), *map(str, args)], cwd=cwd,
-                          capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1', 'COLUMNS': '100'})
+    command = [os.path.join(ROOT, script), *map(str, args)]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'COLUMNS': '100'}
+    if launcher:
+        done = subprocess.run([*launcher, *command], cwd=cwd, capture_output=True, text=True, env=environment)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = os.path.join(folder, 'out'), os.path.join(folder, 'err')
+            process = FORKS.Process(target=child, args=(command[0], command[1:], str(cwd), environment, out, err))
+            process.start()
+            process.join()
+            texts = [open(file, encoding='utf-8').read() if os.path.exists(file) else '' for file in (out, err)]
+        done = subprocess.CompletedProcess(command, process.exitcode, *texts)
     assert not ok or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -47,28 +79,48 @@ def trained(tiny, tmp_path_factory):
     return {kind: str(folder / f'{kind}.pt') for kind in ('hope', 'vit')}
 
 
-def own_clips(folder, splits=('train', 'val', 'test_A', 'test_B'), features=True):
-    """A folder of clips in the user's layout, 3 a split, as features (2048,1024) or as video (16,40,48,3) → its path."""
-    rng = np.random.default_rng(0)
+def own_clip(clip, number, layout='features'):
+    """One clip in one of the user's layouts, with a push of (number, -1) in the fifth row of its actions."""
+    rng = np.random.default_rng(number)
+    (clip / 'actions_states').mkdir(parents=True)
+    actions = np.zeros((16, 2))
+    actions[4] = number, -1
+    np.save(clip / 'actions_states' / 'actions.npy', actions)
+    if layout == 'features':
+        (clip / 'feature_maps').mkdir()
+        np.save(clip / 'feature_maps' / 'vjepa2_vitl16.npy', rng.normal(size=(2048, 1024)).astype(np.float16))
+        return
+    video = np.kron(rng.integers(0, 256, (16, 5, 6, 3), dtype=np.uint8), np.ones((1, 8, 8, 1), np.uint8))  # (16,40,48,3)
+    if layout == 'video':
+        np.save(clip / 'video.npy', video)
+    elif layout == 'pictures':
+        from PIL import Image
+        (clip / 'rgb').mkdir()
+        for i, frame in enumerate(video):
+            Image.fromarray(frame).save(clip / 'rgb' / f'frame_{i + 1:05d}.png')
+
+
+def own_clips(folder, splits=('train', 'val', 'test_A', 'test_B'), layout='features'):
+    """A folder of clips in one of the user's layouts, 3 a split → its path."""
     for split in splits:
         for i in range(3):
-            clip = folder / split / f'clip_{i:05d}'
-            (clip / 'actions_states').mkdir(parents=True)
-            actions = np.zeros((16, 2))
-            actions[4] = i + 1, -1
-            np.save(clip / 'actions_states' / 'actions.npy', actions)
-            if features:
-                (clip / 'feature_maps').mkdir()
-                np.save(clip / 'feature_maps' / 'vjepa2_vitl16.npy', rng.normal(size=(2048, 1024)).astype(np.float16))
-            else:
-                np.save(clip / 'video.npy', rng.integers(0, 256, (16, 40, 48, 3), dtype=np.uint8))
+            own_clip(folder / split / f'clip_{i:05d}', i + 1, layout)
     return folder
 
 
-def official_weights(path, width=384, depth=1):
+def official_weights(path, width=768, depth=1):
     """A file with the keys of an official V-JEPA 2 checkpoint and random weights → its path."""
     import model
     torch.manual_seed(0)
-    encoder = model.VideoEncoder(width, model.HEADS[width], depth, 4 * width)
+    encoder = model.VideoEncoder(width, model.HEADS['encoder'][width], depth, width)
     torch.save({'target_encoder': {f'module.backbone.{k}': v for k, v in encoder.state_dict().items()}}, path)
+    return path
+
+
+def official_predictor(path):
+    """A file with the keys of an official action-conditioned checkpoint and random weights, of the size of TINY → its path."""
+    import model
+    torch.manual_seed(0)
+    net = model.build(feature_dim=24, action_dim=7, state_dim=7, grid=None, depth=2, width=24, heads=2, mlp_hidden=32, rope='vjepa2')
+    torch.save({'predictor': {f'module.{k}': v for k, v in net.state_dict().items()}}, path)
     return path

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import official_weights, own_clips, refused, run
+from conftest import refused, run
 
 import data
 from configurator import Refusal
@@ -167,51 +167,3 @@ def test_batches_visit_every_clip_once_per_epoch_and_need_no_state():
     assert sorted(np.concatenate(drawn)[:10]) == list(range(10)) == sorted(np.concatenate(drawn)[10:])
     assert (data.batch_indices(10, 4, 7, 3) == drawn[3]).all()
     assert not (np.concatenate(drawn)[:10] == np.concatenate(drawn)[10:]).all()
-
-
-def test_own_features_are_imported_byte_for_byte(tmp_path):
-    source = own_clips(tmp_path / 'clips')
-    run('prepare.py', f'--name={tmp_path}/set', f'--source={source}')
-    for split in ('train', 'test_B'):
-        stored = np.load(tmp_path / 'set' / f'{split}_00000.npy')
-        for i in range(3):
-            original = np.load(source / split / f'clip_{i:05d}' / 'feature_maps' / 'vjepa2_vitl16.npy')
-            assert stored[i].tobytes() == original.tobytes()
-    z, a = data.open_split(str(tmp_path / 'set'), 'train')[[0, 2]]
-    assert z.shape == (2, 8, 256, 1024) and a.shape == (2, 8, 2)
-    assert a[1, 0].tolist() == [3, -1] and (a[:, 1:] == 0).all()      # the first non-zero row acts at step 1
-
-
-def test_own_videos_are_encoded_and_bad_ones_refused_by_name(tmp_path):
-    source = own_clips(tmp_path / 'clips', features=False)
-    args = [f'--name={tmp_path}/set', f'--source={source}', '--size=32', '--dim=24']
-    run('prepare.py', *args)
-    z, _ = data.open_split(str(tmp_path / 'set'), 'val')[[0]]
-    assert z.shape == (1, 8, 4, 24)
-    bad = source / 'val' / 'clip_00001' / 'video.npy'
-    args[0] = f'--name={tmp_path}/other'
-    for array, words in ((np.zeros((16, 40, 48)), 'must be (frames'), (np.zeros((12, 40, 48, 3), np.uint8), 'shape differs')):
-        np.save(bad, array)
-        assert 'clip_00001' in (line := refused(run('prepare.py', *args, ok=False))) and words in line
-    bad.write_bytes(b'no array')
-    assert 'not a readable .npy' in refused(run('prepare.py', *args, ok=False))
-    assert 'neither "physics" nor a folder' in refused(run('prepare.py', '--source=nowhere', ok=False))
-
-
-def test_v_jepa_2_features_see_one_step_or_the_whole_clip(tmp_path):
-    """encode='step': z_1 is the same whatever happens later. encode='clip': it is not (known mistake 10)."""
-    source = own_clips(tmp_path / 'clips', splits=('train',), features=False)
-    videos = [source / 'train' / f'clip_{i:05d}' / 'video.npy' for i in (0, 1)]
-    frames = [np.load(v) for v in videos]
-    frames[1][:2] = frames[0][:2]                                      # the same first step, another future
-    np.save(videos[1], frames[1])
-    args = [f'--source={source}', '--size=32', '--encoder=vitl', f'--weights={official_weights(tmp_path / "vitl.pt")}']
-    for encode, blind in (('step', True), ('clip', False)):
-        run('prepare.py', f'--name={tmp_path}/{encode}', *args, f'--encode={encode}')
-        z, _ = data.open_split(str(tmp_path / encode), 'train')[[0, 1]]
-        assert z.shape == (2, 8, 4, 384)
-        assert torch.allclose(z[0, 0], z[1, 0], atol=1e-2) == blind
-        assert not torch.allclose(z[0, 1], z[1, 1], atol=1e-2)
-    args[-1] = '--weights='
-    missing = refused(run('prepare.py', f'--name={tmp_path}/x', *args, ok=False))
-    assert 'vitl.pt' in missing and 'https://' in missing

@@ -5,7 +5,7 @@ import shlex
 import sys
 
 import pytest
-from conftest import ROOT, TINY, official_weights, own_clips, run
+from conftest import ROOT, TINY, official_predictor, official_weights, own_clip, own_clips, run
 
 
 def readme_commands():
@@ -42,13 +42,19 @@ def test_command(command, tiny, trained, tmp_path):
         args += [f'--name={tmp_path}/set', '--size=32', '--dim=24', '--clips=6', '--test_clips=4']
         if '--source=clips' in args:
             args.append(f'--source={own_clips(tmp_path / "clips")}')
-        if '--encoder=vitl' in args:
+        if any(a.startswith('--encoder=vit') for a in args):
             args.append(f'--weights={official_weights(tmp_path / "vitl.pt")}')
+        if any(a.startswith('--split=') for a in args):
+            for i, number in enumerate((17000, 17001, 22000, 23000)):
+                own_clip(tmp_path / 'clips' / f'clip_{number}', i + 1)
+            args += [f'--source={tmp_path}/clips', '--split=train:17000-17001,B:22000-22000,A2:23000-23000']
     elif script == 'train.py':
         args = [a.replace('out/hope.pt', trained['hope']).replace('out/vit.pt', trained['vit']) for a in args]
         args += [*TINY, f'--data={tiny}', f'--out={tmp_path}/x.pt', '--accumulation=1']
         starts = {'config/hope_stream.py': trained['hope'], 'config/oracle.py': trained['vit']}
         args += [f'--init_from={starts[a]}' for a in words[1:] if a in starts]
+        if 'config/finetune_vjepa2_ac.py' in args:
+            args.append(f'--init_from={official_predictor(tmp_path / "ac.pt")}')
         if '--resume=True' in args:
             run(script, *[a for a in args if a != '--resume=True'], '--stop_at=3')
     elif script == 'adapt.py':

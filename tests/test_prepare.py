@@ -1,0 +1,277 @@
+"""Own clips and official encoders: every layout in, byte for byte; every bad clip refused or skipped by name; downloads."""
+import hashlib
+import http.server
+import json
+import os
+import shutil
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, official_weights, own_clip, own_clips, refused, run
+
+import data
+
+
+def maps(clip):
+    return clip / 'feature_maps' / 'vjepa2_vitl16.npy'
+
+
+def test_features_are_imported_byte_for_byte(tmp_path):
+    source = own_clips(tmp_path / 'clips')
+    again = source / 'train' / 'clip_00001'                            # the other published shapes of the same
+    np.save(maps(again), np.load(maps(again)).reshape(8, 256, 1024))
+    np.save(again / 'actions_states' / 'actions.npy', np.array([[0, 0], [2, -1]] + [[0, 0]] * 5, np.float32))
+    run('prepare.py', f'--name={tmp_path}/set', f'--source={source}')
+    for split in ('train', 'test_B'):
+        stored = np.load(tmp_path / 'set' / f'{split}_00000.npy')
+        for i in range(3):
+            assert stored[i].tobytes() == np.load(maps(source / split / f'clip_{i:05d}')).tobytes()
+    z, a = data.open_split(str(tmp_path / 'set'), 'train')[[0, 1, 2]]
+    assert z.shape == (3, 8, 256, 1024) and a.shape == (3, 8, 2)
+    assert a[:, 0].tolist() == [[1, -1], [2, -1], [3, -1]] and (a[:, 1:] == 0).all()  # the push acts at step 1
+
+
+def test_clips_by_their_numbers(tmp_path):
+    """The user's numbering in one folder: phases by range, A2 is A again, every tenth training clip is held out."""
+    source = tmp_path / 'clips'
+    for i, number in enumerate([*range(17000, 17012), *range(22000, 22002), *range(23000, 23003), 5]):
+        own_clip(source / f'clip_{number:05d}', i + 1, 'video')
+    args = f'--source={source}', '--size=32', '--dim=24'
+    ranges = '--split=train:17000-17011,B:22000-22001,A2:23000-23002'
+    assert 'held out as val' in run('prepare.py', f'--name={tmp_path}/set', *args, ranges).stdout
+    manifest = json.load(open(tmp_path / 'set' / 'manifest.json'))
+    assert {s: e['domain'] for s, e in manifest['splits'].items()} == {'train': 'train', 'val': 'val', 'test_B': 'B', 'test_A': 'A'}
+    pushes = {s: data.open_split(str(tmp_path / 'set'), s).actions[:, 0, 0].tolist() for s in manifest['splits']}
+    assert pushes == {'train': [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12], 'val': [10], 'test_B': [13, 14], 'test_A': [15, 16, 17]}
+
+    def bad(split):
+        return refused(run('prepare.py', f'--name={tmp_path}/x', *args, f'--split={split}', ok=False))
+    assert 'clip_17012: clip is missing (1 of' in bad('train:17000-17012')
+    assert 'another range' in bad('train:17000-17005,B:17005-17006')
+    assert 'is not name:first-last' in bad('train=1-2') and 'is not name:first-last' in bad('train:9-2')
+    assert 'split train has no clips' in bad('B:22000-22001')
+    out = run('prepare.py', f'--name={tmp_path}/y', *args, '--split=train:17000-17012,B:22000-22001', '--skip_bad=True').stdout
+    assert 'skipped: 1 clips' in out and len(data.open_split(f'{tmp_path}/y', 'test_B')) == 2
+    own_clip(source / 'clip_5', 1, 'video')
+    assert 'two clips with one number' in bad('train:17000-17001')
+
+
+def test_pictures_arrays_and_videos_are_the_same_clip(tmp_path):
+    """rgb/frame_00001.png, video.npy and, where PyAV is installed, a lossless video file give equal shards."""
+    layouts = ['video', 'pictures']
+    for layout in layouts:
+        own_clips(tmp_path / layout, ('train', 'val'), layout)
+    try:
+        import av
+        layouts.append('file')
+        own_clips(tmp_path / 'file', ('train', 'val'), 'video')
+        for clip in (tmp_path / 'file').glob('*/*'):
+            with av.open(str(clip / 'clip.mkv'), 'w') as container:
+                stream = container.add_stream('ffv1', rate=30, width=48, height=40, pix_fmt='bgr0')
+                for frame in np.load(clip / 'video.npy'):
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
+                container.mux(stream.encode())
+            os.remove(clip / 'video.npy')
+    except ImportError:
+        pass
+    for layout in layouts:
+        run('prepare.py', f'--name={tmp_path}/set_{layout}', f'--source={tmp_path}/{layout}', '--size=32', '--dim=24')
+    shards = {layout: (tmp_path / f'set_{layout}' / 'train_00000.npy').read_bytes() for layout in layouts}
+    assert len(set(shards.values())) == 1
+    z = np.load(tmp_path / 'set_video' / 'train_00000.npy')
+    assert z.shape == (3, 8, 4, 24) and np.ptp(z) > 1
+
+
+def spoil(clip, how):
+    """Break one clip in one way → words of the refusal."""
+    features = np.load(maps(clip))
+    if how == 'shape':
+        np.save(maps(clip), features[:1000])
+        return 'must be (T*256,D)'
+    if how == 'steps':
+        np.save(maps(clip), features[:1024])
+        return 'differs from'
+    if how == 'nan':
+        features[7, 7] = np.nan
+        np.save(maps(clip), features)
+        return 'not finite'
+    if how == 'overflow':
+        np.save(maps(clip), np.full((2048, 1024), 1e6, np.float32))
+        return 'not finite'
+    if how == 'truncated':
+        maps(clip).write_bytes(maps(clip).read_bytes()[:-100])
+        return 'not a readable .npy'
+    if how == 'pickled':
+        np.save(maps(clip), np.array([{}]), allow_pickle=True)
+        return 'not a readable .npy'
+    if how == 'two':
+        shutil.copy(maps(clip), maps(clip).with_name('other.npy'))
+        return 'it must be one'
+    if how == 'empty':
+        shutil.rmtree(clip / 'feature_maps')
+        return 'it must be one'
+    if how == 'no actions':
+        os.remove(clip / 'actions_states' / 'actions.npy')
+        return 'actions.npy'
+    if how == 'actions':
+        np.save(clip / 'actions_states' / 'actions.npy', np.full((16, 2), np.inf))
+        return 'must be finite numbers'
+    np.save(clip / 'actions_states' / 'actions.npy', np.ones((16, 3)))
+    return 'do not have the 2 numbers'
+
+
+@pytest.mark.parametrize('how', ['shape', 'steps', 'nan', 'overflow', 'truncated', 'pickled', 'two', 'empty', 'no actions',
+                                 'actions', 'more actions'])
+def test_a_bad_clip_is_named(how, tmp_path):
+    source = own_clips(tmp_path / 'clips', ('train', 'val'))
+    words = spoil(source / 'train' / 'clip_00001', how)
+    line = refused(run('prepare.py', f'--name={tmp_path}/set', f'--source={source}', ok=False))
+    assert 'clip_00001' in line and words in line, line
+    if how in ('nan', 'actions'):                                      # one of each kind of file
+        spoil(source / 'val' / 'clip_00000', 'steps')
+        out = run('prepare.py', f'--name={tmp_path}/set', f'--source={source}', '--skip_bad=True').stdout
+        assert out.count('skipped:') == 2 and '2 clips skipped' in out
+        clips = data.open_split(f'{tmp_path}/set', 'train')
+        assert clips.actions[:, 0, 0].tolist() == [1, 3] and len(clips[[0, 1]][0]) == 2
+        assert np.load(tmp_path / 'set' / 'train_00000.npy')[1].tobytes() == np.load(maps(source / 'train' / 'clip_00002')).tobytes()
+
+
+def test_bad_videos_are_named(tmp_path):
+    source = own_clips(tmp_path / 'clips', ('train', 'val'), 'video')
+    bad, args = source / 'val' / 'clip_00001', [f'--source={source}', f'--name={tmp_path}/set', '--size=32', '--dim=24']
+    for array, words in ((np.zeros((16, 40, 48)), 'must be (frames'), (np.zeros((12, 40, 48, 3), np.uint8), 'differs from'),
+                         (np.zeros((15, 40, 48, 3), np.uint8), 'must be even')):
+        np.save(bad / 'video.npy', array)
+        line = refused(run('prepare.py', *args, ok=False))
+        assert 'clip_00001' in line and words in line
+    os.remove(bad / 'video.npy')
+    shutil.rmtree(bad)
+    own_clip(bad, 2, 'pictures')
+    (bad / 'rgb' / 'frame_00004.png').write_bytes(b'no picture')
+    assert 'frame_00004.png: not a readable picture' in refused(run('prepare.py', *args, ok=False))
+    os.remove(bad / 'rgb' / 'frame_00004.png')
+    assert 'no unbroken row' in refused(run('prepare.py', *args, ok=False))
+    assert 'neither "physics" nor a folder' in refused(run('prepare.py', '--source=nowhere', ok=False))
+    assert 'name their folder with --source' in refused(run('prepare.py', '--split=train:1-2', ok=False))
+
+
+def test_features_see_one_step_or_the_whole_clip(tmp_path):
+    """encode='step': z_1 is the same whatever happens later. encode='clip': it is not (known mistake 10)."""
+    source = own_clips(tmp_path / 'clips', ('train', 'val'), 'video')
+    videos = [source / 'train' / f'clip_{i:05d}' / 'video.npy' for i in (0, 1)]
+    frames = [np.load(v) for v in videos]
+    frames[1][:2] = frames[0][:2]                                      # the same first step, another future
+    np.save(videos[1], frames[1])
+    args = [f'--source={source}', '--size=32', '--encoder=vitl', f'--weights={official_weights(tmp_path / "vitl.pt")}']
+    for encode, blind in (('step', True), ('clip', False)):
+        run('prepare.py', f'--name={tmp_path}/{encode}', *args, f'--encode={encode}')
+        z, _ = data.open_split(str(tmp_path / encode), 'train')[[0, 1]]
+        assert z.shape == (2, 8, 4, 768)
+        assert torch.allclose(z[0, 0], z[1, 0], atol=1e-2) == blind
+        assert not torch.allclose(z[0, 1], z[1, 1], atol=1e-2)
+    out = run('prepare.py', f'--name={tmp_path}/physics', *args[1:], '--encode=clip', '--clips=30', '--test_clips=2').stdout
+    assert 'z_1 has seen the whole clip' in out and 'z_1 alone explains' in out
+
+
+def test_the_read_out_is_leave_one_out_regression():
+    generator = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(30, k, generator=generator, dtype=torch.float64) for k in (50, 2))
+    y = x[:, :2] * 3 + 1 + 0.1 * x[:, 2:4] ** 3
+
+    def by_hand(y):
+        best = []
+        for strength in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
+            left = []
+            for i in range(30):
+                rest = [j for j in range(30) if j != i]
+                f = torch.cat([x / 50 ** 0.5, torch.ones(30, 1)], 1)
+                w = torch.linalg.solve(f[rest].T @ f[rest] + strength * torch.eye(51), f[rest].T @ y[rest])
+                left.append(y[i] - f[i] @ w)
+            best.append(1 - torch.stack(left).square().sum() / (y - y.mean(0)).square().sum())
+        return max(best).item()
+    assert data.explained(x, y) == pytest.approx(by_hand(y), abs=1e-6) and by_hand(y) > 0.3
+    assert data.explained(x, noise) == pytest.approx(by_hand(noise), abs=1e-6) and by_hand(noise) < 0.2
+
+
+# ---- the download of official weights -----------------------------------------------------------------------------------
+
+@pytest.fixture
+def hub(tmp_path):
+    """A small server that answers like Hugging Face → (its folder of behaviour, environment for prepare.py)."""
+    pytest.importorskip('safetensors', reason='official weights need safetensors: pip install safetensors')
+    from safetensors.torch import save_file
+    state = torch.load(official_weights(tmp_path / 'w.pt'), weights_only=True)['target_encoder']
+    theirs = {}
+    for name, tensor in state.items():
+        name = 'encoder.' + name.removeprefix('module.backbone.').replace('patch_embed.', 'embeddings.patch_embeddings.')
+        name = name.replace('blocks.', 'layer.').replace('encoder.norm.', 'encoder.layernorm.').replace('attn.proj', 'attention.proj')
+        if 'attn.qkv' in name:
+            for part, rows in zip(('query', 'key', 'value'), tensor.chunk(3)):
+                theirs[name.replace('attn.qkv', f'attention.{part}')] = rows.clone()
+        else:
+            theirs[name] = tensor
+    save_file(theirs, tmp_path / 'model.safetensors')
+    content = (tmp_path / 'model.safetensors').read_bytes()
+    seen = {'sha256': hashlib.sha256(content).hexdigest(), 'stop': None, 'requests': []}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(302)
+            self.send_header('Location', '/elsewhere')
+            self.send_header('X-Linked-Etag', f'"{seen["sha256"]}"')
+            self.send_header('X-Linked-Size', str(len(content)))
+            self.end_headers()
+
+        def do_GET(self):
+            first = int(self.headers.get('Range', 'bytes=0-')[6:-1])
+            seen['requests'].append((self.path, first))
+            self.send_response(206)
+            self.send_header('Content-Length', str(len(content) - first))
+            self.end_headers()
+            self.wfile.write(content[first:seen['stop']])
+
+        def log_message(self, *args):
+            pass
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {'HF_ENDPOINT': f'http://127.0.0.1:{server.server_port}', 'TORCH_HOME': str(tmp_path / 'torch')}
+    yield seen, environment
+    server.shutdown()
+
+
+def test_official_weights_are_downloaded_once_and_checked(hub, tmp_path, monkeypatch):
+    seen, environment = hub
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    args = '--encoder=vitl', '--size=32', '--clips=4', '--test_clips=2'
+    cache = tmp_path / 'torch' / 'hub' / 'checkpoints'
+    seen['stop'] = 10**6                                               # the connection breaks in the middle
+    assert 'the same command goes on' in refused(run('prepare.py', f'--name={tmp_path}/a', *args, ok=False))
+    assert not (cache / 'vjepa2-vitl.safetensors').exists()
+    seen['stop'] = None
+    run('prepare.py', f'--name={tmp_path}/a', *args)
+    assert [first for _, first in seen['requests']] == [0, 10**6]
+    assert seen['requests'][0][0] == '/facebook/vjepa2-vitl-fpc64-256/resolve/main/model.safetensors'
+    assert (cache / 'vjepa2-vitl.safetensors').read_bytes() == (tmp_path / 'model.safetensors').read_bytes()
+    run('prepare.py', f'--name={tmp_path}/b', *args)
+    assert len(seen['requests']) == 2                                  # it was there
+    run('prepare.py', f'--name={tmp_path}/c', *args, f'--weights={tmp_path}/w.pt')
+    shards = [(tmp_path / name / 'train_00000.npy').read_bytes() for name in 'abc']
+    assert shards[0] == shards[1] == shards[2]                         # both layouts of the weights, the same features
+    os.remove(cache / 'vjepa2-vitl.safetensors')
+    seen['sha256'] = '0' * 64
+    assert 'does not have the sha256' in refused(run('prepare.py', f'--name={tmp_path}/d', *args, ok=False))
+    assert os.listdir(cache) == []
+
+
+def test_no_weights_and_no_network_is_one_sentence(tmp_path, monkeypatch):
+    pytest.importorskip('safetensors')
+    monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    line = refused(run('prepare.py', f'--name={tmp_path}/x', '--encoder=vitl', ok=False))
+    assert 'cannot download' in line and 'vitl.pt' in line and 'facebook/vjepa2-vitl-fpc64-256' in line and '--weights' in line
+    assert not (tmp_path / 'x').exists()
+    assert 'no V-JEPA 2 weights at' in refused(run('prepare.py', '--encoder=vitl', '--weights=none.pt', ok=False))
+    assert os.path.exists(os.path.join(ROOT, 'prepare.py'))
