@@ -3,6 +3,7 @@ Speed: time of forward + backward, FLOP/s, peak memory and their growth with the
 
     python bench.py                                        full size: config/vit_full.py against config/hope_full.py
     python bench.py --vit=config/vit_jump.py --hope=config/hope_jump.py --features=48 --grid=4     laptop size
+    python bench.py --what=encoder                         the V-JEPA 2 ViT-L on a clip, against transformers' (forward only)
 
 Both are timed in turn in one run and compared by their medians: machines are noisy, ratios less so. Peak memory is
 that of a process of its own for each case.
@@ -19,9 +20,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import Refusal, configure, read_config
-from model import SIZES, build, jump_loss, pick_device, teacher_forcing_loss
+from model import SIZES, VideoEncoder, build, jump_loss, pick_device, teacher_forcing_loss
 
 # what to compare
+what = 'predictors'      # HOPE against ViT-AC, or the video encoder against that of transformers [predictors | encoder]
 vit = 'config/vit_full.py'     # config file of the ViT-AC
 hope = 'config/hope_full.py'   # config file of the HOPE
 features = 1024          # D, feature size [1..]
@@ -95,6 +97,38 @@ if only:
     print(json.dumps({'peak': peak}))
     sys.exit(0)
 
+def in_turn(runs):
+    """Median seconds of each function of a dict, all called in turn `repeats` times after one round to warm up."""
+    seconds = {name: [] for name in runs}
+    for i in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if device.startswith('cuda'):
+                torch.cuda.synchronize()
+            if i:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+hardware = torch.cuda.get_device_name() if device.startswith('cuda') else f'{device}, {torch.get_num_threads()} threads'
+hardware += f', {"bfloat16" if bf16 else "float32"}, batch {batch}'
+if what == 'encoder':
+    try:
+        from transformers import VJEPA2Config, VJEPA2Model
+    except ImportError:
+        raise Refusal('--what=encoder compares with transformers: pip install transformers') from None
+    with torch.no_grad(), torch.autocast(device.split(':')[0], torch.bfloat16, enabled=bf16):
+        side = 16 * grid
+        video = torch.randn(batch, 3, 2 * LENGTHS[0], side, side, device=device)
+        # VJEPA2Config's defaults are ViT-L
+        theirs = VJEPA2Model(VJEPA2Config(crop_size=side, frames_per_clip=2 * LENGTHS[0])).to(device).eval()
+        ours = VideoEncoder(1024, 16, 24, 4096).to(device).eval()
+        t = in_turn({'ours': lambda: ours(video), 'theirs': lambda: theirs.get_vision_features(video.transpose(1, 2))})
+    print(f'{hardware}, a clip of {2 * LENGTHS[0]} frames of {side} x {side}; forward, median of {repeats}\n'
+          f'ViT-L of transformers {t["theirs"]:.3f} s, ours {t["ours"]:.3f} s: ratio {t["ours"] / t["theirs"]:.2f}')
+    sys.exit(0)
+
 nets = {path: predictor_of(path) for path in (vit, hope)}
 for path, net in nets.items():
     print(f'{path:<24} {sum(p.numel() for p in net.parameters()):>12,} parameters')
@@ -102,23 +136,16 @@ for path, net in nets.items():
         memory = net(torch.zeros(1, 1, grid * grid, features, device=device), torch.zeros(1, 1, 2, device=device))[1]
     if memory is not None:
         print(f'{"":<24} {sum(m.numel() * m.element_size() for m in memory) / 2**20:>12.2f} MiB of memory state per clip')
-what = torch.cuda.get_device_name() if device.startswith('cuda') else f'{device}, {torch.get_num_threads()} threads'
-print(f'{what}, {"bfloat16" if bf16 else "float32"}, batch {batch}, {grid * grid} patches x {features} features; '
-      f'forward + backward, median of {repeats}\n')
+print(f'{hardware}, {grid * grid} patches x {features} features; forward + backward, median of {repeats}\n')
 print(f'{"":<22}{"ViT-AC":>10}{"HOPE":>10}{"ratio":>8}{"GFLOP/s":>16}{"peak MiB":>16}{"ratio":>8}')
 for T, jump in [(T, False) for T in LENGTHS] + [(LENGTHS[0], True)]:
     runs = {path: case(net, T, jump) for path, net in nets.items()}
-    flops, seconds = {}, {path: [] for path in nets}
+    flops = {}
     for path, run in runs.items():
-        with FlopCounterMode(display=False) as counter:                # also warms up
+        with FlopCounterMode(display=False) as counter:
             run()
         flops[path] = counter.get_total_flops()
-    for _ in range(repeats):
-        for path, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[path].append(time.perf_counter() - start)
-    a, b = (statistics.median(seconds[path]) for path in (vit, hope))
+    a, b = in_turn(runs).values()
     speed = ' '.join(f'{flops[path] / t / 1e9:>7.0f}' for path, t in ((vit, a), (hope, b)))
     peaks = [peak_memory(path, T, jump) for path in (vit, hope)]
     name = f'jump to step {T + 1}' if jump else f'teacher forcing T={T}'
