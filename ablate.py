@@ -2,7 +2,7 @@
 The ablation table: train HOPE once per variant, run A→B→A with each, print one table.
 
     python ablate.py                                       every variant at reduced length, one seed
-    python ablate.py --seeds=1,2,3 --max_iters=3000        at full length
+    python ablate.py --seeds=1,2,3 --max_iters=2500        at full length
 
 Every variant is config/hope_jump.py with the knobs below changed and the same steps, clips and seeds. A run that is
 there already is not made again, so an interrupted table goes on where it stopped.
@@ -42,6 +42,7 @@ VARIANTS = {                     # name: flags for train.py
     'no self-generated targets': ['--self_targets=False'],
     'no surprise gate': ['--surprise=False'],
     'no DGD term': ['--dgd=False'],
+    'no short convolution': ['--conv=False'],
     'one CMS level': ['--cms_periods=1', '--cms_hidden=708'],
     'streams in the last fifth': ['--stream=4', '--stream_from=0.8', '--action_gain=0.7', '--cms_rate=10'],
 }

@@ -39,6 +39,10 @@ class TitanMemory(nn.Module):
         d, hidden = width // self.heads, sizes['memory_hidden']
         self.hidden, self.self_targets, self.surprise, self.dgd = hidden, *(sizes[k] for k in ('self_targets', 'surprise', 'dgd'))
         self.qkv = nn.Linear(width, 3 * width)                         # query, and the inputs of M_k and of M_v
+        # Over each token and its two neighbours in its step; it starts as nothing.
+        self.conv = nn.Conv1d(3 * width, 3 * width, 3, padding=1, groups=3 * width) if sizes['conv'] else None
+        if self.conv:
+            nn.init.zeros_(self.conv.weight), nn.init.zeros_(self.conv.bias)
         self.proj = nn.Linear(width, width)
         identity = F.pad(torch.eye(d).repeat(3, 1), (0, 0, 0, 2))      # (3d+2,d)
         self.memory = nn.Parameter(identity + 0.02 * torch.randn(self.heads, 3 * d + 2, d))
@@ -73,7 +77,10 @@ class TitanMemory(nn.Module):
         """
         B, T, P, C = x.shape
         H, d = self.heads, C // self.heads
-        qkv = self.qkv(x).view(B, T, P, 3, H, d).permute(3, 1, 0, 4, 2, 5)
+        qkv = self.qkv(x)
+        if self.conv:
+            qkv = qkv + self.conv(qkv.flatten(0, 1).mT).mT.view(qkv.shape)  # (B*T,3C,P) and back
+        qkv = qkv.view(B, T, P, 3, H, d).permute(3, 1, 0, 4, 2, 5)
         q, k_in, v_in = qkv.to(self.memory.dtype).contiguous()           # each (T,B,H,P,d)
         rope_q, rope_k = rope
         cos_q, sin_q, cos_k, sin_k = (r.unflatten(2, (T, P)).movedim(2, 0) for r in rope_q + rope_k)  # (T,b,1,P,d)
@@ -306,23 +313,24 @@ class CMSWriter:
 
 
 class HopeBlock(nn.Module):
-    """x + Titan(LN x), then x + CMS(LN x). mixer = 'attention' has attention in Titan's place, 'both' adds the two."""
+    """x + attention(LN x), then x + Titan(LN x), then x + CMS(LN x); mixer = 'attention' or 'titan' leaves the other out."""
 
     def __init__(self, sizes):
         super().__init__()
-        width = sizes['width']
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.titan = TitanMemory(sizes) if sizes['mixer'] in ('titan', 'both') else None
-        self.attn = Attention(width, sizes['heads']) if sizes['mixer'] in ('attention', 'both') else None
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.cms = CMS(width, sizes['cms_hidden'], len(sizes['cms_periods']))
+        width, mixer = sizes['width'], sizes['mixer']
+
+        def norm():
+            return nn.LayerNorm(width, eps=1e-6)
+        self.attn_norm, self.attn = (norm(), Attention(width, sizes['heads'])) if mixer != 'titan' else (None, None)
+        self.titan_norm, self.titan = (norm(), TitanMemory(sizes)) if mixer != 'attention' else (None, None)
+        self.cms_norm, self.cms = norm(), CMS(width, sizes['cms_hidden'], len(sizes['cms_periods']))
 
     def forward(self, x, rope, memory=None):
         """x (B,T,P,C), rope: see Predictor.rope, memory of this block or None → (B,T,P,C), memory."""
-        normed, new = self.norm1(x), None
-        if self.titan is not None:
-            y, new = self.titan(normed, rope, memory if memory is None else self.titan.hand_over(memory))
+        new = None
+        if self.attn:
+            x = x + self.attn.block_causal(self.attn_norm(x), rope)
+        if self.titan:
+            y, new = self.titan(self.titan_norm(x), rope, memory if memory is None else self.titan.hand_over(memory))
             x = x + y
-        if self.attn is not None:
-            x = x + self.attn.block_causal(normed, rope)
-        return x + self.cms(self.norm2(x)), new
+        return x + self.cms(self.cms_norm(x)), new
