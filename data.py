@@ -219,9 +219,10 @@ def parse_manifest(path):
     if seal != hashlib.sha256(text).hexdigest().encode() + b'"\n}':
         raise Refusal(f'{path} is damaged, or was not written by this version; delete the folder and run prepare.py again')
     try:
-        return json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise Refusal(f'{path} is not readable ({error}); delete the folder and run prepare.py again') from None
+        manifest = json.loads(raw)
+        return {**manifest, **{key: manifest[key] for key in ('made_from', 'complete', 'shape', 'sha256', 'splits')}}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Refusal(f'{path} is not a manifest ({error!r}); delete the folder and run prepare.py again') from None
 
 
 def read_manifest(name):

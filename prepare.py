@@ -10,6 +10,7 @@ Interrupted, the same command goes on where it stopped; a finished set is left a
 of each domain, data/<name>/displacement.png how far objects slide in A and B.
 """
 import http.client
+import itertools
 import os
 import re
 import sys
@@ -467,15 +468,23 @@ made_from = {'source': source, 'split': split, 'encoder': encoder, 'encode': enc
              'skip_bad': skip_bad, 'clips': {s: parts[0] for s, parts in splits.items()}}
 manifest = {'complete': False, 'made_from': made_from, 'shape': shape, 'dtype': 'float16', 'grid': [side, side],
             'patch': PATCH, 'sha256': {}, 'splits': {s: {'domain': d, 'shards': []} for s, d in domains.items()}}
+os.makedirs(folder, exist_ok=True)
+leftovers = [f.path for f in os.scandir(folder) if f.name.endswith('.tmp')] if os.path.exists(manifest_path) else []
+data.claim(folder, *(path.removesuffix('.tmp') for path in leftovers))
 if os.path.exists(manifest_path):
     found = data.parse_manifest(manifest_path)
     if (found['made_from'], found['shape']) != (made_from, shape):
         raise Refusal(f'{folder} holds a set made with other settings; choose another --name or delete the folder')
-    if found['complete']:
-        print(f'{folder} is complete; nothing to do')
-        sys.exit(0)
     manifest = found
-os.makedirs(folder, exist_ok=True)
+    damaged = [file for file in manifest['sha256'] if not data.intact(folder, manifest, file)]
+    if manifest['complete'] and not damaged:
+        print(f'{folder} is complete, every file as it was written; nothing to do')
+        sys.exit(0)
+    manifest['complete'] = False
+    for entry in manifest['splits'].values():                          # a damaged shard, and those after it, are made again
+        entry['shards'] = list(itertools.takewhile(lambda shard: shard['file'] not in damaged, entry['shards']))
+    if damaged:
+        print(f'{", ".join(damaged)}: damaged or missing, made again')
 shard_clips = max(1, SHARD_BYTES // (2 * int(np.prod(shape))))
 print(f'{folder}: {sum(made_from["clips"].values()):,} clips of {shape[0]} steps x {shape[1]} patches x {shape[2]}')
 
