@@ -171,6 +171,8 @@ TENSORS = {                  # how Hugging Face calls what the official files ca
 def peek(path):
     """What a file of torch.save holds, memory-mapped: only tensors that are used are read. Raises Refusal."""
     try:
+        if zipfile.is_zipfile(path):
+            inspect(path)
         stored = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, ValueError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
         raise Refusal(f'{path}: not a file of weights ({type(error).__name__}: {str(error)[:100]})') from None
@@ -412,7 +414,8 @@ def pick_device(name):
 
 VERSION = 1                  # of the training code: raised when the same settings would no longer give the same weights
 SEAL_BYTES = 64              # a file ends in the hex SHA-256 of every byte before it, which is the comment of the zip
-BUILDERS = r'collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch [A-Z][A-Za-z0-9]*Storage'
+BUILDERS = (r'collections (OrderedDict|Counter)|_codecs encode|(__builtin__|builtins) (set|complex)|torch\._utils '
+            r'_rebuild_(tensor|tensor_v2|parameter)|torch (Size|device|bool|[a-z]+\d+|[A-Z]\w*Storage)')
 
 
 def inspect(file):
@@ -428,11 +431,11 @@ def inspect(file):
             if member.filename.lower().endswith('.pkl'):
                 for operation, argument, _ in pickletools.genops(archive.read(member)):
                     if operation.name == 'GLOBAL' and not re.fullmatch(BUILDERS, argument):
-                        raise ValueError(f'it holds {argument.replace(" ", ".")}, which is neither a tensor nor a plain value')
+                        raise ValueError(f'{argument.replace(" ", ".")} in it is neither a tensor nor a plain value')
 
 
-def write(path, content):
-    """Write a dict of tensors, numbers, text and containers of them atomically, closed by its checksum (see read)."""
+def write_sealed(path, content):
+    """Write a dict of tensors, numbers, text and containers of them atomically, closed by its checksum."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     inspect(buffer)
@@ -442,14 +445,14 @@ def write(path, content):
     write_atomically(path, lambda f: f.write(buffer.getbuffer()))
 
 
-def read(path, device='cpu'):
-    """What write() wrote; raises Refusal where a byte differs from what was written, or for what write() never writes."""
+def read_sealed(path, device='cpu'):
+    """What write_sealed wrote; raises Refusal where a byte differs from what was written, or for what it never writes."""
     try:
         with open(path, 'rb') as f:
             raw = f.read()
         if hashlib.sha256(memoryview(raw)[:-SEAL_BYTES]).hexdigest().encode() != raw[-SEAL_BYTES:]:
             raise Refusal(f'{path} is damaged or cut short, or was not written by this code: its checksum does not fit; '
-                          'take a copy of it, or make it again')
+                          'put back a copy, or delete it and make it again')
         inspect(io.BytesIO(raw))
         return torch.load(io.BytesIO(raw), map_location=device, weights_only=True)
     except OSError as error:
@@ -468,7 +471,7 @@ def save(path, predictor, **more):
     state = predictor.state_dict()
     if not all(t.isfinite().all() for t in state.values()):
         raise Refusal(f'{path} was not written: a weight is NaN or infinite; what it held before is untouched')
-    write(path, {'sizes': predictor.sizes, 'predictor': state, **more})
+    write_sealed(path, {'sizes': predictor.sizes, 'predictor': state, **more})
 
 
 def start_from(predictor, path):
@@ -510,7 +513,7 @@ def load(path, device='cpu', **fields):
     """
     if not os.path.isfile(path):
         raise Refusal(f'no checkpoint at {path}; train one with: python train.py config/hope_jump.py')
-    checkpoint = read(path, device)
+    checkpoint = read_sealed(path, device)
     try:
         sizes, state = {**SIZES, **checkpoint['sizes']}, checkpoint['predictor']
         if sum(t.nbytes for t in state.values()) > os.path.getsize(path):
