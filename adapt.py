@@ -263,7 +263,7 @@ def read_decoder(manifest):
         if decoder.shape != (D + 1, 3 * clip_data.TUBELET * manifest['patch'] ** 2) or not np.isfinite(decoder).all():
             raise ValueError('not finite, or of another shape')
         return torch.from_numpy(np.array(decoder))
-    except (*MALFORMED, OSError) as error:
+    except (*MALFORMED, EOFError, OSError) as error:
         raise Refusal(f'{manifest["decoder"]} of data set {data} is not a decoder ({error})') from None
 
 

@@ -294,7 +294,7 @@ class Split:
                 raise ValueError(f'its actions are not float32 ({count},{T},A) but {self.actions.dtype} {self.actions.shape}')
             if self.physics and (self.physics['position'].ndim, *self.physics['position'].shape[::2]) != (3, count, 2):
                 raise ValueError(f'its positions are not ({count},frames,2)')
-        except (AttributeError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        except (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise Refusal(f'{self.name} is not as prepare.py writes it ({type(error).__name__}: {error})') from None
         self.actions = np.array(self.actions)
         if not np.isfinite(self.actions).all():

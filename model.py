@@ -171,10 +171,9 @@ TENSORS = {                  # how Hugging Face calls what the official files ca
 def peek(path):
     """What a file of torch.save holds, memory-mapped: only tensors that are used are read. Raises Refusal."""
     try:
-        if zipfile.is_zipfile(path):
-            inspect(path)
-        stored = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, ValueError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
+        inspect(path)
+        stored = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except (*MALFORMED, EOFError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         raise Refusal(f'{path}: not a file of weights ({type(error).__name__}: {str(error)[:100]})') from None
     return stored if isinstance(stored, dict) else {}
 

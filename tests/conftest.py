@@ -13,6 +13,7 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 torch.set_num_threads(2)
+NUMBERS = []                 # rows of the table that `pytest -m trust` ends with: what, how many, outcome
 
 TINY = ['--depth=2', '--width=24', '--heads=2', '--mlp_hidden=32', '--cms_hidden=10', '--batch_size=8', '--max_iters=6',
         '--teacher_every=2', '--eval_interval=3', '--eval_clips=8', '--log_interval=1', '--device=cpu']
@@ -35,6 +36,14 @@ def child(path, args, cwd, environment, out, err):
     except Exception:
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The numbers of the trust suite."""
+    if NUMBERS and config.option.markexpr == 'trust':
+        terminalreporter.section('trust')
+        for what, count, outcome in NUMBERS:
+            terminalreporter.write_line(f'{what:<36}{count:>5}   {outcome}')
 
 
 def run(script, *args, cwd=ROOT, launcher=(), ok=True):
