@@ -147,6 +147,8 @@ def pictures(z, decoder, grid, patch):
 
 def folder_of(name):
     """data/<name> beside the code; a name with a path separator is taken as a folder."""
+    if not name:
+        raise Refusal('a data set needs a name')
     return os.path.abspath(name) if os.sep in name else os.path.join(ROOT, 'data', name)
 
 

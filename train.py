@@ -71,7 +71,7 @@ decay = 0.7              # share of the steps in which the rate falls to 0 [0..1
 weight_decay = 0.04      # none on biases and other 1-D parameters [0..]
 beta2 = 0.99             # AdamW's second-moment decay [0..1]
 grad_clip = 1.0          # largest gradient norm [>0]
-seed = 1                 # initial weights, order of the clips and jump targets follow from it [0..]
+seed = 1                 # initial weights, order of the clips and jump targets follow from it [0..4294967295]
 # running
 out = 'out/hope.pt'      # checkpoint
 resume = False           # go on from `out`
@@ -120,6 +120,8 @@ say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
 RUN_KNOBS = {'out', 'resume', 'stop_at', 'eval_interval', 'eval_clips', 'log_interval', 'device', 'compile', 'wandb'}
 recipe = {key: value for key, value in settings.items() if key not in RUN_KNOBS}  # what the result depends on
 first_step, checkpoint = 0, None
+if not os.path.basename(out) or out.endswith('.csv'):
+    raise Refusal(f'out = {out!r}: must name a file, and not the log, whose name is the same but for .csv')
 if resume:
     predictor, checkpoint = load(out, device, recipe=dict, data=str, version=int, optimizer=dict, random=dict, step=int,
                                  best=float)

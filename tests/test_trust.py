@@ -5,19 +5,17 @@ What a user may rely on, counted: kills, flipped bits, cut, hostile and malforme
 
 The quick suite runs the same tests on a few cases each.
 """
+import contextlib
 import csv
 import errno
 import json
 import os
 import pickle
 import random
-import resource
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 
@@ -43,80 +41,15 @@ def spread(cases, count):
     return [cases[i * len(cases) // count] for i in range(min(count, len(cases)))]
 
 
-# ---- a process that has PyTorch loaded and forks itself for every script: 0.1 s to start instead of 3 ----------------
-
-def child(job, out, err):
-    """Be a script, as `python script args` is; never returns."""
-    os.dup2(out.fileno(), 1)
-    os.dup2(err.fileno(), 2)
-    os.chdir(job['cwd'])
-    for name, value in job['limits'].items():
-        resource.setrlimit(getattr(resource, name), (value, value))
-    sys.argv, status = [job['script'], *job['args']], 0
-    try:
-        try:
-            runpy.run_path(os.path.join(ROOT, job['script']), run_name='__main__')
-        except Exception:
-            status = 1
-            sys.excepthook(*sys.exc_info())
-    except SystemExit as end:
-        status = end.code or 0
-    except KeyboardInterrupt:
-        status = 130
-    finally:
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)
-
-
-def serve():
-    """Read jobs as lines of JSON, fork a child for each, send it its signal, answer with how it ended."""
-    import matplotlib.pyplot  # noqa: F401  everything slow that the scripts import
-    import torch._dynamo  # noqa: F401
-
-    import hope  # noqa: F401
-    torch.set_num_threads(1)
-    pages = int(open('/proc/self/statm').read().split()[0]) if os.path.exists('/proc/self/statm') else 0
-    for line in sys.stdin:
-        job = json.loads(line)
-        if 'memory' in job:                                            # bytes beyond what the server itself has mapped
-            job['limits']['RLIMIT_AS'] = pages * resource.getpagesize() + job['memory']
-        with tempfile.TemporaryFile('w+') as out, tempfile.TemporaryFile('w+') as err:
-            pid = os.fork()
-            if pid == 0:
-                child(job, out, err)
-            start, status = time.time(), None
-            while job['signal'] and status is None:
-                ready = os.path.exists(job['when']) if job['when'] else time.time() - start > job['after']
-                if ready:
-                    os.kill(pid, job['signal'])
-                    break
-                time.sleep(0.001)
-                ended, status = os.waitpid(pid, os.WNOHANG)
-                status = status if ended else None
-            if status is None:
-                status = os.waitpid(pid, 0)[1]
-            texts = [f.seek(0) or f.read() for f in (out, err)]
-        print(json.dumps([os.waitstatus_to_exitcode(status), *texts]), flush=True)
-
-
-@pytest.fixture(scope='session')
-def forked(tmp_path_factory):
-    """forked(script, *args, ...) → CompletedProcess, as conftest.run, by the server."""
-    server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                              env={**os.environ, 'OMP_NUM_THREADS': '1', 'COLUMNS': '100', 'MPLBACKEND': 'Agg'})
-    home = tmp_path_factory.mktemp('cwd')
-
-    def ask(script, *args, ok=True, cwd=home, kill=0, after=0.0, when='', limits=(), **more):
-        job = {'script': script, 'args': list(map(str, args)), 'cwd': str(cwd), 'signal': kill, 'after': after,
-               'when': str(when), 'limits': dict(limits), **more}
-        server.stdin.write(json.dumps(job) + '\n')
-        server.stdin.flush()
-        done = subprocess.CompletedProcess(args, *json.loads(server.stdout.readline()))
-        assert not ok or done.returncode in (0, -kill), done.stdout + done.stderr
-        return done
-    yield ask
-    server.stdin.close()
-    server.wait()
+def killing(number, after=0.0, when=None):
+    """For conftest.run: send the script a signal after so many seconds, or when a file is there."""
+    def meanwhile(pid):
+        time.sleep(after)
+        while when and not os.path.exists(when) and os.path.exists(f'/proc/{pid}'):
+            time.sleep(0.001)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+    return meanwhile
 
 
 # ---- comparing runs --------------------------------------------------------------------------------------------------
@@ -162,15 +95,15 @@ def files_of(folder):
 # ---- kills -----------------------------------------------------------------------------------------------------------
 
 RUNS = {
+    'vit': ['--model=vit'],
     'hope': [],
     'streams': ['--stream=4', '--stream_from=0.3', '--action_gain=0.5', '--cms_rate=5'],
-    'vit': ['--model=vit'],
     'accumulation': ['--model=vit', '--accumulation=2'],
 }
 
 
 @counted(3, 100)
-def test_killed_in_training(count, tiny, tmp_path, forked):
+def test_killed_in_training(count, tiny, tmp_path):
     """SIGKILL at any moment of training and saving: the checkpoint is readable, and in the end nothing differs."""
     rng = random.Random(count)
     runs, total, in_save, unreadable, equals = spread(list(RUNS), 1 if count < 10 else 4), 0, 0, 0, 0
@@ -178,12 +111,12 @@ def test_killed_in_training(count, tiny, tmp_path, forked):
         steps = 12 if count < 10 else 300
         args = [*TINY, f'--data={tiny}', *RUNS[name], f'--max_iters={steps}', '--eval_interval=1']
         whole, out = tmp_path / f'{name}_whole.pt', tmp_path / f'{name}.pt'
-        forked('train.py', *args, f'--out={whole}')
+        run('train.py', *args, f'--out={whole}')
         kills = 0
         while True:
             more = kills < count / len(runs)
-            done = forked('train.py', *args, f'--out={out}', f'--resume={out.exists()}', kill=signal.SIGKILL * more,
-                          after=rng.uniform(0.1, 1.2))
+            done = run('train.py', *args, f'--out={out}', f'--resume={out.exists()}', ok=not more,
+                       meanwhile=killing(signal.SIGKILL, rng.uniform(0.1, 1.2)) if more else None)
             if done.returncode == -signal.SIGKILL:
                 kills += 1
                 in_save += os.path.exists(f'{out}.tmp')
@@ -204,16 +137,17 @@ def test_killed_in_training(count, tiny, tmp_path, forked):
     assert not unreadable and equals == len(runs)
 
 
-@counted(2, 50)
-def test_killed_in_preparing(count, tmp_path, forked):
+@counted(1, 50)
+def test_killed_in_preparing(count, tmp_path):
     rng = random.Random(count)
     whole, folder = tmp_path / 'whole', tmp_path / 'set'
     args = ['--size=32', '--dim=24', '--clips=60', '--test_clips=24', '--device=cpu']
-    forked('prepare.py', *args, f'--name={whole}')
+    run('prepare.py', *args, f'--name={whole}')
     kills, sets, equals = 0, 0, 0
     while True:
         more = kills < count
-        done = forked('prepare.py', *args, f'--name={folder}', kill=signal.SIGKILL * more, after=rng.uniform(0.05, 2.0))
+        done = run('prepare.py', *args, f'--name={folder}', ok=not more,
+                   meanwhile=killing(signal.SIGKILL, rng.uniform(0.05, 2.0)) if more else None)
         if done.returncode == -signal.SIGKILL:
             kills += 1
             continue
@@ -226,15 +160,16 @@ def test_killed_in_preparing(count, tmp_path, forked):
 
 
 @counted(1, 20)
-def test_killed_in_adapting(count, tiny, trained, tmp_path, forked):
+def test_killed_in_adapting(count, tiny, trained, tmp_path):
     rng = random.Random(count)
     whole, out = tmp_path / 'whole', tmp_path / 'aba'
     args = [f'--ckpt={trained["vit"]}' if count == 1 else f'--ckpt={trained["hope"]},{trained["vit"]}', f'--data={tiny}', *FEW]
-    forked('adapt.py', *args, f'--out={whole}')
+    run('adapt.py', *args, f'--out={whole}')
     kills, ends, equals = 0, 0, 0
     while True:
         more = kills < count
-        done = forked('adapt.py', *args, f'--out={out}', kill=signal.SIGKILL * more, after=rng.uniform(0.3, 3.0))
+        done = run('adapt.py', *args, f'--out={out}', ok=not more,
+                   meanwhile=killing(signal.SIGKILL, rng.uniform(0.3, 3.0)) if more else None)
         if done.returncode == -signal.SIGKILL:
             kills += 1
             continue
@@ -246,15 +181,15 @@ def test_killed_in_adapting(count, tiny, trained, tmp_path, forked):
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_at_the_next_step(number, tiny, tmp_path, forked):
-    args = [*TINY, f'--data={tiny}', '--model=vit', '--max_iters=100', '--eval_interval=7']
-    forked('train.py', *args, f'--out={tmp_path}/whole.pt')
+def test_a_signal_saves_at_the_next_step(number, tiny, tmp_path):
+    args = [*TINY, f'--data={tiny}', '--model=vit', '--max_iters=40', '--eval_interval=7']
+    run('train.py', *args, f'--out={tmp_path}/whole.pt')
     out = tmp_path / 'stopped.pt'
-    done = forked('train.py', *args, f'--out={out}', kill=number, when=out, ok=False)
+    done = run('train.py', *args, f'--out={out}', meanwhile=killing(number, when=out), ok=False)
     assert done.returncode == 128 + number and '--resume=True goes on' in done.stdout.splitlines()[-1]
     step = model.load(str(out))[1]['step']
-    assert 7 <= step < 100 and f'stopped at step {step}' in done.stdout
-    forked('train.py', *args, f'--out={out}', '--resume=True')
+    assert 7 <= step < 40 and f'stopped at step {step}' in done.stdout
+    run('train.py', *args, f'--out={out}', '--resume=True')
     assert same_run(tmp_path / 'whole.pt', out)
 
 
@@ -278,7 +213,7 @@ def test_processes_stop_together_and_resume_exactly(tiny, tmp_path):
 
 # ---- two at once, no room --------------------------------------------------------------------------------------------
 
-def test_two_runs_into_one_place(tiny, trained, tmp_path, forked):
+def test_two_runs_into_one_place(tiny, trained, tmp_path):
     """While this process holds the place, a script refuses it and changes nothing; afterwards it does not."""
     folder, out = tmp_path / 'aba', tmp_path / 'x.pt'
     folder.mkdir()
@@ -290,21 +225,21 @@ def test_two_runs_into_one_place(tiny, trained, tmp_path, forked):
                                'sys.stdin.read()', *map(str, places)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     holder.stdout.readline()
     for command in places.values():
-        assert 'another run is writing here' in refused(forked(*command, ok=False))
+        assert 'another run is writing here' in refused(run(*command, ok=False))
     assert not list(folder.iterdir()) and (tmp_path / 'x.csv').read_text() == 'kept' and not out.exists()
     holder.kill()
     holder.communicate()
     for command in places.values():
-        forked(*command)
+        run(*command)
 
 
-def test_no_room_and_no_permission(tiny, tmp_path, monkeypatch, forked):
+def test_no_room_and_no_permission(tiny, tmp_path, monkeypatch):
     """A checkpoint that cannot be written: one line that names it, the previous one as it was, nothing left behind."""
     out = tmp_path / 'x.pt'
     args = [*TINY, f'--data={tiny}', f'--out={out}']
-    forked('train.py', *args, '--stop_at=3')
+    run('train.py', *args, '--stop_at=3')
     before = out.read_bytes()
-    line = refused(forked('train.py', *args, '--resume=True', ok=False, limits={'RLIMIT_FSIZE': 20000}))
+    line = refused(run('train.py', *args, '--resume=True', ok=False, limits={'RLIMIT_FSIZE': 20000}))
     assert f'{out} could not be written' in line and out.read_bytes() == before and not os.path.exists(f'{out}.tmp')
     for number in (errno.ENOSPC, errno.EROFS, errno.EACCES):
         def denied(*args):
@@ -314,15 +249,15 @@ def test_no_room_and_no_permission(tiny, tmp_path, monkeypatch, forked):
             with pytest.raises(Refusal, match=os.strerror(number)):
                 data.write_atomically(str(out), lambda f: f.write(b'new'))
         assert out.read_bytes() == before and not os.path.exists(f'{out}.tmp')
-    assert 'File exists' in refused(forked('train.py', *TINY, f'--data={tiny}', f'--out={out}/x.pt', ok=False))
-    assert 'could not be written' in refused(forked('prepare.py', f'--name={tmp_path}/set', '--size=32', '--dim=24', '--clips=48',
+    assert 'File exists' in refused(run('train.py', *TINY, f'--data={tiny}', f'--out={out}/x.pt', ok=False))
+    assert 'could not be written' in refused(run('prepare.py', f'--name={tmp_path}/set', '--size=32', '--dim=24', '--clips=48',
                                                     '--test_clips=24', ok=False, limits={'RLIMIT_FSIZE': 20000}))
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='needs the size of a process')
-def test_out_of_memory_names_the_knob(tiny, trained, tmp_path, forked):
-    line = refused(forked('train.py', *TINY, f'--data={tiny}', f'--out={tmp_path}/x.pt', '--batch_size=16384', '--model=vit',
-                          memory=400 * 2**20, ok=False))
+def test_out_of_memory_names_the_knob(tiny, trained, tmp_path):
+    line = refused(run('train.py', *TINY, f'--data={tiny}', f'--out={tmp_path}/x.pt', '--batch_size=16384', '--model=vit',
+                          limits={'RLIMIT_AS': 400 * 2**20}, ok=False))
     assert 'out of memory' in line and '--accumulation' in line and '--batch_size' in line
 
 
@@ -385,12 +320,12 @@ def test_cut_files(count, victims):
     assert not unseen
 
 
-def test_a_damaged_shard_is_mended_by_the_same_command(tiny, tmp_path, forked):
+def test_a_damaged_shard_is_mended_by_the_same_command(tiny, tmp_path):
     folder = shutil.copytree(tiny, tmp_path / 'set')
     (folder / 'val_00000.npy').write_bytes(b'damaged')
     (folder / 'test_B_actions.npy').unlink()
     (folder / 'val_00000.npy.tmp').write_bytes(b'left over')
-    said = forked('prepare.py', f'--name={folder}', '--size=32', '--dim=24', '--clips=48', '--test_clips=24').stdout
+    said = run('prepare.py', f'--name={folder}', '--size=32', '--dim=24', '--clips=48', '--test_clips=24').stdout
     assert 'val_00000.npy, test_B_actions.npy: damaged or missing' in said
     assert files_of(folder) == files_of(tiny)
 
@@ -442,6 +377,8 @@ train.py --device=cuda:99
 train.py --device=cuda:x
 train.py --data=/nowhere/at/all
 train.py --out=
+train.py --out=x.csv
+train.py --data=
 train.py --init_from=nowhere.pt
 train.py --resume=True
 train.py --clips=10
@@ -461,6 +398,8 @@ adapt.py --oracle=nowhere.pt
 adapt.py --memory_in=nowhere.pt
 adapt.py --memory_out=x.pt --methods=frozen
 adapt.py --batch_size=8
+adapt.py --out=
+prepare.py --name=
 prepare.py --size=33
 prepare.py --dim=0
 prepare.py --encoder=resnet
@@ -475,8 +414,8 @@ CONFIGS = ['batch_size = "8"', 'batch_size = = 8', 'batch_size = 1 / 0', 'import
            'seed = [1]', 'clips = 10', 'x = 1', '\x00', 'while', 'depth = 2.0', 'batch_size = True', '"unfinished', 'eval("1")']
 
 
-@counted(8, 88)
-def test_malformed_command_lines_and_configs(count, tiny, trained, tmp_path, forked):
+@counted(8, 92)
+def test_malformed_command_lines_and_configs(count, tiny, trained, tmp_path):
     cwd, config = tmp_path / 'cwd', tmp_path / 'config.py'
     cwd.mkdir()
     common = {'train.py': [*TINY, f'--data={tiny}', '--out=x.pt'], 'adapt.py': [f'--ckpt={trained["vit"]}', f'--data={tiny}', *FEW],
@@ -486,12 +425,12 @@ def test_malformed_command_lines_and_configs(count, tiny, trained, tmp_path, for
         if isinstance(case, str):
             config.write_text(case)
             case = ['train.py', str(config)]
-        done = forked(case[0], *common[case[0]], *case[1:], cwd=cwd, ok=False)
+        done = run(case[0], *common[case[0]], *case[1:], cwd=cwd, ok=False)
         lines = done.stderr.strip().splitlines()
         if done.returncode != 2 or len(lines) != 1 or list(cwd.iterdir()):
             wrong.append((case, done.returncode, done.stderr[-500:], list(cwd.iterdir())))
     NUMBERS.append(('malformed command lines and configs', min(count, len(cases)), f'{len(wrong)} without one line and status 2'))
-    assert not wrong
+    assert not wrong, '\n'.join(map(str, wrong))
 
 
 # ---- malformed data folders ----------------------------------------------------------------------------------------------
@@ -611,7 +550,7 @@ def test_malformed_data_folders(count, tiny, tmp_path):
         except Refusal as refusal:
             assert '\n' not in str(refusal) and folder in str(refusal), refusal
     NUMBERS.append(('malformed data folders', min(count, len(FOLDERS)), f'{len(wrong)} taken for whole'))
-    assert not wrong
+    assert not wrong, '\n'.join(map(str, wrong))
 
 
 # ---- hostile files -------------------------------------------------------------------------------------------------------
@@ -691,11 +630,11 @@ def hostile(tiny, trained, tmp_path, mark):
 
 
 @counted(5, 16)
-def test_hostile_files(count, tiny, trained, tmp_path, forked):
+def test_hostile_files(count, tiny, trained, tmp_path):
     mark, harmed = tmp_path / 'mark', []
     cases = spread(hostile(tiny, trained, tmp_path, mark), count)
     for what, script, args in cases:
-        done = forked(script, *args, ok=False, memory=2**30)
+        done = run(script, *args, ok=False, limits={'RLIMIT_AS': 2**30})
         if done.returncode != 2 or len(done.stderr.splitlines()) != 1 or mark.exists() or 'out of memory' in done.stderr:
             harmed.append((what, done.returncode, done.stderr[-600:]))
             mark.unlink(missing_ok=True)
@@ -713,11 +652,11 @@ def test_a_link_in_the_way_is_not_followed(tmp_path):
 # ---- NaN -----------------------------------------------------------------------------------------------------------------
 
 @counted(3, 10)
-def test_not_a_number(count, tiny, trained, tmp_path, forked):
+def test_not_a_number(count, tiny, trained, tmp_path):
     """Wherever a NaN comes in, one line says where, and the last good checkpoint is as it was."""
     out, own, aba = tmp_path / 'x.pt', own_clips(tmp_path / 'clips'), tmp_path / 'aba'
     training = [*TINY, f'--data={tiny}', '--model=vit', f'--out={out}', '--eval_interval=100']
-    forked('train.py', *training, '--stop_at=2')
+    run('train.py', *training, '--stop_at=2')
     good, nan = out.read_bytes(), float('nan')
     adapting = [f'--data={tiny}', *FEW, f'--out={aba}', '--methods=memory', '--tune_on=']
 
@@ -749,25 +688,21 @@ def test_not_a_number(count, tiny, trained, tmp_path, forked):
                      f'--data={other(put("decoder.npy", np.full((25, 1536), nan, np.float32)))}']),
     ]
     if count > 3:
-        forked('adapt.py', f'--ckpt={trained["hope"]}', *adapting, f'--memory_out={tmp_path}/memory.pt')
+        run('adapt.py', f'--ckpt={trained["hope"]}', *adapting, f'--memory_out={tmp_path}/memory.pt')
         memory = spoilt('memory_nan.pt', lambda c: c['memory'][0].fill_(nan), tmp_path / 'memory.pt')
         cases.append(('memory', ['adapt.py', f'--ckpt={trained["hope"]}', *adapting, f'--memory_in={memory}']))
     cases.append(('own actions', own_nan('actions_states', 'actions.npy')))
     wrong, chosen = [], cases[:count]
     for where, command in chosen:
-        done = forked(*command, ok=False)
+        done = run(*command, ok=False)
         if done.returncode != 2 or len(done.stderr.splitlines()) != 1 or 'finite' not in done.stderr or out.read_bytes() != good:
             wrong.append((where, done.returncode, done.stderr[-600:]))
     if count > 3:
         command = own_nan('feature_maps', 'vjepa2_vitl16.npy')
         os.rename(own / 'train' / 'clip_00001' / 'actions_states', own / 'train' / 'clip_00001' / 'bad')
         shutil.copytree(own / 'train' / 'clip_00000' / 'actions_states', own / 'train' / 'clip_00001' / 'actions_states')
-        done = forked(*command, ok=False)
+        done = run(*command, ok=False)
         if done.returncode != 2 or 'finite' not in done.stderr:
             wrong.append(('own features', done.returncode, done.stderr[-600:]))
     NUMBERS.append(('NaN injected', len(chosen) + (count > 3), f'{len(wrong)} passed on'))
-    assert not wrong
-
-
-if __name__ == '__main__':
-    serve()
+    assert not wrong, '\n'.join(map(str, wrong))
