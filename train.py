@@ -185,7 +185,7 @@ if checkpoint is not None:
             if not all(v.shape in ((), p.shape) and v.isfinite().all() for v in state.values()):
                 raise ValueError('a moment is not finite or has another shape than its weight')
         torch.set_rng_state(checkpoint['random']['torch'].cpu())       # the only generators with a state: data order, targets
-        if device.startswith('cuda'):                                  # and gains are functions of the seed and the step
+        if device.startswith('cuda') and checkpoint['random']['cuda'] is not None:  # and gains follow from seed and step
             torch.cuda.set_rng_state(checkpoint['random']['cuda'].cpu())
     except MALFORMED as error:
         raise Refusal(f'{out} cannot be gone on with: {" ".join(str(error).split())[:200]}') from None

@@ -211,6 +211,35 @@ def test_processes_stop_together_and_resume_exactly(tiny, tmp_path):
     NUMBERS.append(('SIGTERM to torchrun, 2 processes', 1, 'saved at one step; bit-equal at the end'))
 
 
+def test_what_does_not_fit_is_refused(tiny, trained, tmp_path):
+    """Another data set, version, number of steps or of action components: one line, and the checkpoint is as it was."""
+    args, out = [*TINY, f'--data={tiny}', '--model=vit'], tmp_path / 'x.pt'
+    run('train.py', *args, f'--out={out}', '--stop_at=2')
+    good, content = out.read_bytes(), torch.load(out, weights_only=True)
+    for field, value, words in (('version', 0, 'trained by version 0'), ('data', 'x', 'another data set'), ('best', 'x', 'has no best'),
+                                ('random', {'torch': torch.zeros(3, dtype=torch.uint8)}, 'cannot be gone on with')):
+        model.write_sealed(str(out), {**content, field: value})
+        changed = out.read_bytes()
+        assert words in refused(run('train.py', *args, f'--out={out}', '--resume=True', ok=False))
+        assert out.read_bytes() == changed
+    out.write_bytes(good)
+    run('train.py', *args, f'--out={out}', '--resume=True')
+
+    def cut(steps, numbers):
+        def change(folder, manifest):
+            manifest['shape'][0] = steps
+            for split in 'train', 'val', 'test_A', 'test_B':
+                for file, part in ((f'{split}_00000.npy', np.s_[:, :steps]), (f'{split}_actions.npy', np.s_[:, :steps, :numbers])):
+                    put(file, np.load(os.path.join(folder, file))[part])(folder, manifest)
+        return changed_set(tiny, tmp_path / f'{steps}_{numbers}', change)
+    for folder in (cut(7, 2), cut(8, 1)):
+        line = refused(run('adapt.py', f'--ckpt={trained["vit"]}', f'--data={folder}', *FEW, f'--out={tmp_path}/aba', ok=False))
+        assert 'trained on clips of 8 steps with actions of 2 numbers' in line
+    assert 'action_encoder' in refused(run('train.py', *args, f'--data={tmp_path}/8_1', f'--init_from={trained["vit"]}',
+                                           f'--out={tmp_path}/y.pt', ok=False))
+    assert not (tmp_path / 'aba').exists() and not (tmp_path / 'y.pt').exists()
+
+
 # ---- two at once, no room --------------------------------------------------------------------------------------------
 
 def test_two_runs_into_one_place(tiny, trained, tmp_path):
