@@ -185,15 +185,15 @@ for path, role in [(path, '') for path in ckpt.split(',')] + [(oracle, 'oracle')
     if any(name == c['name'] for c in checkpoints):
         name = f'{name} {len(checkpoints) + 1}'
     steps = stored['clip_steps']
-    checkpoints.append({'name': name, 'path': path, 'predictor': predictor, 'clip_steps': steps, 'loss': stored['loss'], 'step': stored['step'],
-                        'targets': torch.arange(steps - stored['jump_last'], steps, device=device)})
+    checkpoints.append({'name': name, 'path': path, 'predictor': predictor, 'loss': stored['loss'], 'step': stored['step'],
+                        'clip_steps': steps, 'targets': torch.arange(steps - stored['jump_last'], steps, device=device)})
 test_a, test_b, validation = (clip_data.open_split(data, s) for s in ('test_A', 'test_B', 'val'))
 (T, N, D), A = test_a.manifest['shape'], test_a.actions.shape[-1]
 for c in checkpoints:
     sizes = c['predictor'].sizes
     if (c['clip_steps'], sizes['action_dim']) != (T, A):
-        raise Refusal(f'{c["path"]} was trained on clips of {c["clip_steps"]} steps with actions of {sizes["action_dim"]} numbers, '
-                      f'but data set {data} has {T} steps and {A} numbers')
+        raise Refusal(f'{c["path"]} was trained on clips of {c["clip_steps"]} steps with actions of {sizes["action_dim"]} '
+                      f'numbers, but data set {data} has {T} steps and {A} numbers')
     if (sizes['feature_dim'], list(sizes['grid'])) != (D, test_a.manifest['grid']):
         raise Refusal(f'{c["path"]} was trained on features of size {sizes["feature_dim"]} on a grid {sizes["grid"]}, '
                       f'but data set {data} has {D} on {tuple(test_a.manifest["grid"])}')

@@ -44,8 +44,9 @@ def one_line(kind, error, knobs):
         return 'interrupted; what was finished is kept', 130
     if issubclass(kind, OSError):                                      # the system refuses: disk full, no permission, ...
         return ': '.join(str(x) for x in (error.strerror or error, error.filename) if x), 2
-    if issubclass(kind, MemoryError) or kind.__name__ == 'OutOfMemoryError' or re.search('(not enough|allocate) memory', str(error)):
-        return 'out of memory; ' + next((what for knob, what in LESS_MEMORY.items() if knob in knobs), 'use a smaller model'), 2
+    full = kind.__name__ == 'OutOfMemoryError' or re.search('(not enough|allocate) memory', str(error))  # PyTorch's: GPU, CPU
+    if full or issubclass(kind, MemoryError):
+        return 'out of memory; ' + next((advice for knob, advice in LESS_MEMORY.items() if knob in knobs), 'use less'), 2
     return None
 
 
@@ -141,7 +142,7 @@ def configure(scope, argv=None):
     def assign(name, value, where):
         if name not in knobs:
             near = difflib.get_close_matches(name, knobs, n=1, cutoff=0.5)
-            others = ', '.join(other for other in SCRIPTS if name in (knob for knob, *_ in read_knobs(os.path.join(ROOT, other))))
+            others = ', '.join(s for s in SCRIPTS if name in (knob for knob, *_ in read_knobs(os.path.join(ROOT, s))))
             raise Refusal(f'{where}: no knob is called {name!r}'
                           + (f'; {others} has one' if others else f'; did you mean {near[0]!r}?' if near else '')
                           + ' (--help lists them all)')

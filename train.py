@@ -287,7 +287,7 @@ def start_log():
         kept = len(header)
         for row in file:
             step = row.split(',')[0]
-            if not step.isdecimal() or int(step) > first_step:
+            if not step.isdecimal() or int(step) > first_step or not row.endswith('\n'):
                 break
             kept += len(row)
     file.truncate(kept)

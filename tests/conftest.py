@@ -55,7 +55,8 @@ def run(script, *args, cwd=ROOT, launcher=(), ok=True, meanwhile=None, limits=()
     else:
         with tempfile.TemporaryDirectory() as folder:
             out, err = os.path.join(folder, 'out'), os.path.join(folder, 'err')
-            process = FORKS.Process(target=child, args=(command[0], command[1:], str(cwd), environment, out, err, dict(limits)))
+            args = command[0], command[1:], str(cwd), environment, out, err, dict(limits)
+            process = FORKS.Process(target=child, args=args)
             process.start()
             if meanwhile:
                 meanwhile(process.pid)

@@ -22,7 +22,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import NUMBERS, ROOT, TINY, official_weights, own_clips, refused, run
+from conftest import NUMBERS, ROOT, TINY, own_clips, refused, run
 
 import data
 import model
@@ -41,15 +41,24 @@ def spread(cases, count):
     return [cases[i * len(cases) // count] for i in range(min(count, len(cases)))]
 
 
-def killing(number, after=0.0, when=None):
-    """For conftest.run: send the script a signal after so many seconds, or when a file is there."""
+def killing(number, when=lambda: True, after=0.0):
+    """For conftest.run: send the script a signal, so many seconds after something has become true."""
     def meanwhile(pid):
-        time.sleep(after)
-        while when and not os.path.exists(when) and os.path.exists(f'/proc/{pid}'):
-            time.sleep(0.001)
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError):                  # it ended before
+            while not when():
+                os.kill(pid, 0)
+                time.sleep(0.001)
+            time.sleep(after)
             os.kill(pid, number)
     return meanwhile
+
+
+def touched(path):
+    """A function that says whether a file was written since."""
+    def stamp():
+        return os.stat(path).st_mtime_ns if os.path.exists(path) else None
+    before = stamp()
+    return lambda: stamp() != before
 
 
 # ---- comparing runs --------------------------------------------------------------------------------------------------
@@ -108,15 +117,16 @@ def test_killed_in_training(count, tiny, tmp_path):
     rng = random.Random(count)
     runs, total, in_save, unreadable, equals = spread(list(RUNS), 1 if count < 10 else 4), 0, 0, 0, 0
     for name in runs:
-        steps = 12 if count < 10 else 300
+        steps = 12 if count < 10 else 120
         args = [*TINY, f'--data={tiny}', *RUNS[name], f'--max_iters={steps}', '--eval_interval=1']
         whole, out = tmp_path / f'{name}_whole.pt', tmp_path / f'{name}.pt'
         run('train.py', *args, f'--out={whole}')
         kills = 0
         while True:
             more = kills < count / len(runs)
+            begun = touched(f'{tmp_path}/{name}.csv')                  # the log is opened when training begins
             done = run('train.py', *args, f'--out={out}', f'--resume={out.exists()}', ok=not more,
-                       meanwhile=killing(signal.SIGKILL, rng.uniform(0.1, 1.2)) if more else None)
+                       meanwhile=killing(signal.SIGKILL, begun, rng.uniform(0, 0.5)) if more else None)
             if done.returncode == -signal.SIGKILL:
                 kills += 1
                 in_save += os.path.exists(f'{out}.tmp')
@@ -147,7 +157,7 @@ def test_killed_in_preparing(count, tmp_path):
     while True:
         more = kills < count
         done = run('prepare.py', *args, f'--name={folder}', ok=not more,
-                   meanwhile=killing(signal.SIGKILL, rng.uniform(0.05, 2.0)) if more else None)
+                   meanwhile=killing(signal.SIGKILL, after=rng.uniform(0.05, 2.0)) if more else None)
         if done.returncode == -signal.SIGKILL:
             kills += 1
             continue
@@ -169,7 +179,7 @@ def test_killed_in_adapting(count, tiny, trained, tmp_path):
     while True:
         more = kills < count
         done = run('adapt.py', *args, f'--out={out}', ok=not more,
-                   meanwhile=killing(signal.SIGKILL, rng.uniform(0.3, 3.0)) if more else None)
+                   meanwhile=killing(signal.SIGKILL, after=rng.uniform(0.3, 3.0)) if more else None)
         if done.returncode == -signal.SIGKILL:
             kills += 1
             continue
@@ -180,12 +190,12 @@ def test_killed_in_adapting(count, tiny, trained, tmp_path):
     assert equals == ends
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.trust)])
 def test_a_signal_saves_at_the_next_step(number, tiny, tmp_path):
     args = [*TINY, f'--data={tiny}', '--model=vit', '--max_iters=40', '--eval_interval=7']
     run('train.py', *args, f'--out={tmp_path}/whole.pt')
     out = tmp_path / 'stopped.pt'
-    done = run('train.py', *args, f'--out={out}', meanwhile=killing(number, when=out), ok=False)
+    done = run('train.py', *args, f'--out={out}', meanwhile=killing(number, out.exists), ok=False)
     assert done.returncode == 128 + number and '--resume=True goes on' in done.stdout.splitlines()[-1]
     step = model.load(str(out))[1]['step']
     assert 7 <= step < 40 and f'stopped at step {step}' in done.stdout
@@ -199,8 +209,8 @@ def test_processes_stop_together_and_resume_exactly(tiny, tmp_path):
     args = [*TINY, f'--data={tiny}', '--max_iters=80', '--eval_interval=7']
     run('train.py', *args, f'--out={tmp_path}/whole.pt', launcher=torchrun)
     out = tmp_path / 'stopped.pt'
-    job = subprocess.Popen([*torchrun, os.path.join(ROOT, 'train.py'), *args, f'--out={out}'], text=True, stdout=subprocess.PIPE,
-                           stderr=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    job = subprocess.Popen([*torchrun, os.path.join(ROOT, 'train.py'), *args, f'--out={out}'], stdout=subprocess.PIPE,
+                           stderr=subprocess.DEVNULL, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     while not out.exists():
         time.sleep(0.01)
     job.terminate()
@@ -216,8 +226,9 @@ def test_what_does_not_fit_is_refused(tiny, trained, tmp_path):
     args, out = [*TINY, f'--data={tiny}', '--model=vit'], tmp_path / 'x.pt'
     run('train.py', *args, f'--out={out}', '--stop_at=2')
     good, content = out.read_bytes(), torch.load(out, weights_only=True)
-    for field, value, words in (('version', 0, 'trained by version 0'), ('data', 'x', 'another data set'), ('best', 'x', 'has no best'),
-                                ('random', {'torch': torch.zeros(3, dtype=torch.uint8)}, 'cannot be gone on with')):
+    state = {'torch': torch.zeros(3, dtype=torch.uint8)}
+    for field, value, words in (('version', 0, 'trained by version 0'), ('data', 'x', 'another data set'),
+                                ('best', 'x', 'has no best'), ('random', state, 'cannot be gone on with')):
         model.write_sealed(str(out), {**content, field: value})
         changed = out.read_bytes()
         assert words in refused(run('train.py', *args, f'--out={out}', '--resume=True', ok=False))
@@ -229,11 +240,12 @@ def test_what_does_not_fit_is_refused(tiny, trained, tmp_path):
         def change(folder, manifest):
             manifest['shape'][0] = steps
             for split in 'train', 'val', 'test_A', 'test_B':
-                for file, part in ((f'{split}_00000.npy', np.s_[:, :steps]), (f'{split}_actions.npy', np.s_[:, :steps, :numbers])):
-                    put(file, np.load(os.path.join(folder, file))[part])(folder, manifest)
+                for file, most in ((f'{split}_00000.npy', None), (f'{split}_actions.npy', numbers)):
+                    put(file, np.load(os.path.join(folder, file))[:, :steps, :most])(folder, manifest)
         return changed_set(tiny, tmp_path / f'{steps}_{numbers}', change)
     for folder in (cut(7, 2), cut(8, 1)):
-        line = refused(run('adapt.py', f'--ckpt={trained["vit"]}', f'--data={folder}', *FEW, f'--out={tmp_path}/aba', ok=False))
+        line = refused(run('adapt.py', f'--ckpt={trained["vit"]}', *FEW, f'--data={folder}', f'--out={tmp_path}/aba',
+                           ok=False))
         assert 'trained on clips of 8 steps with actions of 2 numbers' in line
     assert 'action_encoder' in refused(run('train.py', *args, f'--data={tmp_path}/8_1', f'--init_from={trained["vit"]}',
                                            f'--out={tmp_path}/y.pt', ok=False))
@@ -250,15 +262,16 @@ def test_two_runs_into_one_place(tiny, trained, tmp_path):
     places = {folder: ('adapt.py', f'--ckpt={trained["vit"]}', f'--data={tiny}', f'--out={folder}', *FEW, '--methods=frozen'),
               tmp_path / 'x.csv': ('train.py', *TINY, f'--data={tiny}', f'--out={out}', '--max_iters=1'),
               tiny: ('prepare.py', f'--name={tiny}', '--size=32', '--dim=24', '--clips=48', '--test_clips=24')}
-    holder = subprocess.Popen([sys.executable, '-c', 'import data, sys\n[data.claim(p) for p in sys.argv[1:]]\nprint(1, flush=True)\n'
-                               'sys.stdin.read()', *map(str, places)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    hold = 'import data, sys\n[data.claim(p) for p in sys.argv[1:]]\nprint(1, flush=True)\nsys.stdin.read()'
+    holder = subprocess.Popen([sys.executable, '-c', hold, *map(str, places)], cwd=ROOT, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE)
     holder.stdout.readline()
     for command in places.values():
         assert 'another run is writing here' in refused(run(*command, ok=False))
     assert not list(folder.iterdir()) and (tmp_path / 'x.csv').read_text() == 'kept' and not out.exists()
     holder.kill()
     holder.communicate()
-    for command in places.values():
+    for command in list(places.values())[1:]:
         run(*command)
 
 
@@ -439,15 +452,17 @@ bench.py --steps=8,x
 bench.py --vit=nowhere.py
 ablate.py --variants=HOPE,LSTM
 """.splitlines()]
-CONFIGS = ['batch_size = "8"', 'batch_size = = 8', 'batch_size = 1 / 0', 'import os', 'print(1)', 'def f(): pass', 'model = None',
-           'seed = [1]', 'clips = 10', 'x = 1', '\x00', 'while', 'depth = 2.0', 'batch_size = True', '"unfinished', 'eval("1")']
+CONFIGS = ['batch_size = "8"', 'batch_size = = 8', 'batch_size = 1 / 0', 'import os', 'print(1)', 'def f(): pass',
+           'model = None', 'seed = [1]', 'clips = 10', 'x = 1', '\x00', 'while', 'depth = 2.0', 'batch_size = True',
+           '"unfinished', 'eval("1")']
 
 
 @counted(8, 92)
 def test_malformed_command_lines_and_configs(count, tiny, trained, tmp_path):
     cwd, config = tmp_path / 'cwd', tmp_path / 'config.py'
     cwd.mkdir()
-    common = {'train.py': [*TINY, f'--data={tiny}', '--out=x.pt'], 'adapt.py': [f'--ckpt={trained["vit"]}', f'--data={tiny}', *FEW],
+    common = {'train.py': [*TINY, f'--data={tiny}', '--out=x.pt'],
+              'adapt.py': [f'--ckpt={trained["vit"]}', f'--data={tiny}', *FEW],
               'prepare.py': [f'--name={tmp_path}/set', '--clips=4', '--test_clips=2'], 'bench.py': [], 'ablate.py': []}
     wrong, cases = [], COMMANDS + CONFIGS
     for case in spread(cases, count):
@@ -458,7 +473,8 @@ def test_malformed_command_lines_and_configs(count, tiny, trained, tmp_path):
         lines = done.stderr.strip().splitlines()
         if done.returncode != 2 or len(lines) != 1 or list(cwd.iterdir()):
             wrong.append((case, done.returncode, done.stderr[-500:], list(cwd.iterdir())))
-    NUMBERS.append(('malformed command lines and configs', min(count, len(cases)), f'{len(wrong)} without one line and status 2'))
+    NUMBERS.append(('malformed command lines and configs', min(count, len(cases)),
+                    f'{len(wrong)} without one line, status 2 and nothing written'))
     assert not wrong, '\n'.join(map(str, wrong))
 
 
@@ -642,10 +658,11 @@ def hostile(tiny, trained, tmp_path, mark):
     bare = evil / 'bare.pt'
     bare.write_bytes(pickle.dumps(Runs(mark)))
     cases.append(('a bare pickle', 'adapt.py', [f'--ckpt={bare}', f'--data={tiny}', *FEW]))
-    cases.append(('a bare pickle as weights', 'prepare.py', ['--encoder=vitl', f'--weights={bare}', f'--name={evil}/set', '--clips=2']))
+    encode = ['--encoder=vitl', f'--name={evil}/set', '--clips=2']
+    cases.append(('a bare pickle as weights', 'prepare.py', [*encode, f'--weights={bare}']))
     weights = evil / 'weights.pt'
     seal(weights, content=whole, change=lambda _: pickle.dumps({'target_encoder': Fills()}, 2))
-    cases.append(('a bytearray in weights', 'prepare.py', ['--encoder=vitl', f'--weights={weights}', f'--name={evil}/set', '--clips=2']))
+    cases.append(('a bytearray in weights', 'prepare.py', [*encode, f'--weights={weights}']))
     data_set('code in a shard', put('train_00000.npy', np.array([Runs(mark)], dtype=object)))
     data_set('code in actions', put('train_actions.npy', np.array([Runs(mark)], dtype=object)))
     data_set('10^12 clips in a shard', put('train_00000.npy', claim_of((10**12, 8, 4, 24), '<f2')))
@@ -695,6 +712,9 @@ def test_not_a_number(count, tiny, trained, tmp_path):
         model.write_sealed(str(tmp_path / name), content)
         return tmp_path / name
 
+    def weight(content):
+        content['predictor']['predictor_proj.bias'].fill_(nan)
+
     def moment(content):
         content['optimizer']['state'][0]['exp_avg'][0] = nan
 
@@ -707,11 +727,11 @@ def test_not_a_number(count, tiny, trained, tmp_path):
         return ['prepare.py', f'--source={own}', f'--name={tmp_path}/own']
     features, actions = (np.concatenate([x, x]) for x in BAD[np.nan])
     cases = [
-        ('features', ['train.py', *training[:-2], f'--data={other(put("train_00000.npy", features))}', f'--out={tmp_path}/y.pt']),
+        ('features', ['train.py', *training, f'--data={other(put("train_00000.npy", features))}', f'--out={tmp_path}/y.pt']),
         ('optimiser', ['train.py', *training, f'--out={spoilt("m.pt", moment)}', '--resume=True']),
         ('gradient', ['train.py', *training, f'--out={tmp_path}/g.pt', '--learning_rate=1e30', '--warmup=0']),
         ('actions', ['train.py', *training, f'--data={other(put("train_actions.npy", actions))}', f'--out={tmp_path}/y.pt']),
-        ('weights', ['adapt.py', f'--ckpt={spoilt("w.pt", lambda c: c["predictor"]["predictor_proj.bias"].fill_(nan))}', *adapting]),
+        ('weights', ['adapt.py', f'--ckpt={spoilt("w.pt", weight)}', *adapting]),
         ('weights to start from', ['train.py', *training, f'--out={tmp_path}/y.pt', f'--init_from={tmp_path}/w.pt']),
         ('decoder', ['adapt.py', f'--ckpt={trained["vit"]}', *adapting,
                      f'--data={other(put("decoder.npy", np.full((25, 1536), nan, np.float32)))}']),
@@ -724,7 +744,8 @@ def test_not_a_number(count, tiny, trained, tmp_path):
     wrong, chosen = [], cases[:count]
     for where, command in chosen:
         done = run(*command, ok=False)
-        if done.returncode != 2 or len(done.stderr.splitlines()) != 1 or 'finite' not in done.stderr or out.read_bytes() != good:
+        one_line = done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        if not one_line or 'finite' not in done.stderr or out.read_bytes() != good:
             wrong.append((where, done.returncode, done.stderr[-600:]))
     if count > 3:
         command = own_nan('feature_maps', 'vjepa2_vitl16.npy')
