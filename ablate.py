@@ -17,7 +17,7 @@ import sys
 import numpy as np
 
 from configurator import ROOT, Refusal, configure
-from data import write_atomically
+from data import claim, write_atomically
 
 # what to run
 config = 'config/hope_jump.py'   # the variants change this
@@ -79,6 +79,7 @@ def results(variant, seed):
 
 
 os.makedirs(out, exist_ok=True)
+claim(out, os.path.join(out, 'table.txt'))
 table = io.StringIO()
 for variant in chosen:
     runs = [results(variant, seed) for seed in seeds.split(',')]

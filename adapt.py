@@ -7,23 +7,23 @@ A→B→A: how a trained predictor adapts when the physics changes, and what it 
 The stream: phase A, phase B, phase A again, one clip at a time; nobody tells the model where a phase ends. Every clip
 is predicted and scored from its first step and action alone; only then is it shown, and the method may learn from it.
 Learning rates are tuned on other shifts (tune_on), never on B, with the same number of trials for every method.
-Writes table.txt, results.json, results.csv (the loss of every clip), results.png and predictions.png into `out`.
+Writes table.txt, results.json, results.csv (the loss of every clip), results.png and predictions.png into `out`. An
+interrupted run keeps its finished rows there in unfinished.pt; the same command goes on.
 """
 import copy
 import csv
 import io
 import json
 import os
-import pickle
 import time
 
 import numpy as np
 import torch
 
 import data as clip_data
-from configurator import Refusal, configure
+from configurator import ROOT, Refusal, configure
 from hope import CMSWriter
-from model import load, pick_device, rollout, teacher_forcing_loss
+from model import MALFORMED, load, pick_device, read_sealed, rollout, teacher_forcing_loss, write_sealed
 
 # what to run
 ckpt = 'out/hope.pt'     # checkpoint, or several separated by commas
@@ -179,17 +179,21 @@ def tune(checkpoint, method):
 NAMES = {'vit': 'ViT-AC', 'hope': 'HOPE'}
 checkpoints = []
 for path, role in [(path, '') for path in ckpt.split(',')] + [(oracle, 'oracle')] * bool(oracle):
-    predictor, stored = load(path.strip(), device)
+    path = path.strip()
+    predictor, stored = load(path, device, loss=str, step=int, clip_steps=int, jump_last=int)
     name = role or NAMES[predictor.sizes['model']]
     if any(name == c['name'] for c in checkpoints):
         name = f'{name} {len(checkpoints) + 1}'
     steps = stored['clip_steps']
     checkpoints.append({'name': name, 'path': path, 'predictor': predictor, 'loss': stored['loss'], 'step': stored['step'],
-                        'targets': torch.arange(steps - stored['jump_last'], steps, device=device)})
+                        'clip_steps': steps, 'targets': torch.arange(steps - stored['jump_last'], steps, device=device)})
 test_a, test_b, validation = (clip_data.open_split(data, s) for s in ('test_A', 'test_B', 'val'))
-T, N, D = test_a.manifest['shape']
+(T, N, D), A = test_a.manifest['shape'], test_a.actions.shape[-1]
 for c in checkpoints:
     sizes = c['predictor'].sizes
+    if (c['clip_steps'], sizes['action_dim']) != (T, A):
+        raise Refusal(f'{c["path"]} was trained on clips of {c["clip_steps"]} steps with actions of {sizes["action_dim"]} '
+                      f'numbers, but data set {data} has {T} steps and {A} numbers')
     if (sizes['feature_dim'], list(sizes['grid'])) != (D, test_a.manifest['grid']):
         raise Refusal(f'{c["path"]} was trained on features of size {sizes["feature_dim"]} on a grid {sizes["grid"]}, '
                       f'but data set {data} has {D} on {tuple(test_a.manifest["grid"])}')
@@ -230,24 +234,72 @@ def travelled(split, count):
     return np.linalg.norm(position[:, -1] - position[:, 0], axis=1)
 
 
+def read_memory(path, predictor):
+    """What an earlier run put into its --memory_out: sizes, memory and CMS; raises Refusal unless it fits the predictor."""
+    start = read_sealed(path, device)
+    try:
+        if start['sizes'] != predictor.sizes:
+            raise Refusal(f'--memory_in={path}: the memory of another predictor than {checkpoints[0]["path"]}')
+        with torch.no_grad():
+            pairs = list(zip(start['memory'], predictor(*(x[:1] for x in stream))[1], strict=True)) if start['memory'] else []
+        if start['cms']:
+            fresh = CMSWriter(predictor, 0.0).changes
+            pairs += [(start['cms'][part][name], value) for part in ('changes', 'sums') for name, value in fresh.items()]
+            start['cms']['ticks'] + 1
+        if not all(x.shape == y.shape and x.isfinite().all() for x, y in pairs):
+            raise ValueError('not finite, or of another shape')
+    except MALFORMED as error:
+        raise Refusal(f'--memory_in={path}: not what --memory_out wrote ({" ".join(str(error).split())[:200]})') from None
+    return start
+
+
+def read_decoder(manifest):
+    """The linear map from features to pixels that prepare.py fitted (see data.pictures), or None for imported features."""
+    if 'decoder' not in manifest:
+        return None
+    clip_data.verify(clip_data.folder_of(data), manifest, [manifest['decoder']])
+    try:
+        decoder = np.load(os.path.join(clip_data.folder_of(data), manifest['decoder']), mmap_mode='r')
+        if decoder.shape != (D + 1, 3 * clip_data.TUBELET * manifest['patch'] ** 2) or not np.isfinite(decoder).all():
+            raise ValueError('not finite, or of another shape')
+        return torch.from_numpy(np.array(decoder))
+    except (*MALFORMED, EOFError, OSError) as error:
+        raise Refusal(f'{manifest["decoder"]} of data set {data} is not a decoder ({error})') from None
+
+
 train_clips = clip_data.open_split(data, 'train')
 beyond = None                                                          # B clips that move as A never showed
 if test_b.physics:
     beyond = travelled(test_b, clips) > travelled(train_clips, len(train_clips)).max()
 
 # ---- run everything ------------------------------------------------------------------------------------------------
-rows, tried = [], {}
+rows = []
 start = None
+if memory_in and memory_out and os.path.realpath(memory_in) == os.path.realpath(memory_out):
+    raise Refusal(f'--memory_out={memory_out}: is --memory_in too; name another file, so that the run can be run again')
 if memory_in:
-    try:
-        start = torch.load(memory_in, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise Refusal(f'--memory_in={memory_in}: not a file that --memory_out wrote ({str(error)[:100]})') from None
-    if start['sizes'] != checkpoints[0]['predictor'].sizes:
-        raise Refusal(f'--memory_in={memory_in}: the memory of another predictor than {checkpoints[0]["path"]}')
-if memory_out and not any(method.startswith('memory') for method in chosen):
-    raise Refusal(f'--memory_out={memory_out}: none of --methods={methods} has a memory to keep')
+    start = read_memory(memory_in, checkpoints[0]['predictor'])
+carriers = [c for c in checkpoints if c['predictor'].sizes['model'] == 'hope' and c['predictor'].sizes['mixer'] != 'attention']
+if memory_out and not (carriers and ('memory' in chosen or ('memory + CMS' in chosen and TUNE_ON))):
+    raise Refusal(f'--memory_out={memory_out}: none of --methods={methods} of {ckpt} has a memory to keep')
+decoder = read_decoder(test_b.manifest)
 os.makedirs(out, exist_ok=True)
+unfinished = os.path.join(out, 'unfinished.pt')
+files = ['table.txt', 'results.json', 'results.csv', 'results.png', 'predictions.png', 'unfinished.pt']
+clip_data.claim(out, *(os.path.join(out, file) for file in files))
+# Rows that an interrupted run has finished, as long as everything that they depend on is the same.
+depends_on = [os.path.join(ROOT, file) for file in ('adapt.py', 'data.py', 'hope.py', 'model.py')]
+depends_on += [c['path'] for c in checkpoints] + [memory_in] * bool(memory_in)
+key = json.dumps([{**settings, 'out': ''}, device, test_a.manifest['checksum'], *map(clip_data.sha256, depends_on)])
+kept = {'key': key, 'tried': {}, 'finished': {}}
+if os.path.exists(unfinished):
+    found = read_sealed(unfinished, device)
+    if found.get('key') == key:
+        kept = found
+        print(f'going on after {len(kept["finished"])} finished rows')
+    else:
+        print(f'{unfinished} is of other settings, checkpoints, data or code: starting afresh')
+tried, finished = kept['tried'], kept['finished']
 targets = checkpoints[0]['targets']
 # Two predictions that know nothing of motion: the first step again, and an empty scene (each patch's median feature).
 # An adapter that only learns to paint over what it cannot place comes down to `blank`: lower is better than that.
@@ -271,15 +323,21 @@ for c in checkpoints:
         if method not in chosen or (rate == 'tuned' and not TUNE_ON):
             continue
         if rate == 'tuned':
-            tried[f'{c["name"]} {method}'] = losses = tune(c, method)
-            rate = min(losses, key=losses.get)
-        shown_rate = '' if rate is None else f' {rate:g}'
-        row = run_stream(c, method, rate, stream, probes, f'{c["name"]} {method}{shown_rate}', start)
-        rows.append({'model': c['name'], 'method': method, 'rate': rate, **row})
+            name = f'{c["name"]} {method}'
+            if name not in tried:
+                tried[name] = tune(c, method)
+                write_sealed(unfinished, kept)
+            rate = min(tried[name], key=tried[name].get)
+        name = f'{c["name"]} {method}' + ('' if rate is None else f' {rate:g}')
+        if name not in finished:
+            row = run_stream(c, method, rate, stream, probes, name, start)
+            finished[name] = {k: v for k, v in row.items() if k != 'state' or memory_out}
+            write_sealed(unfinished, kept)
+        rows.append({'model': c['name'], 'method': method, 'rate': rate, **finished[name]})
 if memory_out:                                                         # of the last method that has one
-    kept = [row['state'] for row in rows if row['state']['memory'] is not None][-1]
+    state = [row['state'] for row in rows if row['state']['memory'] is not None][-1]
     os.makedirs(os.path.dirname(os.path.abspath(memory_out)), exist_ok=True)
-    clip_data.write_atomically(memory_out, lambda f: torch.save({'sizes': checkpoints[0]['predictor'].sizes, **kept}, f))
+    write_sealed(memory_out, {'sizes': checkpoints[0]['predictor'].sizes, **state})
 
 
 # ---- figures -------------------------------------------------------------------------------------------------------
@@ -422,13 +480,12 @@ def draw():
         ax.legend(fontsize=8, loc='upper left', ncols=3)
     axes[-1].set_xlabel('clip of the stream')
     fig.tight_layout()
-    fig.savefig(os.path.join(out, 'results.png'), dpi=100)
+    clip_data.write_atomically(os.path.join(out, 'results.png'), lambda f: fig.savefig(f, dpi=100))
     plt.close(fig)
 
     manifest = test_b.manifest
-    if 'decoder' not in manifest:
+    if decoder is None:
         return                                                         # imported features come without pixels
-    decoder = torch.from_numpy(np.load(os.path.join(clip_data.folder_of(data), manifest['decoder'])))
     seen = stream[0][SHOWN].cpu()
     columns = [('step 1', seen[:, 0]), (f'step {T}', seen[:, -1])]
     columns += [(title(row).replace(' ', '\n', 1), torch.stack([row['shown'][i] for i in SHOWN]).cpu())
@@ -441,9 +498,11 @@ def draw():
         column[0].set_title(head, fontsize=8)
     fig.suptitle('Last clips of B: what was seen, and what each method predicted for the last step', fontsize=9)
     fig.tight_layout()
-    fig.savefig(os.path.join(out, 'predictions.png'), dpi=100)
+    clip_data.write_atomically(os.path.join(out, 'predictions.png'), lambda f: fig.savefig(f, dpi=100))
     plt.close(fig)
 
 
 draw()
+if os.path.exists(unfinished):
+    os.unlink(unfinished)
 print(f'results: {os.path.join(out, "results.png")}, predictions.png, results.csv, results.json, table.txt')

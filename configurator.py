@@ -22,17 +22,32 @@ import sys
 import textwrap
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
+SCRIPTS = 'prepare.py', 'train.py', 'adapt.py', 'bench.py', 'ablate.py'
 
 
 class Refusal(Exception):
     """A mistake that the user can mend: a script prints its one line and exits with status 2, without a traceback."""
 
 
-def _one_line(kind, error, trace):
-    if not issubclass(kind, Refusal):
-        return sys.__excepthook__(kind, error, trace)
-    print(f'{os.path.basename(sys.argv[0])}: {error}', file=sys.stderr)
-    sys.exit(2)
+LESS_MEMORY = {              # the knob that a script has → what to do where memory runs out
+    'accumulation': 'raise --accumulation, which changes no result, or lower --batch_size',
+    'batch': 'lower --batch',
+    'probe_clips': 'lower --probe_clips or --clips',
+}
+
+
+def one_line(kind, error, knobs):
+    """What to tell the user about an uncaught exception, and the exit status; None where it is a mistake of the code's own."""
+    if issubclass(kind, Refusal):
+        return str(error), 2
+    if issubclass(kind, KeyboardInterrupt):
+        return 'interrupted; what was finished is kept', 130
+    if issubclass(kind, OSError):                                      # the system refuses: disk full, no permission, ...
+        return ': '.join(str(x) for x in (error.strerror or error, error.filename) if x), 2
+    full = kind.__name__ == 'OutOfMemoryError' or re.search('(not enough|allocate) memory', str(error))  # PyTorch's: GPU, CPU
+    if full or issubclass(kind, MemoryError):
+        return 'out of memory; ' + next((advice for knob, advice in LESS_MEMORY.items() if knob in knobs), 'use less'), 2
+    return None
 
 
 def read_knobs(script):
@@ -101,8 +116,16 @@ def configure(scope, argv=None):
     scope: the script's globals(). Raises Refusal (one line, exit status 2) for an unknown key, a wrong type, a value
     out of range, a missing or broken config file, or an argument that is neither; nothing is changed in that case.
     """
-    sys.excepthook = _one_line
     knobs = {name: (default, comment, heading) for name, default, comment, heading in read_knobs(scope['__file__'])}
+
+    def hook(kind, error, trace):
+        told = one_line(kind, error, knobs)
+        if told is None:
+            return sys.__excepthook__(kind, error, trace)
+        print(f'{os.path.basename(sys.argv[0])}: {" ".join(told[0].split())}', file=sys.stderr)
+        sys.exit(told[1])
+
+    sys.excepthook = hook
     argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv:
         print((scope['__doc__'] or '').strip())
@@ -119,8 +142,10 @@ def configure(scope, argv=None):
     def assign(name, value, where):
         if name not in knobs:
             near = difflib.get_close_matches(name, knobs, n=1, cutoff=0.5)
+            others = ', '.join(s for s in SCRIPTS if name in (knob for knob, *_ in read_knobs(os.path.join(ROOT, s))))
             raise Refusal(f'{where}: no knob is called {name!r}'
-                          + (f'; did you mean {near[0]!r}?' if near else '') + ' (--help lists them all)')
+                          + (f'; {others} has one' if others else f'; did you mean {near[0]!r}?' if near else '')
+                          + ' (--help lists them all)')
         values[name] = check(name, value, *knobs[name][:2], where)
 
     for arg in argv:

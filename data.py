@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+import zipfile
 import zlib
 
 import numpy as np
@@ -19,6 +20,11 @@ import torch
 import torch.nn.functional as F
 
 from configurator import ROOT, Refusal
+
+try:
+    import fcntl
+except ImportError:          # Windows: two runs into one place are not kept apart there
+    fcntl = None
 
 # ---- the world: one rigid object on a plane seen from above, SI units --------------------------------------------
 GRAVITY = 9.81               # m/s^2
@@ -136,22 +142,56 @@ def pictures(z, decoder, grid, patch):
 # data/<name>/<split>_<nnnnn>.npy     float16 (clips,T,N,D) features as the encoder gave them, memory-mapped
 # data/<name>/<split>_actions.npy     float32 (clips,T,A), zero after step 1
 # data/<name>/<split>_physics.npz     what simulate() returned
-# data/<name>/manifest.json           shapes, domains, encoder, seed, sha256 of every file, complete or not
+# data/<name>/manifest.json           shapes, domains, encoder, seed, sha256 of every file and of itself, complete or not
 
 
 def folder_of(name):
     """data/<name> beside the code; a name with a path separator is taken as a folder."""
+    if not name:
+        raise Refusal('a data set needs a name')
     return os.path.abspath(name) if os.sep in name else os.path.join(ROOT, 'data', name)
 
 
+def claim(path, *outputs):
+    """
+    Keep other runs out of a file or folder until this process ends, however it ends, and remove what a killed run left
+    half-written of these outputs. Raises Refusal where another run is at work.
+    """
+    if fcntl:
+        lock = os.open(path, os.O_RDONLY)                              # stays open: the system lets go when the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refusal(f'{path}: another run is writing here; wait for it, or choose another place') from None
+    for output in outputs:
+        if os.path.lexists(output + '.tmp'):
+            os.unlink(output + '.tmp')
+
+
 def write_atomically(path, write):
-    """Call write(file) on a temporary neighbour, sync it and rename it: path is either old or whole."""
+    """
+    Call write(file) on a temporary neighbour, sync it and rename it: path is either old or whole, also after a loss of
+    power. Raises Refusal where the system does not let it be written (disk full, no permission); path is then untouched.
+    """
     temporary = path + '.tmp'
-    with open(temporary, 'wb') as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        if os.path.lexists(temporary):
+            os.unlink(temporary)                                       # a link put there would lead elsewhere
+        try:
+            with open(temporary, 'xb') as f:
+                write(f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        finally:
+            if os.path.lexists(temporary):
+                os.unlink(temporary)
+        if os.name == 'posix':                                         # the new name is safe once its folder is synced
+            folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except OSError as error:
+        raise Refusal(f'{path} could not be written ({error.strerror or error}); what it held before is untouched') from None
 
 
 def sha256(path):
@@ -160,19 +200,72 @@ def sha256(path):
         return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
+SEAL = b',\n "checksum": "'         # the manifest's last entry: the sha256 of every byte before it
+
+
+def write_manifest(folder, manifest):
+    """Write the manifest of a data set atomically, closed by its own checksum."""
+    text = json.dumps({k: v for k, v in manifest.items() if k != 'checksum'}, indent=1).encode().removesuffix(b'\n}')
+    seal = SEAL + hashlib.sha256(text).hexdigest().encode() + b'"\n}'
+    write_atomically(os.path.join(folder, 'manifest.json'), lambda f: f.write(text + seal))
+
+
+def parse_manifest(path):
+    """The manifest at a path, its 'checksum' verified; raises Refusal where a byte of it is not as it was written."""
+    try:
+        with open(path, 'rb') as f:
+            raw = f.read()
+    except OSError as error:
+        raise Refusal(f'{path} could not be read ({error.strerror})') from None
+    text, _, seal = raw.rpartition(SEAL)
+    if seal != hashlib.sha256(text).hexdigest().encode() + b'"\n}':
+        raise Refusal(f'{path} is damaged, or was not written by this version; delete the folder and run prepare.py again')
+    try:
+        manifest = json.loads(raw)
+        return {**manifest, **{key: manifest[key] for key in ('made_from', 'complete', 'shape', 'sha256', 'splits')}}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Refusal(f'{path} is not a manifest ({error!r}); delete the folder and run prepare.py again') from None
+
+
 def read_manifest(name):
     """The manifest of a finished data set; raises Refusal where there is none or it is unfinished or unreadable."""
     path = os.path.join(folder_of(name), 'manifest.json')
     if not os.path.isfile(path):
         raise Refusal(f'no data set at {os.path.dirname(path)}; make it with: python prepare.py --name={name}')
-    try:
-        with open(path, encoding='utf-8') as f:
-            manifest = json.load(f)
-    except ValueError as error:
-        raise Refusal(f'{path} is not readable ({error}); delete the folder and run prepare.py again') from None
-    if not manifest['complete']:
+    manifest = parse_manifest(path)
+    if manifest.get('complete') is not True:
         raise Refusal(f'{os.path.dirname(path)} is unfinished; go on with the same prepare.py command')
     return manifest
+
+
+def intact(folder, manifest, file):
+    """Whether a file of a data set is there and has the sha256 that the manifest noted."""
+    path = os.path.join(folder, file)
+    return os.path.isfile(path) and sha256(path) == manifest['sha256'][file]
+
+
+def verify(folder, manifest, files):
+    """Raise Refusal unless each of these files lies in the folder itself and has the sha256 that the manifest noted."""
+    large = sum(os.path.getsize(p) for p in (os.path.join(folder, f) for f in files) if os.path.isfile(p)) > 2**30
+    for file in progress(files, f'checking {os.path.basename(folder)}', 'files') if large else files:
+        if os.path.basename(file) != file:
+            raise Refusal(f'{folder}: its manifest names {file!r}, which is not a file of this folder')
+        if not intact(folder, manifest, file):
+            raise Refusal(f'{os.path.join(folder, file)} is damaged or missing; prepare.py, called as at first, mends it')
+
+
+def read_physics(path):
+    """The arrays of an .npz file as np.savez writes it; ValueError for a member that claims more than it holds."""
+    arrays = {}
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f'{member.filename} is compressed')
+            with archive.open(member) as f:
+                np.lib.format.read_magic(f)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(f)
+                arrays[member.filename.removesuffix('.npy')] = np.frombuffer(f.read(), dtype).reshape(shape)
+    return arrays
 
 
 class Split:
@@ -180,14 +273,34 @@ class Split:
 
     def __init__(self, name, split):
         folder, self.manifest = folder_of(name), read_manifest(name)
-        if split not in self.manifest['splits']:
-            raise Refusal(f'data set {name} has no split {split!r}; it has {", ".join(self.manifest["splits"])}')
-        entry = self.manifest['splits'][split]
-        shards = [np.load(os.path.join(folder, s['file']), mmap_mode='r') for s in entry['shards']]
-        self.shards, self.starts = shards, np.cumsum([0] + [len(s) for s in shards])
-        self.actions = np.load(os.path.join(folder, f'{split}_actions.npy'))
-        physics = os.path.join(folder, f'{split}_physics.npz')
-        self.physics = dict(np.load(physics)) if os.path.exists(physics) else {}
+        self.name = f'split {split} of {folder}'
+        try:
+            if split not in self.manifest['splits']:
+                raise Refusal(f'data set {name} has no split {split!r}; it has {", ".join(self.manifest["splits"])}')
+            files = [shard['file'] for shard in self.manifest['splits'][split]['shards']]
+            actions, physics = f'{split}_actions.npy', f'{split}_physics.npz'
+            present = [physics] if physics in self.manifest['sha256'] else []
+            verify(folder, self.manifest, [*files, actions, *present])
+            # A header that claims more than its file holds cannot be mapped.
+            *self.shards, self.actions = (np.load(os.path.join(folder, f), mmap_mode='r') for f in (*files, actions))
+            self.physics = read_physics(os.path.join(folder, physics)) if present else {}
+            self.starts = np.cumsum([0] + [len(s) for s in self.shards])
+            T, N, D = self.manifest['shape']
+            rows, columns = self.manifest['grid']
+            count = self.starts[-1]
+            if not count:
+                raise Refusal(f'{self.name} is empty')
+            if any(s.shape[1:] != (T, N, D) or s.dtype != np.float16 for s in self.shards) or rows * columns != N:
+                raise ValueError(f'its shards are not float16 (clips,{T},{N},{D}) on a grid {rows} x {columns}')
+            if self.actions.shape[:2] != (count, T) or self.actions.ndim != 3 or self.actions.dtype != np.float32:
+                raise ValueError(f'its actions are not float32 ({count},{T},A) but {self.actions.dtype} {self.actions.shape}')
+            if self.physics and (self.physics['position'].ndim, *self.physics['position'].shape[::2]) != (3, count, 2):
+                raise ValueError(f'its positions are not ({count},frames,2)')
+        except (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
+            raise Refusal(f'{self.name} is not as prepare.py writes it ({type(error).__name__}: {error})') from None
+        self.actions = np.array(self.actions)
+        if not np.isfinite(self.actions).all():
+            raise Refusal(f'{self.name}: the actions of clip {np.argwhere(~np.isfinite(self.actions))[0][0]} are not finite')
 
     def __len__(self):
         return len(self.actions)
@@ -198,11 +311,15 @@ class Split:
         shard = np.searchsorted(self.starts, indices, side='right') - 1
         z = np.stack([self.shards[s][i - self.starts[s]] for s, i in zip(shard, indices)])
         z = torch.from_numpy(z).float()
-        return F.layer_norm(z, z.shape[-1:]), torch.from_numpy(self.actions[indices])
+        z = F.layer_norm(z, z.shape[-1:])
+        if not torch.isfinite(z.sum()):
+            clip = indices[(~torch.isfinite(z)).flatten(1).any(1).nonzero()[0].item()]
+            raise Refusal(f'{self.name}: the features of clip {clip} are not finite, or of no size')
+        return z, torch.from_numpy(self.actions[indices])
 
 
 def open_split(name, split):
-    """Open a split of a prepared data set (a name under data/ or a folder); raises Refusal if there is none."""
+    """Open a split of a prepared data set (a name under data/ or a folder); raises Refusal if it is missing or damaged."""
     return Split(name, split)
 
 

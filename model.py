@@ -7,11 +7,15 @@ The V-JEPA 2 family: 3D RoPE, attention, block, frozen video encoder, action-con
 Predictor is the whole interface. ViT-AC is Predictor with the Block below, AC-HOPE-ViT is Predictor with hope.HopeBlock.
 Sources: V-JEPA 2 (Assran et al., 2025), whose parameter names, layout and initialisation are kept.
 """
+import hashlib
+import io
 import json
 import math
 import os
 import pickle
+import pickletools
 import re
+import struct
 import zipfile
 
 import torch
@@ -20,6 +24,9 @@ import torch.nn.functional as F
 
 from configurator import Refusal
 from data import write_atomically
+
+# What a file with odd content leads to
+MALFORMED = ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
 
 SIZES = {                    # every size of a predictor, with the laptop default; a checkpoint stores its own
     'model': 'vit',          # 'vit' or 'hope'
@@ -164,8 +171,9 @@ TENSORS = {                  # how Hugging Face calls what the official files ca
 def peek(path):
     """What a file of torch.save holds, memory-mapped: only tensors that are used are read. Raises Refusal."""
     try:
-        stored = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, ValueError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
+        inspect(path)
+        stored = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except (*MALFORMED, EOFError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         raise Refusal(f'{path}: not a file of weights ({type(error).__name__}: {str(error)[:100]})') from None
     return stored if isinstance(stored, dict) else {}
 
@@ -403,11 +411,66 @@ def pick_device(name):
     return name
 
 
+VERSION = 1                  # of the training code: raised when the same settings would no longer give the same weights
+SEAL_BYTES = 64              # a file ends in the hex SHA-256 of every byte before it, which is the comment of the zip
+BUILDERS = (r'collections (OrderedDict|Counter)|_codecs encode|(__builtin__|builtins) (set|complex)|torch\._utils '
+            r'_rebuild_(tensor|tensor_v2|parameter)|torch (Size|device|bool|[a-z]+\d+|[A-Z]\w*Storage)')
+
+
+def inspect(file):
+    """
+    Raise ValueError for a torch file with anything but tensors, numbers, text and containers of them.
+
+    weights_only=True runs no code, but it still inflates what is compressed and makes a bytearray as long as it is told.
+    """
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f'{member.filename} is compressed')
+            if member.filename.lower().endswith('.pkl'):
+                for operation, argument, _ in pickletools.genops(archive.read(member)):
+                    if operation.name == 'GLOBAL' and not re.fullmatch(BUILDERS, argument):
+                        raise ValueError(f'{argument.replace(" ", ".")} in it is neither a tensor nor a plain value')
+
+
+def write_sealed(path, content):
+    """Write a dict of tensors, numbers, text and containers of them atomically, closed by its checksum."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    inspect(buffer)
+    buffer.seek(-2, os.SEEK_END)                                       # a zip ends in the length of its comment
+    buffer.write(struct.pack('<H', SEAL_BYTES))
+    buffer.write(hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
+    write_atomically(path, lambda f: f.write(buffer.getbuffer()))
+
+
+def read_sealed(path, device='cpu'):
+    """What write_sealed wrote; raises Refusal where a byte differs from what was written, or for what it never writes."""
+    try:
+        with open(path, 'rb') as f:
+            raw = f.read()
+        if hashlib.sha256(memoryview(raw)[:-SEAL_BYTES]).hexdigest().encode() != raw[-SEAL_BYTES:]:
+            raise Refusal(f'{path} is damaged or cut short, or was not written by this code: its checksum does not fit; '
+                          'put back a copy, or delete it and make it again')
+        inspect(io.BytesIO(raw))
+        return torch.load(io.BytesIO(raw), map_location=device, weights_only=True)
+    except OSError as error:
+        raise Refusal(f'{path} could not be read ({error.strerror})') from None
+    except (*MALFORMED, zipfile.BadZipFile, pickle.UnpicklingError, EOFError) as error:
+        raise Refusal(f'{path} is not a file of this code ({" ".join(str(error).split())[:200]})') from None
+
+
 def save(path, predictor, **more):
-    """Write a checkpoint atomically: sizes, weights and what else is handed in (tensors and plain values only)."""
+    """
+    Write a checkpoint atomically: sizes, weights and what else is handed in (tensors and plain values only).
+
+    Raises Refusal for weights that are not finite and where it cannot be written; an earlier checkpoint is then untouched.
+    """
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    checkpoint = {'sizes': predictor.sizes, 'predictor': predictor.state_dict(), **more}
-    write_atomically(path, lambda f: torch.save(checkpoint, f))
+    state = predictor.state_dict()
+    if not all(t.isfinite().all() for t in state.values()):
+        raise Refusal(f'{path} was not written: a weight is NaN or infinite; what it held before is untouched')
+    write_sealed(path, {'sizes': predictor.sizes, 'predictor': state, **more})
 
 
 def start_from(predictor, path):
@@ -440,14 +503,36 @@ def start_from(predictor, path):
     return new
 
 
-def load(path, device='cpu'):
-    """Read a checkpoint → (predictor in eval mode on device, checkpoint dict); raises Refusal where it can't be read."""
+def load(path, device='cpu', **fields):
+    """
+    Read a checkpoint → (predictor in eval mode on device, checkpoint dict); fields: name=type of what else it must hold.
+
+    Raises Refusal where it is missing, damaged, not finite or not a checkpoint. Its sizes are believed only as far as its
+    tensors go, so a stranger's file takes no more memory than a few times its own size.
+    """
     if not os.path.isfile(path):
         raise Refusal(f'no checkpoint at {path}; train one with: python train.py config/hope_jump.py')
+    checkpoint = read_sealed(path, device)
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        predictor = build(**checkpoint['sizes'])
-        predictor.load_state_dict(checkpoint['predictor'])
-    except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise Refusal(f'{path} is not a checkpoint of this code ({type(error).__name__}: {str(error)[:100]})') from None
+        sizes, state = {**SIZES, **checkpoint['sizes']}, checkpoint['predictor']
+        if sum(t.nbytes for t in state.values()) > os.path.getsize(path):
+            raise ValueError('tensors larger than the file')
+        lengths = ['feature_dim', 'action_dim', 'state_dim', 'width', 'mlp_hidden', 'cms_hidden', 'memory_hidden']
+        if max(sizes[k] for k in lengths) > max(t.numel() for t in state.values()) \
+                or sizes['depth'] * len(sizes['cms_periods']) > len(state):
+            raise ValueError('sizes that its tensors do not have')
+        with torch.device('meta'):
+            asked = build(**sizes).state_dict()
+        odd = [k for k in {**asked, **state} if k not in asked or k not in state or asked[k].shape != state[k].shape]
+        if odd:
+            raise ValueError(f'{odd[0]} is not as its sizes say')
+        if not all(t.isfinite().all() for t in state.values()):
+            raise ValueError('a weight is NaN or infinite')
+        for field, kind in fields.items():
+            if type(checkpoint.get(field)) is not kind:
+                raise ValueError(f'it has no {field}')
+        predictor = build(**sizes)
+        predictor.load_state_dict(state)
+    except (Refusal, *MALFORMED) as error:
+        raise Refusal(f'{path} is not a checkpoint of this code ({" ".join(str(error).split())[:200]})') from None
     return predictor.to(device).eval(), checkpoint

@@ -10,7 +10,7 @@ Interrupted, the same command goes on where it stopped; a finished set is left a
 of each domain, data/<name>/displacement.png how far objects slide in A and B.
 """
 import http.client
-import json
+import itertools
 import os
 import re
 import sys
@@ -356,10 +356,6 @@ def first_clip(folders):
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
-def save_manifest():
-    data.write_atomically(manifest_path, lambda f: f.write(json.dumps(manifest, indent=1).encode()))
-
-
 def save(file, write):
     """Write a file of the set atomically by calling write(file object), and note its sha256 in the manifest."""
     path = os.path.join(folder, file)
@@ -472,16 +468,23 @@ made_from = {'source': source, 'split': split, 'encoder': encoder, 'encode': enc
              'skip_bad': skip_bad, 'clips': {s: parts[0] for s, parts in splits.items()}}
 manifest = {'complete': False, 'made_from': made_from, 'shape': shape, 'dtype': 'float16', 'grid': [side, side],
             'patch': PATCH, 'sha256': {}, 'splits': {s: {'domain': d, 'shards': []} for s, d in domains.items()}}
+os.makedirs(folder, exist_ok=True)
+leftovers = [f.path for f in os.scandir(folder) if f.name.endswith('.tmp')] if os.path.exists(manifest_path) else []
+data.claim(folder, *(path.removesuffix('.tmp') for path in leftovers))
 if os.path.exists(manifest_path):
-    with open(manifest_path, encoding='utf-8') as f:
-        found = json.load(f)
+    found = data.parse_manifest(manifest_path)
     if (found['made_from'], found['shape']) != (made_from, shape):
         raise Refusal(f'{folder} holds a set made with other settings; choose another --name or delete the folder')
-    if found['complete']:
-        print(f'{folder} is complete; nothing to do')
-        sys.exit(0)
     manifest = found
-os.makedirs(folder, exist_ok=True)
+    damaged = [file for file in manifest['sha256'] if not data.intact(folder, manifest, file)]
+    if manifest['complete'] and not damaged:
+        print(f'{folder} is complete, every file as it was written; nothing to do')
+        sys.exit(0)
+    manifest['complete'] = False
+    for entry in manifest['splits'].values():                          # a damaged shard, and those after it, are made again
+        entry['shards'] = list(itertools.takewhile(lambda shard: shard['file'] not in damaged, entry['shards']))
+    if damaged:
+        print(f'{", ".join(damaged)}: damaged or missing, made again')
 shard_clips = max(1, SHARD_BYTES // (2 * int(np.prod(shape))))
 print(f'{folder}: {sum(made_from["clips"].values()):,} clips of {shape[0]} steps x {shape[1]} patches x {shape[2]}')
 
@@ -502,7 +505,7 @@ for which, (count, actions, physics, content) in splits.items():
             file = f'{which}_{len(shards):05d}.npy'
             save(file, lambda f: np.save(f, np.concatenate(z)))
             shards.append({'file': file, 'clips': len(kept), 'skipped': sorted(set(range(i - place, i + 1)) - set(kept))})
-            save_manifest()
+            data.write_manifest(folder, manifest)
     bad = {i for shard in shards for i in shard['skipped']}
     if len(bad) == count:
         raise Refusal(f'split {which}: none of its {count} clips can be read')
@@ -522,6 +525,6 @@ if source == 'physics':
     print(f'z_1 alone explains {explained:.0%} of the displacement (linear read-out of {len(z_1):,} clips, each left out once)')
     draw_pictures()
 manifest['complete'] = True
-save_manifest()
+data.write_manifest(folder, manifest)
 print(f'done in {time.time() - start:.0f} s' + (f'; pictures: {folder}/clips.png' if source == 'physics' else '')
       + (f'; {skipped} clips skipped' if skip_bad else ''))

@@ -6,12 +6,15 @@ Train a predictor on phase A: teacher forcing plus a curriculum-weighted jump (o
     python train.py config/hope_jump.py --resume=True              go on after an interruption
     torchrun --standalone --nproc_per_node=4 train.py config/hope_jump.py        four GPUs of one machine
 
-The data set is prepared first if it is missing. Writes the checkpoint `out`, and beside it the log as CSV.
+The data set is prepared first if it is missing. Writes the checkpoint `out`, and beside it the log as CSV. Ctrl-C or
+SIGTERM stops at the next step with everything saved; a second one stops at once. A resumed run ends as if never stopped.
 """
 import contextlib
 import csv
 import functools
+import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,9 +24,9 @@ import torch
 import torch.distributed as dist
 
 from configurator import ROOT, Refusal, configure
-from data import batch_indices, open_split, read_manifest
+from data import batch_indices, claim, open_split, read_manifest
 from hope import CMSWriter
-from model import build, jump_loss, load, pick_device, rollout, save, start_from, teacher_forcing_loss
+from model import MALFORMED, VERSION, build, jump_loss, load, pick_device, rollout, save, start_from, teacher_forcing_loss
 
 # predictor
 model = 'hope'           # AC-HOPE-ViT or ViT-AC [hope | vit]
@@ -68,11 +71,11 @@ decay = 0.7              # share of the steps in which the rate falls to 0 [0..1
 weight_decay = 0.04      # none on biases and other 1-D parameters [0..]
 beta2 = 0.99             # AdamW's second-moment decay [0..1]
 grad_clip = 1.0          # largest gradient norm [>0]
-seed = 1                 # initial weights, order of the clips and jump targets follow from it [0..]
+seed = 1                 # initial weights, order of the clips and jump targets follow from it [0..4294967295]
 # running
 out = 'out/hope.pt'      # checkpoint
 resume = False           # go on from `out`
-stop_at = 0              # end at this step as if interrupted; 0 = never [0..]
+stop_at = 0              # stop at this step as Ctrl-C does; 0 = never [0..]
 eval_interval = 500      # steps between evaluations and checkpoints [1..]
 eval_clips = 256         # clips of `val` that an evaluation uses, always the same ones [1..]
 log_interval = 50        # steps between log lines [1..]
@@ -117,11 +120,17 @@ say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
 RUN_KNOBS = {'out', 'resume', 'stop_at', 'eval_interval', 'eval_clips', 'log_interval', 'device', 'compile', 'wandb'}
 recipe = {key: value for key, value in settings.items() if key not in RUN_KNOBS}  # what the result depends on
 first_step, checkpoint = 0, None
+if not os.path.basename(out) or out.endswith('.csv'):
+    raise Refusal(f'out = {out!r}: must name a file, and not the log, whose name is the same but for .csv')
 if resume:
-    predictor, checkpoint = load(out, device)
+    predictor, checkpoint = load(out, device, recipe=dict, data=str, version=int, optimizer=dict, random=dict, step=int,
+                                 best=float)
     changed = [f'{k} = {recipe[k]!r} (was {v!r})' for k, v in checkpoint['recipe'].items() if recipe.get(k) != v]
     if changed:
         raise Refusal(f'--resume=True, but {out} was trained with other settings: {", ".join(changed)}')
+    if checkpoint['version'] != VERSION:
+        raise Refusal(f'--resume=True, but {out} was trained by version {checkpoint["version"]} of this code; this is '
+                      f'version {VERSION}, which would go on differently')
     first_step = checkpoint['step']
     if first_step >= max_iters:
         say(f'{out} is finished ({first_step} steps); nothing to do')
@@ -141,6 +150,11 @@ if world > 1:
     dist.barrier()
 train_clips, val_clips = open_split(data, split), open_split(data, 'val')
 T, N, D = train_clips.manifest['shape']
+A = train_clips.actions.shape[-1]
+if val_clips.actions.shape[-1] != A:
+    raise Refusal(f'data = {data}: actions of {split} have {A} numbers, those of val {val_clips.actions.shape[-1]}')
+if resume and checkpoint['data'] != train_clips.manifest['checksum']:
+    raise Refusal(f'--resume=True, but {out} was trained on another data set than {data} now is (its manifest differs)')
 if jump_last >= T:
     raise Refusal(f'jump_last = {jump_last}: the clips have {T} steps, so at most {T - 1} can be jumped to')
 if rollout_steps >= T:
@@ -149,7 +163,7 @@ if rollout_steps >= T:
 # ---- predictor, optimiser, schedules -------------------------------------------------------------------------------
 torch.manual_seed(seed)
 if checkpoint is None:
-    predictor = build(model=model, feature_dim=D, action_dim=train_clips.actions.shape[-1], depth=depth, width=width,
+    predictor = build(model=model, feature_dim=D, action_dim=A, depth=depth, width=width,
                       grid=tuple(train_clips.manifest['grid']), heads=heads, mlp_hidden=mlp_hidden,
                       cms_hidden=cms_hidden, cms_periods=periods, mixer=mixer, conv=conv, memory_hidden=memory_hidden,
                       adapts=tuple(adapts.split(',')), self_targets=self_targets, surprise=surprise, dgd=dgd, rope=rope).to(device)
@@ -165,7 +179,16 @@ optimizer = torch.optim.AdamW([{'params': weights, 'weight_decay': weight_decay}
                               + [{'params': log_rates, 'weight_decay': 0.0, 'faster': 20}] * bool(log_rates),
                               lr=learning_rate, betas=(0.9, beta2), fused=device.startswith('cuda'))
 if checkpoint is not None:
-    optimizer.load_state_dict(checkpoint['optimizer'])
+    try:
+        optimizer.load_state_dict(checkpoint['optimizer'])
+        for p, state in optimizer.state.items():
+            if not all(v.shape in ((), p.shape) and v.isfinite().all() for v in state.values()):
+                raise ValueError('a moment is not finite or has another shape than its weight')
+        torch.set_rng_state(checkpoint['random']['torch'].cpu())       # the only generators with a state: data order, targets
+        if device.startswith('cuda') and checkpoint['random']['cuda'] is not None:  # and gains follow from seed and step
+            torch.cuda.set_rng_state(checkpoint['random']['cuda'].cpu())
+    except MALFORMED as error:
+        raise Refusal(f'{out} cannot be gone on with: {" ".join(str(error).split())[:200]}') from None
 if compile:
     predictor.compile()
 
@@ -215,12 +238,14 @@ def stream_losses(z, a, tau):
 
 
 def average_gradients():
-    """The mean gradient of all processes, in one message."""
+    """The mean gradient of all processes, and whether any of them was told to stop, in one message."""
     gradients = [p.grad for p in predictor.parameters() if p.grad is not None]
-    together = torch.cat([g.flatten() for g in gradients]) / world
+    stop = gradients[0].new_full((1,), float(told_to_stop))
+    together = torch.cat([g.flatten() for g in gradients] + [stop]) / world
     dist.all_reduce(together)
-    for g, mean in zip(gradients, together.split([g.numel() for g in gradients])):
+    for g, mean in zip(gradients, together.split([g.numel() for g in gradients] + [1])):
         g.copy_(mean.view_as(g))
+    return together[-1] > 0
 
 
 @torch.no_grad()
@@ -251,15 +276,24 @@ log_path = os.path.splitext(out)[0] + '.csv'
 
 
 def start_log():
-    """Open the CSV log; a resumed run keeps the rows up to its first step."""
-    rows = []
-    if first_step and os.path.exists(log_path):
-        with open(log_path, newline='') as f:
-            rows = [row for row in csv.DictReader(f) if int(row['step']) <= first_step]
-    file = open(log_path, 'w', newline='')
+    """Open the CSV log and keep other runs out; a resumed run cuts off what was logged after its first step."""
+    file = open(log_path, 'a+', newline='', encoding='latin-1')         # a byte is a character, whatever was left there
+    claim(log_path, out)
+    if not resume and os.path.exists(out):                             # another run was quicker
+        raise Refusal(f'{out} exists; go on with --resume=True, or name another --out, or delete it')
+    file.seek(0)
+    header, kept = ','.join(LOG_COLUMNS) + '\r\n', 0
+    if resume and file.readline() == header:
+        kept = len(header)
+        for row in file:
+            step = row.split(',')[0]
+            if not step.isdecimal() or int(step) > first_step or not row.endswith('\n'):
+                break
+            kept += len(row)
+    file.truncate(kept)
     writer = csv.DictWriter(file, LOG_COLUMNS)
-    writer.writeheader()
-    writer.writerows(rows)
+    if not kept:
+        writer.writeheader()
     return file, writer
 
 
@@ -273,8 +307,17 @@ def log(**row):
 
 def save_checkpoint(step):
     if rank == 0:
-        save(out, predictor, optimizer=optimizer.state_dict(), step=step, recipe=recipe, loss=loss,
-             jump_last=jump_last, clip_steps=T, best=best)
+        os.fsync(log_file.fileno())                                    # what is in the checkpoint is in the log
+        random = {'torch': torch.get_rng_state(), 'cuda': torch.cuda.get_rng_state() if device.startswith('cuda') else None}
+        save(out, predictor, optimizer=optimizer.state_dict(), step=step, recipe=recipe, loss=loss, jump_last=jump_last,
+             clip_steps=T, best=best, data=train_clips.manifest['checksum'], random=random, version=VERSION)
+
+
+def stop_soon(number, frame):
+    """Signal handler: the loop saves and stops after this step; a second signal ends the run at once."""
+    global told_to_stop
+    told_to_stop = number
+    signal.signal(number, signal.SIG_DFL)
 
 
 if rank == 0:
@@ -290,6 +333,9 @@ say(f'{model}: {sum(p.numel() for p in predictor.parameters()):,} parameters, {T
 say(f'copy baseline ({loss} L1 of predicting z_1 again): {copy:.4f}')
 
 # ---- training ------------------------------------------------------------------------------------------------------
+told_to_stop = 0                                                       # number of the signal
+for number in signal.SIGINT, signal.SIGTERM:
+    signal.signal(number, stop_soon)
 started = window = time.time()
 micro = batch_size // (accumulation * world)  # clips per process and micro-batch
 for step in range(first_step, max_iters):
@@ -317,8 +363,7 @@ for step in range(first_step, max_iters):
             total = (1 - share(step)) * teacher + share(step) * later.mean()
         (total / accumulation).backward()
         sums += torch.cat([teacher[None], later]).detach() / accumulation
-    if world > 1:
-        average_gradients()
+    stop = average_gradients() if world > 1 else told_to_stop
     norm = torch.nn.utils.clip_grad_norm_(predictor.parameters(), grad_clip)
     # One number decides: a non-finite loss makes the gradient norm non-finite too, and the norm is the same everywhere.
     if not torch.isfinite(norm):
@@ -328,9 +373,9 @@ for step in range(first_step, max_iters):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     done = step + 1
-    stopping = done == stop_at or done == max_iters
+    finished = done == max_iters
 
-    if done % log_interval == 0 or stopping:
+    if done % log_interval == 0 or finished:
         if world > 1:
             dist.all_reduce(sums)
         teacher, *later = (sums / world).tolist()
@@ -346,18 +391,25 @@ for step in range(first_step, max_iters):
         along_stream = dict(zip(PLACES, later)) if places > 1 else {}
         log(step=done, loss=(1 - share(step)) * teacher + share(step) * mean, teacher_forcing=teacher, **along_stream,
             **{loss: mean, 'lambda': share(step)}, learning_rate=rate(step), grad_norm=norm.item(), clips_per_s=speed)
-    if done % eval_interval == 0 or stopping:
+    if done % eval_interval == 0 or finished:
         val_teacher, val_second, copy = evaluate()
+        if not math.isfinite(val_teacher + val_second):
+            raise Refusal(f'step {done}: the loss on val is not finite; {out} keeps the last good weights; '
+                          'try a lower --learning_rate')
         best = min(best, val_second)
         say(f'  val {done:>6}  tf {val_teacher:.4f}  {loss} {val_second:.4f}  '
             f'{1 - val_second / copy:.0%} below copy ({copy:.4f})  saved {out}')
         log(step=done, val_teacher_forcing=val_teacher, **{f'val_{loss}': val_second})
         save_checkpoint(done)
         window = time.time() if done % log_interval == 0 else window
-    if stopping and done < max_iters:
-        say(f'stopped at step {done} as --stop_at asked; --resume=True goes on')
+    if not finished and (stop or done == stop_at):                     # unseen by the log: a resumed run has no such step
+        if done % eval_interval:
+            save_checkpoint(done)
+        say(f'stopped at step {done}, saved {out}; --resume=True goes on')
         break
 else:
     say(f'finished in {(time.time() - started) / 60:.1f} min; next: python adapt.py --ckpt={out}')
 if world > 1:
     dist.destroy_process_group()
+if told_to_stop and done < max_iters:
+    sys.exit(128 + told_to_stop)                                       # as the shell reports a signal

@@ -1,6 +1,7 @@
 """Fixtures: a tiny data set made by prepare.py, two tiny trained checkpoints, and a way to run the scripts."""
 import multiprocessing
 import os
+import resource
 import runpy
 import subprocess
 import sys
@@ -13,22 +14,27 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 torch.set_num_threads(2)
+NUMBERS = []                 # rows of the table that `pytest -m trust` ends with: what, how many, outcome
 
 TINY = ['--depth=2', '--width=24', '--heads=2', '--mlp_hidden=32', '--cms_hidden=10', '--batch_size=8', '--max_iters=6',
         '--teacher_every=2', '--eval_interval=3', '--eval_clips=8', '--log_interval=1', '--device=cpu']
 
-
 FORKS = multiprocessing.get_context('forkserver')                      # imports torch once, not at every start of a script
-FORKS.set_forkserver_preload(['torch', 'numpy', 'matplotlib.pyplot'])
+FORKS.set_forkserver_preload(['torch', 'torch._dynamo', 'numpy', 'matplotlib.pyplot'])
 
 
-def child(path, args, cwd, environment, out, err):
+def child(path, args, cwd, environment, out, err, limits):
     """Run a script as `python path args` would, in this fresh process."""
     for stream, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
     os.environ.update(environment)
     os.chdir(cwd)
     torch.set_num_threads(1)
+    for name, most in limits.items():
+        if name == 'RLIMIT_AS':                                        # bytes beyond what is mapped already
+            with open('/proc/self/statm') as f:
+                most += int(f.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(getattr(resource, name), (most, most))
     sys.argv, sys.path[0] = [path, *args], os.path.dirname(path)
     try:
         runpy.run_path(path, run_name='__main__')
@@ -37,8 +43,11 @@ def child(path, args, cwd, environment, out, err):
         sys.exit(1)
 
 
-def run(script, *args, cwd=ROOT, launcher=(), ok=True):
-    """Run a script of the project as a user would → CompletedProcess; ok=True asserts that it exits with 0."""
+def run(script, *args, cwd=ROOT, launcher=(), ok=True, meanwhile=None, limits=()):
+    """
+    Run a script of the project as a user would → CompletedProcess; ok=True asserts that it exits with 0. meanwhile(pid) is
+    called once it runs; limits: {'RLIMIT_FSIZE': bytes, ...}.
+    """
     command = [os.path.join(ROOT, script), *map(str, args)]
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'COLUMNS': '100'}
     if launcher:
@@ -46,8 +55,11 @@ def run(script, *args, cwd=ROOT, launcher=(), ok=True):
     else:
         with tempfile.TemporaryDirectory() as folder:
             out, err = os.path.join(folder, 'out'), os.path.join(folder, 'err')
-            process = FORKS.Process(target=child, args=(command[0], command[1:], str(cwd), environment, out, err))
+            args = command[0], command[1:], str(cwd), environment, out, err, dict(limits)
+            process = FORKS.Process(target=child, args=args)
             process.start()
+            if meanwhile:
+                meanwhile(process.pid)
             process.join()
             texts = [open(file, encoding='utf-8').read() if os.path.exists(file) else '' for file in (out, err)]
         done = subprocess.CompletedProcess(command, process.exitcode, *texts)
@@ -60,6 +72,14 @@ def refused(done):
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2 and len(lines) == 1 and 'Traceback' not in done.stderr, done.stderr
     return lines[0]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The numbers of the trust suite."""
+    if NUMBERS and config.option.markexpr == 'trust':
+        terminalreporter.section('trust')
+        for what, count, outcome in NUMBERS:
+            terminalreporter.write_line(f'{what:<36}{count:>5}   {outcome}')
 
 
 @pytest.fixture(scope='session')

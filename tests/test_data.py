@@ -150,7 +150,7 @@ def test_prepare_goes_on_where_it_stopped_and_leaves_finished_sets_alone(tiny, t
     manifest = json.load(open(again / 'manifest.json'))
     manifest['complete'] = False                        # as if killed while test_B was written
     manifest['splits']['test_B']['shards'] = []
-    (again / 'manifest.json').write_text(json.dumps(manifest))
+    data.write_manifest(str(again), manifest)
     (again / 'test_B_00000.npy').write_bytes(b'half')
     with pytest.raises(Refusal, match='unfinished'):
         data.open_split(str(again), 'val')
