@@ -5,6 +5,7 @@ import shlex
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, TINY, official_predictor, official_weights, own_clip, own_clips, run
 
 
@@ -84,9 +85,12 @@ def test_the_two_commands_are_there():
     assert 'pip install -r requirements.txt && pytest' in text
 
 
-def test_the_python_example(tiny, trained, monkeypatch):
+def test_the_python_examples(tiny, trained, tmp_path):
     with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
-        (example,) = re.findall(r'```python\n(.*?)```', f.read(), re.S)
+        encode, predict = sorted(re.findall(r'```python\n(.*?)```', f.read(), re.S), key=len)
     scope = {}
-    exec(example.replace('out/hope.pt', trained['hope']).replace("'slide'", repr(tiny)), scope)
+    exec(predict.replace('out/hope.pt', trained['hope']).replace("'slide'", repr(tiny)), scope)
     assert scope['z_8'].shape == scope['z'][:, 7].shape
+    scope = {'video': torch.randn(2, 3, 4, 32, 32)}
+    exec(encode.replace('vitl.pt', official_weights(str(tmp_path / 'vitl.pt'))), scope)
+    assert scope['features'].shape == (2, 2 * 4, 768)
