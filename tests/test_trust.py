@@ -8,6 +8,7 @@ The quick suite runs the same tests on a few cases each.
 import contextlib
 import csv
 import errno
+import functools
 import json
 import os
 import pickle
@@ -125,8 +126,10 @@ def test_killed_in_training(count, tiny, tmp_path):
         while True:
             more = kills < count / len(runs)
             begun = touched(f'{tmp_path}/{name}.csv')                  # the log is opened when training begins
+            if kills % 2:                                              # in the midst of a save
+                begun = functools.partial(os.path.exists, f'{out}.tmp')
             done = run('train.py', *args, f'--out={out}', f'--resume={out.exists()}', ok=not more,
-                       meanwhile=killing(signal.SIGKILL, begun, rng.uniform(0, 0.5)) if more else None)
+                       meanwhile=killing(signal.SIGKILL, begun, 0 if kills % 2 else rng.uniform(0, 0.5)) if more else None)
             if done.returncode == -signal.SIGKILL:
                 kills += 1
                 in_save += os.path.exists(f'{out}.tmp')
@@ -157,7 +160,7 @@ def test_killed_in_preparing(count, tmp_path):
     while True:
         more = kills < count
         done = run('prepare.py', *args, f'--name={folder}', ok=not more,
-                   meanwhile=killing(signal.SIGKILL, after=rng.uniform(0.05, 2.0)) if more else None)
+                   meanwhile=killing(signal.SIGKILL, touched(folder), rng.uniform(0, 1)) if more else None)
         if done.returncode == -signal.SIGKILL:
             kills += 1
             continue
@@ -179,7 +182,7 @@ def test_killed_in_adapting(count, tiny, trained, tmp_path):
     while True:
         more = kills < count
         done = run('adapt.py', *args, f'--out={out}', ok=not more,
-                   meanwhile=killing(signal.SIGKILL, after=rng.uniform(0.3, 3.0)) if more else None)
+                   meanwhile=killing(signal.SIGKILL, touched(out), rng.uniform(0, 2)) if more else None)
         if done.returncode == -signal.SIGKILL:
             kills += 1
             continue
