@@ -471,7 +471,8 @@ def draw():
                 values = np.array([d[key] for d in diagnosed['diagnostics']])
                 mean = running_mean(values, 5 if panel == 'surprise' else 1)
                 label = 'look-back loss' if key == panel else key.removeprefix(panel + ', ')
-                ax.plot(np.arange(len(mean)) + len(values) - len(mean) + 1, mean / mean[:clips].mean() if panel == 'surprise' else mean,
+                scale = mean[:clips].mean() if panel == 'surprise' else 1
+                ax.plot(np.arange(len(mean)) + len(values) - len(mean) + 1, mean / scale,
                         label=label, ls='--' if 'CMS' in key else '-', lw=1.2)
         if panel == 'drift':
             ax.set(ylabel=f'drift from initial weights\n{title(diagnosed)}', yscale='log', ylim=(1e-4, 20))

@@ -37,7 +37,8 @@ class TitanMemory(nn.Module):
         super().__init__()
         width, self.heads = sizes['width'], sizes['heads']
         d, hidden = width // self.heads, sizes['memory_hidden']
-        self.hidden, self.self_targets, self.surprise, self.dgd = hidden, *(sizes[k] for k in ('self_targets', 'surprise', 'dgd'))
+        self.hidden, self.self_targets, self.surprise, self.dgd = (
+            sizes[k] for k in ('memory_hidden', 'self_targets', 'surprise', 'dgd'))
         self.qkv = nn.Linear(width, 3 * width)                         # query, and the inputs of M_k and of M_v
         # Over each token and its two neighbours in its step; it starts as nothing.
         self.conv = nn.Conv1d(3 * width, 3 * width, 3, padding=1, groups=3 * width) if sizes['conv'] else None
@@ -52,7 +53,7 @@ class TitanMemory(nn.Module):
         # An idle action token (all zeros) would read nothing and stay exactly zero through every block, where LayerNorm's
         # gradient is 1/sqrt(eps): over a dozen blocks it overflows. This gives it something to ask for.
         self.query_bias = nn.Parameter(0.02 * torch.randn(self.heads, 1, d))
-        self.eta_bias = nn.Parameter(torch.full((self.heads, 1), 2.0))  # softplus(2) = 2.1: two thirds of the error are written
+        self.eta_bias = nn.Parameter(torch.full((self.heads, 1), 2.0))  # softplus(2) = 2.1: writes 2/3 of the error
         # Retention per step exp(-softplus(-4)) = 0.98, so 0.86 over a clip of 8; a memory that starts at 0.5 per step
         # remembers nothing.
         self.alpha_bias = nn.Parameter(torch.full((self.heads, 1), -4.0))

@@ -395,7 +395,7 @@ def rollout(predictor, z, a, steps, memory=None):
     return seen[:, 1:]
 
 
-# ---- checkpoints and devices ---------------------------------------------------------------------------------------------------
+# ---- checkpoints and devices ---------------------------------------------------------------------------------------
 
 def pick_device(name):
     """'auto' → CUDA, else MPS, else CPU; any other name is checked. Raises Refusal for a device that is not here."""

@@ -106,11 +106,13 @@ def download(repository, path):
                 for _ in data.progress(range(-(-(length - done) // 2**20)), f'downloading {encoder}', 'MiB'):
                     f.write(body.read(2**20))
     except (OSError, http.client.HTTPException) as error:              # URLError, a timeout, a full disk
-        raise Refusal(f'--encoder={encoder}: cannot download ({error}); get model.safetensors from https://huggingface.co/{repository} '
-                      f'or {encoder.replace("384", "-384")}.pt from https://dl.fbaipublicfiles.com/vjepa2/ and name it with --weights') from None
-    if os.path.getsize(partial) < length:
-        raise Refusal(f'{url}: the connection ended after {os.path.getsize(partial):,} of {length:,} bytes; the same command goes on')
-    if os.path.getsize(partial) > length or data.sha256(partial) != digest:
+        raise Refusal(f'--encoder={encoder}: cannot download ({error}); get model.safetensors from '
+                      f'https://huggingface.co/{repository} or {encoder.replace("384", "-384")}.pt from '
+                      'https://dl.fbaipublicfiles.com/vjepa2/ and name it with --weights') from None
+    done = os.path.getsize(partial)
+    if done < length:
+        raise Refusal(f'{url}: the connection ended after {done:,} of {length:,} bytes; the same command goes on')
+    if done > length or data.sha256(partial) != digest:
         os.remove(partial)
         raise Refusal(f'{url}: what came does not have the sha256 that the server named; try again')
     os.replace(partial, path)
@@ -198,7 +200,7 @@ def read_video(path):
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 raise Refusal(f'{os.path.join(path, name)}: not a readable picture ({error})') from None
             if frames[-1].shape != frames[0].shape:
-                raise Refusal(f'{os.path.join(path, name)}: {frames[-1].shape[1::-1]} pixels, {names[0]} has {frames[0].shape[1::-1]}')
+                raise Refusal(f'{os.path.join(path, name)}: its size differs from that of {names[0]}')
         return np.stack(frames)
     try:
         import av
@@ -277,7 +279,7 @@ def own_split(folders, example):
             try:
                 clip = read_content(folders[number])
                 if clip.shape != shape:
-                    raise Refusal(f'{folders[number]}: its shape {tuple(clip.shape)} differs from {tuple(shape)} of {example[2]}')
+                    raise Refusal(f'{folders[number]}: shape {tuple(clip.shape)} differs from {tuple(shape)} of {example[2]}')
                 if read_actions(folders[number], steps).shape != (steps, A):
                     raise Refusal(f'{folders[number]}: its actions do not have the {A} numbers of {example[2]}')
             except Refusal as error:
@@ -292,7 +294,7 @@ def own_split(folders, example):
 
 
 def numbered_clips(parent):
-    """The clip folders in a folder by their number, or by their name where they have none → {key: path}, in order of name."""
+    """The clip folders in a folder, by their number or, without one, their name → {key: path}, in order of name."""
     numbered = {}
     for path in sorted(f.path for f in os.scandir(parent) if f.is_dir()):
         key = number_of(path)
@@ -332,8 +334,8 @@ def find_clips():
                 print(f'skipped: {len(missing)} clips of {word.strip()} are missing, the first is {missing[0]}')
     empty = [name for name in {'train': [], **found} if not found.get(name)]
     if empty:
-        raise Refusal(f'--source={source}: split {empty[0]} has no clips; they belong into {os.path.join(source, empty[0])}/<clip>/ '
-                      'or into a range of --split')
+        raise Refusal(f'--source={source}: split {empty[0]} has no clips; they belong into '
+                      f'{os.path.join(source, empty[0])}/<clip>/ or into a range of --split')
     if 'val' not in found:                                             # the training clips nobody trains on
         found['val'] = found['train'][9::10] or found['train'][-1:]
         found['train'] = [folder for folder in found['train'] if folder not in set(found['val'])] or found['val']
@@ -463,8 +465,8 @@ if side ** 2 != shape[1]:
 
 folder = data.folder_of(name)
 manifest_path = os.path.join(folder, 'manifest.json')
-made_from = {'source': source, 'split': split, 'encoder': encoder, 'encode': encode, 'weights': weights, 'part': part, 'seed': seed,
-             'size': size, 'fps': data.FPS, 'world_m': data.WORLD, 'domains': {k: list(v) for k, v in data.DOMAINS.items()},
+made_from = {'source': source, 'split': split, 'encoder': encoder, 'encode': encode, 'weights': weights, 'part': part,
+             'seed': seed, 'size': size, 'fps': data.FPS, 'world_m': data.WORLD, 'domains': {k: list(v) for k, v in data.DOMAINS.items()},
              'skip_bad': skip_bad, 'clips': {s: parts[0] for s, parts in splits.items()}}
 manifest = {'complete': False, 'made_from': made_from, 'shape': shape, 'dtype': 'float16', 'grid': [side, side],
             'patch': PATCH, 'sha256': {}, 'splits': {s: {'domain': d, 'shards': []} for s, d in domains.items()}}
@@ -522,7 +524,7 @@ if source == 'physics':
     z_1 = stored(min(1600, 2**27 // (shape[1] * shape[2])), 1)         # at most 512 MiB
     position = splits['train'][2]['position'][:len(z_1)]
     explained = data.explained(z_1.flatten(1), torch.from_numpy(position[:, -1] - position[:, 0]))
-    print(f'z_1 alone explains {explained:.0%} of the displacement (linear read-out of {len(z_1):,} clips, each left out once)')
+    print(f'z_1 alone explains {explained:.0%} of the displacement (linear read-out, {len(z_1):,} clips left out in turn)')
     draw_pictures()
 manifest['complete'] = True
 data.write_manifest(folder, manifest)

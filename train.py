@@ -97,7 +97,8 @@ for name in 'teacher_every', 'stream':
         raise Refusal(f'batch_size = {batch_size} must be a multiple of accumulation x processes x {name} = '
                       f'{accumulation * world * settings[name]}')
 if stream == 1 and (action_gain or cms_rate):
-    raise Refusal(f'action_gain = {action_gain:g}, cms_rate = {cms_rate:g}: a clip alone teaches nothing; set stream > 1, or both to 0')
+    raise Refusal(f'action_gain = {action_gain:g}, cms_rate = {cms_rate:g}: a clip alone teaches nothing; '
+                  'set stream > 1, or both to 0')
 try:
     periods = tuple(int(word) for word in cms_periods.split(','))
 except ValueError:
@@ -166,7 +167,8 @@ if checkpoint is None:
     predictor = build(model=model, feature_dim=D, action_dim=A, depth=depth, width=width,
                       grid=tuple(train_clips.manifest['grid']), heads=heads, mlp_hidden=mlp_hidden,
                       cms_hidden=cms_hidden, cms_periods=periods, mixer=mixer, conv=conv, memory_hidden=memory_hidden,
-                      adapts=tuple(adapts.split(',')), self_targets=self_targets, surprise=surprise, dgd=dgd, rope=rope).to(device)
+                      adapts=tuple(adapts.split(',')), self_targets=self_targets, surprise=surprise, dgd=dgd,
+                      rope=rope).to(device)
     if init_from:
         new = start_from(predictor, init_from)
         say(f'starting from {init_from}' + (f', but anew: {", ".join(new)}' if new else ''))
