@@ -2,7 +2,7 @@
 HOPE: self-modifying Titan memory written by Delta Gradient Descent (DGD), and the Continuum Memory System (CMS).
 
 Source: "Nested Learning: The Illusion of Deep Learning Architectures" (Behrouz et al., 2025); equation numbers are
-that paper's. AC-HOPE-ViT is model.Predictor with HopeBlock: the Titan memory stands where attention stood, the CMS
+that paper's. AC-HOPE-ViT is model.Predictor with HopeBlock: a Titan memory after attention, or in its place, and the CMS
 where the MLP stood. Everything else (tokens, positions, interface) is shared with ViT-AC.
 """
 import torch
