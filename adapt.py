@@ -40,7 +40,7 @@ memory_in = ''           # start HOPE's memory and CMS from this file instead of
 memory_out = ''          # keep HOPE's memory and CMS, as they are at the end of the stream, in this file
 # what to measure
 probe_clips = 200        # clips of the held-out probe sets of A and of B [1..]
-probe_every = 50         # clips of the stream between two probes [1..]
+probe_every = 100        # clips of the stream between two probes [1..]
 device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
 settings = configure(globals())
 device = pick_device(device)
