@@ -466,8 +466,8 @@ if side ** 2 != shape[1]:
 folder = data.folder_of(name)
 manifest_path = os.path.join(folder, 'manifest.json')
 made_from = {'source': source, 'split': split, 'encoder': encoder, 'encode': encode, 'weights': weights, 'part': part,
-             'seed': seed, 'size': size, 'fps': data.FPS, 'world_m': data.WORLD, 'domains': {k: list(v) for k, v in data.DOMAINS.items()},
-             'skip_bad': skip_bad, 'clips': {s: parts[0] for s, parts in splits.items()}}
+             'seed': seed, 'size': size, 'fps': data.FPS, 'world_m': data.WORLD,
+             'domains': {k: list(v) for k, v in data.DOMAINS.items()}, 'skip_bad': skip_bad, 'clips': {s: parts[0] for s, parts in splits.items()}}
 manifest = {'complete': False, 'made_from': made_from, 'shape': shape, 'dtype': 'float16', 'grid': [side, side],
             'patch': PATCH, 'sha256': {}, 'splits': {s: {'domain': d, 'shards': []} for s, d in domains.items()}}
 os.makedirs(folder, exist_ok=True)

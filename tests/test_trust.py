@@ -150,23 +150,32 @@ def test_killed_in_training(count, tiny, tmp_path):
     assert not unreadable and equals == len(runs)
 
 
-@counted(1, 50)
-def test_killed_in_preparing(count, tmp_path):
-    rng = random.Random(count)
-    whole, folder = tmp_path / 'whole', tmp_path / 'set'
-    args = ['--size=32', '--dim=24', '--clips=60', '--test_clips=24', '--device=cpu']
-    run('prepare.py', *args, f'--name={whole}')
-    kills, sets, equals = 0, 0, 0
+def killed(script, args, folder, count, longest):
+    """
+    SIGKILL a script `count` times, up to `longest` seconds after it has touched its folder, calling it again each time, and
+    let the last call end. Yields the kills so far after every call that ended by itself.
+    """
+    rng, kills = random.Random(count), 0
     while True:
         more = kills < count
-        done = run('prepare.py', *args, f'--name={folder}', ok=not more,
-                   meanwhile=killing(signal.SIGKILL, touched(folder), rng.uniform(0, 1)) if more else None)
+        done = run(script, *args, ok=not more,
+                   meanwhile=killing(signal.SIGKILL, touched(folder), rng.uniform(0, longest)) if more else None)
         if done.returncode == -signal.SIGKILL:
             kills += 1
             continue
-        sets, equals = sets + 1, equals + (files_of(whole) == files_of(folder))
+        yield kills
         if not more:
             break
+
+
+@counted(1, 50)
+def test_killed_in_preparing(count, tmp_path):
+    whole, folder = tmp_path / 'whole', tmp_path / 'set'
+    args = ['--size=32', '--dim=24', '--clips=60', '--test_clips=24', '--device=cpu']
+    run('prepare.py', *args, f'--name={whole}')
+    sets, equals = 0, 0
+    for kills in killed('prepare.py', [*args, f'--name={folder}'], folder, count, 1):
+        sets, equals = sets + 1, equals + (files_of(whole) == files_of(folder))
         shutil.rmtree(folder)
     NUMBERS.append(('kills of prepare.py (SIGKILL)', kills, f'{equals} of {sets} data sets equal in every byte of every file'))
     assert equals == sets
@@ -174,21 +183,12 @@ def test_killed_in_preparing(count, tmp_path):
 
 @counted(1, 20)
 def test_killed_in_adapting(count, tiny, trained, tmp_path):
-    rng = random.Random(count)
     whole, out = tmp_path / 'whole', tmp_path / 'aba'
     args = [f'--ckpt={trained["vit"]}' if count == 1 else f'--ckpt={trained["hope"]},{trained["vit"]}', f'--data={tiny}', *FEW]
     run('adapt.py', *args, f'--out={whole}')
-    kills, ends, equals = 0, 0, 0
-    while True:
-        more = kills < count
-        done = run('adapt.py', *args, f'--out={out}', ok=not more,
-                   meanwhile=killing(signal.SIGKILL, touched(out), rng.uniform(0, 2)) if more else None)
-        if done.returncode == -signal.SIGKILL:
-            kills += 1
-            continue
+    ends, equals = 0, 0
+    for kills in killed('adapt.py', [*args, f'--out={out}'], out, count, 2):
         ends, equals = ends + 1, equals + (results_of(whole) == results_of(out) and not (out / 'unfinished.pt').exists())
-        if not more:
-            break
     NUMBERS.append(('kills of adapt.py (SIGKILL)', kills, f'{equals} of {ends} results equal in every number but times'))
     assert equals == ends
 
