@@ -152,7 +152,8 @@ def run_stream(checkpoint, method, rate, stream, probes=None, label=None, start=
             with torch.no_grad():
                 memory = teacher_forcing_loss(net, z_i, a_i, memory)[1]  # shown as in training
         result['seconds'].append(time.perf_counter() - clock)
-        seen = {'surprise': loss.item()}
+        copied = (z_i[:, :1] - z_i[:, targets]).abs().mean().item()
+        seen = {'surprise': loss.item() / max(copied, 1e-12)}          # the share of what changed that was not foreseen
         for b, titan in enumerate(titans):
             seen |= {f'{key}, block {b + 1}': float(np.mean([step[key].item() for step in titan.diagnostics]))
                      for key in titan.diagnostics[0]}
@@ -469,11 +470,9 @@ def draw():
         for key in diagnosed['diagnostics'][0]:
             if key.startswith(panel):
                 values = np.array([d[key] for d in diagnosed['diagnostics']])
-                mean = running_mean(values, 5 if panel == 'surprise' else 1)
-                label = 'look-back loss' if key == panel else key.removeprefix(panel + ', ')
-                scale = mean[:clips].mean() if panel == 'surprise' else 1
-                ax.plot(np.arange(len(mean)) + len(values) - len(mean) + 1, mean / scale,
-                        label=label, ls='--' if 'CMS' in key else '-', lw=1.2)
+                label = "loss over copy's" if key == panel else key.removeprefix(panel + ', ')
+                scale = values[:clips].mean() if panel == 'surprise' else 1
+                ax.plot(np.arange(len(values)) + 1, values / scale, label=label, ls='--' if 'CMS' in key else '-', lw=1)
         if panel == 'drift':
             ax.set(ylabel=f'drift from initial weights\n{title(diagnosed)}', yscale='log', ylim=(1e-4, 20))
         else:

@@ -40,10 +40,6 @@ class TitanMemory(nn.Module):
         self.hidden, self.self_targets, self.surprise, self.dgd = (
             sizes[k] for k in ('memory_hidden', 'self_targets', 'surprise', 'dgd'))
         self.qkv = nn.Linear(width, 3 * width)                         # query, and the inputs of M_k and of M_v
-        # Over each token and its two neighbours in its step; it starts as nothing.
-        self.conv = nn.Conv1d(3 * width, 3 * width, 3, padding=1, groups=3 * width) if sizes['conv'] else None
-        if self.conv:
-            nn.init.zeros_(self.conv.weight), nn.init.zeros_(self.conv.bias)
         self.proj = nn.Linear(width, width)
         identity = F.pad(torch.eye(d).repeat(3, 1), (0, 0, 0, 2))      # (3d+2,d)
         self.memory = nn.Parameter(identity + 0.02 * torch.randn(self.heads, 3 * d + 2, d))
@@ -78,10 +74,7 @@ class TitanMemory(nn.Module):
         """
         B, T, P, C = x.shape
         H, d = self.heads, C // self.heads
-        qkv = self.qkv(x)
-        if self.conv:
-            qkv = qkv + self.conv(qkv.flatten(0, 1).mT).mT.view(qkv.shape)  # (B*T,3C,P) and back
-        qkv = qkv.view(B, T, P, 3, H, d).permute(3, 1, 0, 4, 2, 5)
+        qkv = self.qkv(x).view(B, T, P, 3, H, d).permute(3, 1, 0, 4, 2, 5)
         q, k_in, v_in = qkv.to(self.memory.dtype).contiguous()           # each (T,B,H,P,d)
         rope_q, rope_k = rope
         cos_q, sin_q, cos_k, sin_k = (r.unflatten(2, (T, P)).movedim(2, 0) for r in rope_q + rope_k)  # (T,b,1,P,d)
@@ -142,9 +135,8 @@ class TitanMemory(nn.Module):
             target = torch.cat([vectors, F.normalize(target[..., 3 * d:], dim=-1, eps=1.0)], -1)
         else:
             target = F.pad(v.repeat(1, 1, 1, 3), (0, 2))
-        if self.surprise or self.hidden or self.diagnostics is not None:
-            error = self.read(weights, k) - target                     # (B,H,P,3d+2)
-            surprise = error[..., of_mem].square().sum(-1)             # |M_mem k - t|^2, (B,H,P)
+        if self.surprise or self.diagnostics is not None:              # |M_mem k - t|^2, (B,H,P)
+            surprise = (self.read(weights, k, of_mem) - target[..., of_mem]).square().sum(-1)
         if self.surprise:                                              # the gate opens with the retrieval error
             gate = surprise / (surprise + F.softplus(self.gate_bias))
             eta = eta * gate
@@ -156,10 +148,12 @@ class TitanMemory(nn.Module):
             w1, w2 = weights
             z = k @ w2.mT
             hidden = z.tanh()
+            target = target - k @ self.memory.mT                       # what is left for the two layers, (B,H,P,3d+2)
+            error = hidden @ w1.mT - target
             if self.adapting is not None:
                 error = error * self.adapting.mT
             step = (error @ w1) * (1 - hidden * hidden)                # gradient of 1/2 |M(k) - t|^2 at the hidden layer's z
-            new1 = self.proximal(memory[:, :, :rows], retained, hidden, eta, target - k @ self.memory.mT, self.layer1)
+            new1 = self.proximal(memory[:, :, :rows], retained, hidden, eta, target, self.layer1)
             new1 = new1 if self.adapting is None else torch.where(self.adapting, new1, memory[:, :, :rows])
             new2 = self.proximal(memory[:, :, rows:].mT, retained, k, eta, z - step, self.layer2)
             new = torch.cat([new1, new2.mT], 2)

@@ -41,7 +41,6 @@ SIZES = {                    # every size of a predictor, with the laptop defaul
     'cms_hidden': 120,       # HOPE: hidden width of each CMS level
     'cms_periods': (1, 4, 16),  # HOPE: ticks between the writes of the CMS levels, fast to slow
     'mixer': 'both',         # HOPE: 'titan', 'attention' or 'both', attention first
-    'conv': True,            # HOPE: a short convolution over the tokens of a step, before the memory
     'memory_hidden': 0,      # HOPE: hidden width of the two-layer Titan memory; 0 = matrix memory
     'adapts': ('k', 'v', 'mem', 'eta', 'alpha'),  # HOPE: the memories that are written
     'self_targets': True,    # HOPE: each memory's target is M(v); else v itself
@@ -412,7 +411,7 @@ def pick_device(name):
     return name
 
 
-VERSION = 1                  # of the training code: raised when the same settings would no longer give the same weights
+VERSION = 2                  # of the training code: raised when the same settings would no longer give the same weights
 SEAL_BYTES = 64              # a file ends in the hex SHA-256 of every byte before it, which is the comment of the zip
 BUILDERS = (r'collections (OrderedDict|Counter)|_codecs encode|(__builtin__|builtins) (set|complex)|torch\._utils '
             r'_rebuild_(tensor|tensor_v2|parameter)|torch (Size|device|bool|[a-z]+\d+|[A-Z]\w*Storage)')
