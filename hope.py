@@ -237,10 +237,10 @@ class CMSWriter:
         change_l <- change_l - eta_l * sum of the gradients of L since the last write
 
     (Eq. 71) with eta_l = rate * exp(log_rate) / C_l, so that a slow level steps along the mean gradient of its window.
-    L = loss^2 / 2: the gradient of the loss times the loss itself, which is the surprise. What is well predicted hardly
-    writes. At every tick all changes are multiplied by a retention that is earned: min(1, initial loss / loss)^2, where
-    the initial loss is that of the unwritten weights on the same clip. Where the old world is back, the writes predict
-    worse than no writes and are forgotten within two clips; where they help they stay, and no decay wears them out.
+    L = loss^2 / 2: the gradient of the loss times the loss itself. What is well predicted hardly writes. At every tick all
+    changes, and the gradients that wait for a slow level's turn, are multiplied by a retention that is earned:
+    min(1, L_0 / L)^2, where L_0 is that of the unwritten weights on the same clip. Where the old world is back, the writes
+    predict worse than no writes and are forgotten within two clips; where they help they stay, and no decay wears them out.
     """
 
     def __init__(self, predictor, rate, streams=1):
@@ -273,10 +273,11 @@ class CMSWriter:
         """
         gradients = torch.autograd.grad(losses.square().sum() / 2, list(self.weights.values()), retain_graph=retain_graph)
         self.ticks += 1
+        earned = (initial_losses / losses.detach().clamp(min=1e-12)).clamp(max=1).pow(4)
         for name, gradient in zip(self.weights, gradients):
-            self.sums[name] = self.sums[name] + gradient
-        earned = (initial_losses / losses.detach().clamp(min=1e-12)).clamp(max=1).square()
-        self.changes = {name: earned.view(-1, *[1] * (c.dim() - 1)) * c for name, c in self.changes.items()}
+            kept = earned.view(-1, *[1] * (gradient.dim() - 1))
+            self.changes[name] = kept * self.changes[name]
+            self.sums[name] = kept * (self.sums[name] + gradient)      # taken at weights of which as much is left
         for i, (level, period) in enumerate(zip(self.levels, self.periods)):
             if self.ticks % period == 0:
                 steps = {name: self.rate / period * self.log_rates[name].exp() * self.sums[name] for name in level}
