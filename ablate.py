@@ -42,6 +42,7 @@ VARIANTS = {                     # name: flags for train.py
     'no self-generated targets': ['--self_targets=False'],
     'no surprise gate': ['--surprise=False'],
     'no DGD term': ['--dgd=False'],
+    'no short convolution': ['--conv=False'],
     'one CMS level': ['--cms_periods=1', '--cms_hidden=708'],
     'streams in the last fifth': ['--stream=4', '--stream_from=0.8', '--action_gain=0.7', '--cms_rate=10'],
 }

@@ -40,6 +40,10 @@ class TitanMemory(nn.Module):
         self.hidden, self.self_targets, self.surprise, self.dgd = (
             sizes[k] for k in ('memory_hidden', 'self_targets', 'surprise', 'dgd'))
         self.qkv = nn.Linear(width, 3 * width)                         # query, and the inputs of M_k and of M_v
+        # Over each token and its two neighbours in its step; it starts as nothing.
+        self.conv = nn.Conv1d(width, width, 3, padding=1, groups=width) if sizes['conv'] else None
+        if self.conv:
+            nn.init.zeros_(self.conv.weight), nn.init.zeros_(self.conv.bias)
         self.proj = nn.Linear(width, width)
         identity = F.pad(torch.eye(d).repeat(3, 1), (0, 0, 0, 2))      # (3d+2,d)
         self.memory = nn.Parameter(identity + 0.02 * torch.randn(self.heads, 3 * d + 2, d))
@@ -74,6 +78,8 @@ class TitanMemory(nn.Module):
         """
         B, T, P, C = x.shape
         H, d = self.heads, C // self.heads
+        if self.conv:
+            x = x + self.conv(x.flatten(0, 1).mT).mT.view(x.shape)     # (B*T,C,P) and back
         qkv = self.qkv(x).view(B, T, P, 3, H, d).permute(3, 1, 0, 4, 2, 5)
         q, k_in, v_in = qkv.to(self.memory.dtype).contiguous()           # each (T,B,H,P,d)
         rope_q, rope_k = rope

@@ -41,6 +41,7 @@ SIZES = {                    # every size of a predictor, with the laptop defaul
     'cms_hidden': 120,       # HOPE: hidden width of each CMS level
     'cms_periods': (1, 4, 16),  # HOPE: ticks between the writes of the CMS levels, fast to slow
     'mixer': 'both',         # HOPE: 'titan', 'attention' or 'both', attention first
+    'conv': True,            # HOPE: a short convolution over the tokens of a step, before the memory
     'memory_hidden': 0,      # HOPE: hidden width of the two-layer Titan memory; 0 = matrix memory
     'adapts': ('k', 'v', 'mem', 'eta', 'alpha'),  # HOPE: the memories that are written
     'self_targets': True,    # HOPE: each memory's target is M(v); else v itself

@@ -7,7 +7,7 @@ import hope
 import model
 
 B, H, P, d = 2, 2, 5, 6
-VARIANTS = [{}, {'memory_hidden': 4}, {'surprise': False}, {'self_targets': False}, {'dgd': False},
+VARIANTS = [{}, {'conv': False}, {'memory_hidden': 4}, {'surprise': False}, {'self_targets': False}, {'dgd': False},
             {'adapts': ('k', 'mem')}, {'memory_hidden': 4, 'adapts': ('v', 'mem', 'eta'), 'dgd': False}]
 STILL = torch.ones(1, 1, d, d), torch.zeros(1, 1, d, d)
 
@@ -39,6 +39,15 @@ def fresh(layer, clips=B):
     return layer.memory.detach().new_zeros(clips, H, *((rows + d, layer.hidden) if layer.hidden else (rows, d)))
 
 
+def convolved(layer, x):
+    """The short convolution by its definition: what a token, its left and its right neighbour add to a channel, (B,T,P,C)."""
+    if layer.conv is None:
+        return x
+    left, right = F.pad(x[:, :, :-1], (0, 0, 1, 0)), F.pad(x[:, :, 1:], (0, 0, 0, 1))
+    w = layer.conv.weight[:, 0]                                        # (C,3)
+    return x + left * w[:, 0] + x * w[:, 1] + right * w[:, 2] + layer.conv.bias
+
+
 def token_by_token(layer, x, rope, memory=None):
     """
     The reference: one clip, one head, one token after the other, by the definitions, with recursive least squares in
@@ -47,7 +56,7 @@ def token_by_token(layer, x, rope, memory=None):
     T, h = x.shape[1], layer.hidden
     rows = layer.memory.shape[1]
     memory = fresh(layer, len(x)) if memory is None else memory
-    qkv = layer.qkv(x).view(len(x), T, P, 3, H, d)
+    qkv = layer.qkv(convolved(layer, x)).view(len(x), T, P, 3, H, d)
 
     def rotated(v, which, t, i):
         cos, sin = (r[0, 0, t * P + i] for r in rope[which])
@@ -227,7 +236,7 @@ def test_a_memory_that_is_not_written_is_a_plain_network():
         x, rope = torch.randn(B, 2, P, H * d).double(), turn(2 * P)
         y, memory = layer(x.view(B, 2, P, -1), (rope, rope))
         assert memory.abs().max() < 1e-12
-        q = layer.qkv(x)[..., :H * d].view(B, 2 * P, H, d).transpose(1, 2)
+        q = layer.qkv(convolved(layer, x.view(B, 2, P, -1)))[..., :H * d].view(B, 2 * P, H, d).transpose(1, 2)
         read = layer.read(layer.weights(fresh(layer)), hope.rotate(hope.unit(q + layer.query_bias), rope), slice(2 * d, 3 * d))
         torch.testing.assert_close(y, layer.proj(read.transpose(1, 2).reshape(B, 2, P, H * d)), rtol=0, atol=1e-12)
 
