@@ -348,6 +348,11 @@ def running_mean(values, width=10):
     return np.convolve(values, np.ones(min(width, len(values))) / min(width, len(values)), 'valid')
 
 
+def frozen_row(model):
+    """The row of a model that does not adapt, or None."""
+    return next((r for r in rows if r['model'] == model and r['method'] == 'frozen'), None)
+
+
 def figures(row):
     """The figures of one row of the table."""
     loss, early = np.array(row['loss']), min(25, clips)
@@ -358,8 +363,7 @@ def figures(row):
         for name, part in (('B_within', ~beyond), ('B_beyond', beyond)):
             if part.any():
                 f[name] = loss[phase_b][part].mean()
-    frozen = next((r for r in rows if r['model'] == row['model'] and r['method'] == 'frozen'), None)
-    bound = next((r for r in rows if r['model'] == 'oracle'), None)
+    frozen, bound = frozen_row(row['model']), frozen_row('oracle')
     if row['probes']:
         probe = dict(row['probes']['A'])
         before, after = (probe[max(k for k in probe if k <= end)] for end in (clips, 2 * clips))
@@ -447,9 +451,8 @@ def draw():
     drawn = [row for row in rows if not (several and row['model'].startswith('HOPE') and 'TTA' in row['method'])]
     colours = dict(zip(map(title, drawn), ['0.6', '0.8'] + [f'C{i % 10}' for i in range(len(drawn))]))
     diagnosed = next((row for row in reversed(rows) if row['method'].startswith('memory') or row['method'] == 'CMS'), None)
-    panels = ('surprise', 'drift') if diagnosed else ()
-    fig, axes = plt.subplots(2 + len(panels), 1, figsize=(9, 7 + 2.2 * len(panels)), sharex=True,
-                             height_ratios=[2, 1.2, 1, 1][:2 + len(panels)])
+    panels = 4 if diagnosed else 2
+    fig, axes = plt.subplots(panels, 1, figsize=(9, 2.6 + 2.2 * panels), sharex=True, height_ratios=[2, 1.2, 1, 1][:panels])
     for ax in axes:
         ax.axvspan(clips, 2 * clips, color='0.93', zorder=0)
         ax.margins(x=0.01)
@@ -466,18 +469,29 @@ def draw():
         axes[0].text(x * clips, axes[0].get_ylim()[1] * 0.97, phase, ha='center', va='top')
     axes[0].legend(fontsize=8, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=4)
     axes[1].set(ylabel='held-out probes\nA (solid), B (dashed)', ylim=(0, None))
-    for ax, panel in zip(axes[2:], panels):
-        for key in diagnosed['diagnostics'][0]:
-            if key.startswith(panel):
-                values = np.array([d[key] for d in diagnosed['diagnostics']])
-                label = "loss over copy's" if key == panel else key.removeprefix(panel + ', ')
-                scale = values[:clips].mean() if panel == 'surprise' else 1
-                ax.plot(np.arange(len(values)) + 1, values / scale, label=label, ls='--' if 'CMS' in key else '-', lw=1)
-        if panel == 'drift':
-            ax.set(ylabel=f'drift from initial weights\n{title(diagnosed)}', yscale='log', ylim=(1e-4, 20))
-        else:
-            ax.set(ylabel=f'surprise, over its mean in A₁\n{title(diagnosed)}', ylim=(0, 1.3 * ax.get_ylim()[1]))
-        ax.legend(fontsize=8, loc='upper left', ncols=3)
+    if diagnosed:
+        seen = {key: np.array([d[key] for d in diagnosed['diagnostics']]) for key in diagnosed['diagnostics'][0]}
+        reference, frozen, bound = "copy's", frozen_row(diagnosed['model']), frozen_row('oracle')
+        if frozen and bound:                                           # how far an object moves cancels better
+            known = np.array(frozen['loss'])
+            known[phase_b] = np.array(bound['loss'])[phase_b]
+            seen['surprise'], reference = diagnosed['loss'] / known, 'that of a model of the phase'
+        starts = [phase * clips + 2 ** i - 1 for phase in range(3) for i in range(clips.bit_length()) if 2 ** i <= clips]
+        widths = np.diff(starts + [3 * clips])                         # means over 1, 2, 4, ... clips since the last switch
+        x = np.arange(3 * clips) + 1
+        for key, values in seen.items():
+            kind, _, name = key.partition(', ')
+            if kind == 'surprise':
+                values = values / values[:clips].mean()
+                line, = axes[2].plot(x, np.repeat(np.add.reduceat(values, starts) / widths, widths), lw=1.2,
+                                     label=name or f'loss over {reference}')
+                axes[2].plot(x, values, color=line.get_color(), alpha=0.25, lw=0.8)
+            elif kind == 'drift':
+                axes[3].plot(x, values, label=name, ls='--' if 'CMS' in key else '-', lw=1.2)
+        axes[2].set(ylabel=f'surprise, over its mean in A₁\n{title(diagnosed)}', ylim=(0, 1.3 * axes[2].get_ylim()[1]))
+        axes[3].set(ylabel=f'drift from initial weights\n{title(diagnosed)}', yscale='log', ylim=(1e-4, 20))
+        for ax in axes[2:]:
+            ax.legend(fontsize=8, loc='upper left', ncols=3)
     axes[-1].set_xlabel('clip of the stream')
     fig.tight_layout()
     clip_data.write_atomically(os.path.join(out, 'results.png'), lambda f: fig.savefig(f, dpi=100))
