@@ -97,17 +97,17 @@ if only:
     print(json.dumps({'peak': peak}))
     sys.exit(0)
 
+
 def in_turn(runs):
-    """Median seconds of each function of a dict, all called in turn `repeats` times after one round to warm up."""
+    """Median seconds of each function of a dict, all called in turn `repeats` times; each has run once before."""
     seconds = {name: [] for name in runs}
-    for i in range(repeats + 1):
+    for _ in range(repeats):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
             if device.startswith('cuda'):
                 torch.cuda.synchronize()
-            if i:
-                seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
@@ -124,7 +124,10 @@ if what == 'encoder':
         # VJEPA2Config's defaults are ViT-L
         theirs = VJEPA2Model(VJEPA2Config(crop_size=side, frames_per_clip=2 * LENGTHS[0])).to(device).eval()
         ours = VideoEncoder(1024, 16, 24, 4096).to(device).eval()
-        t = in_turn({'ours': lambda: ours(video), 'theirs': lambda: theirs.get_vision_features(video.transpose(1, 2))})
+        runs = {'ours': lambda: ours(video), 'theirs': lambda: theirs.get_vision_features(video.transpose(1, 2))}
+        for run in runs.values():
+            run()
+        t = in_turn(runs)
     print(f'{hardware}, a clip of {2 * LENGTHS[0]} frames of {side} x {side}; forward, median of {repeats}\n'
           f'ViT-L of transformers {t["theirs"]:.3f} s, ours {t["ours"]:.3f} s: ratio {t["ours"] / t["theirs"]:.2f}')
     sys.exit(0)
@@ -142,7 +145,7 @@ for T, jump in [(T, False) for T in LENGTHS] + [(LENGTHS[0], True)]:
     runs = {path: case(net, T, jump) for path, net in nets.items()}
     flops = {}
     for path, run in runs.items():
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter:                # warms up, too
             run()
         flops[path] = counter.get_total_flops()
     a, b = in_turn(runs).values()
