@@ -1,4 +1,4 @@
-# AC-HOPE-ViT at the size of config/vit_full.py (43 M parameters): 12 blocks, 384 wide, 16 heads, wide CMS levels.
+# AC-HOPE-ViT at the size of config/vit_full.py (43 M parameters): 12 blocks, 384 wide, 16 heads, wide CMS levels, no attention.
 # Needs a GPU (not tried on one yet), and data made with: python prepare.py --name=slide256 --size=256 --dim=1024 --clips=5000
 model = 'hope'
 mixer = 'titan'
@@ -6,7 +6,7 @@ data = 'slide256'
 depth = 12
 width = 384
 heads = 16
-cms_hidden = 1264
+cms_hidden = 1200
 batch_size = 256
 accumulation = 8
 teacher_every = 1
