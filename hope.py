@@ -186,6 +186,7 @@ class TitanMemory(nn.Module):
         # I + PSD is well conditioned; solve() is slower
         return (kept + target.mT @ Ek) @ torch.linalg.inv_ex(gram)[0] - start
 
+
 class Level(MLP):
     """
     A level of the CMS: what an MLP and a gain of the input add to it, gain * x + fc2(gelu(fc1(x))).
@@ -279,7 +280,7 @@ class CMSWriter:
         """
         gradients = torch.autograd.grad(losses.square().sum() / 2, list(self.weights.values()), retain_graph=retain_graph)
         self.ticks += 1
-        earned = (initial_losses / losses.detach().clamp(min=1e-12)).clamp(max=1).pow(4)
+        earned = (initial_losses / losses.detach().clamp(min=1e-12)).clamp(max=1).pow(4)  # (L_0 / L)^2
         for name, gradient in zip(self.weights, gradients):
             kept = earned.view(-1, *[1] * (gradient.dim() - 1))
             self.changes[name] = kept * self.changes[name]
