@@ -64,7 +64,7 @@ known_share = 0.5        # share of the streams that keep c = 1 [0..1]
 cms_rate = 0.0           # learning rate of the CMS levels' writes inside a stream; 0 = they are not written [0..]
 init_from = ''           # start from the weights of this checkpoint, or of the official vjepa2-ac-vitg.pt
 # optimiser: AdamW, warm-up - constant - decay
-max_iters = 2000         # optimiser steps [1..]
+max_iters = 1600         # optimiser steps [1..]
 learning_rate = 2e-3     # peak [>0]
 warmup = 0.04            # share of the steps in which the rate rises from 0 [0..1]
 decay = 0.7              # share of the steps in which the rate falls to 0 [0..1]

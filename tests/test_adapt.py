@@ -71,6 +71,7 @@ def test_a_kept_memory_goes_on_where_it_stopped(adapt):
     c, whole = adapt['checkpoints'][0], losses(adapt, 'memory + CMS', 1.0, adapt['stream'])
     first = adapt['run_stream'](c, 'memory + CMS', 1.0, (z[:7], a[:7]))
     second = adapt['run_stream'](c, 'memory + CMS', 1.0, (z[7:], a[7:]), start=first['state'])
+    assert not any(x.requires_grad for x in first['state']['cms']['changes'].values())  # no graph that grows with the stream
     assert first['loss'] + second['loss'] == whole
     assert adapt['run_stream'](c, 'memory + CMS', 1.0, (z[7:], a[7:]))['loss'] != whole[7:]
 
