@@ -110,9 +110,9 @@ def run_stream(checkpoint, method, rate, stream, probes=None, label=None, start=
     elif method == 'full TTA':
         learned = list(predictor.parameters())
     elif writes:
-        for name, p in predictor.named_parameters():
-            p.requires_grad_('log_rates' not in name)                  # else the graph of every write so far would be kept
         writer = CMSWriter(predictor, rate)
+        for log_rate in writer.log_rates.values():
+            log_rate.requires_grad_(False)                             # else the graph of every write so far would be kept
     if start:
         memory = start['memory'] if carries else None
         if writer and start['cms']:
