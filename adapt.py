@@ -49,8 +49,7 @@ GRIDS = {                        # learning rates tried for each method
     'LN-TTA': (1e-3, 3e-3, 1e-2, 3e-2),
     'full TTA': (1e-5, 3e-5, 1e-4, 3e-4),
     'action TTA': (1e-3, 3e-3, 1e-2, 3e-2),
-    'CMS': (3.0, 10.0, 20.0, 40.0),
-    'memory + CMS': (3.0, 10.0, 20.0, 40.0),
+    'CMS': (3.0, 10.0, 20.0, 40.0),                                    # of memory + CMS too
 }
 METHODS = 'frozen', 'LN-TTA', 'action TTA', 'full TTA', 'memory', 'CMS', 'memory + CMS'
 chosen = [method.strip() for method in methods.split(',')] if methods else METHODS
@@ -326,9 +325,10 @@ for c in checkpoints:
         if method not in chosen or (rate == 'tuned' and not TUNE_ON):
             continue
         if rate == 'tuned':
-            name = f'{c["name"]} {method}'
+            grid = method.removeprefix('memory + ')
+            name = f'{c["name"]} {grid}'
             if name not in tried:
-                tried[name] = tune(c, method)
+                tried[name] = tune(c, grid)
                 write_sealed(unfinished, kept)
             rate = min(tried[name], key=tried[name].get)
         name = f'{c["name"]} {method}' + ('' if rate is None else f' {rate:g}')

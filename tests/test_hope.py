@@ -39,6 +39,22 @@ def fresh(layer, clips=B):
     return layer.memory.detach().new_zeros(clips, H, *((rows + d, layer.hidden) if layer.hidden else (rows, d)))
 
 
+def write(layer, state, k_in, v_in, rope):
+    """The state after one chunk: state, k_in and v_in (B,H,...), the rope for all of them."""
+    learned = layer.learned(len(state))
+    weights = learned['start'] + state.flatten(0, 1)
+    flat = (x.flatten(0, 1) for x in (k_in, v_in))
+    new = layer.write(weights, layer.parts(weights, learned), learned, *flat, [r[0] for r in rope])
+    return (new - learned['start']).view(state.shape)
+
+
+def read(layer, state, part, x):
+    """A part of M(x) with a state: x (B,H,P,d) → (B,H,P,.)."""
+    learned = layer.learned(len(state))
+    parts = layer.parts(learned['start'] + state.flatten(0, 1), learned)
+    return layer.read(parts[part], x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
 def convolved(layer, x):
     """The short convolution by its definition: what a token, its left and its right neighbour add to a channel, (B,T,P,C)."""
     if layer.conv is None:
@@ -155,15 +171,15 @@ def test_one_token_is_delta_gradient_descent():
     with torch.no_grad():
         layer.alpha_bias.fill_(-40.0)
         state = 0.1 * torch.randn_like(fresh(layer))
-        new = layer.write(state, k_in, v_in, rope)
+        new = write(layer, state, k_in, v_in, rope)
         M = layer.memory + state
-        k = hope.rotate(hope.unit(layer.read(layer.weights(state), k_in, slice(0, d))), rope)[..., 0, :]
+        k = hope.rotate(hope.unit(read(layer, state, 'k', k_in)), rope)[..., 0, :]
         step = new - state                                             # -beta (M k - target) k^T: rank one, along k
         torch.testing.assert_close(step @ k[..., None] * k[..., None, :], step, rtol=0, atol=1e-10)
-        v = hope.unit(layer.read(layer.weights(state), v_in, slice(d, 2 * d)))
-        target = layer.read(layer.weights(state), v)[..., 0, 2 * d:3 * d]
+        v = hope.unit(read(layer, state, 'v', v_in))
+        target = read(layer, state, 'mem', v)[..., 0, :]
         target = target / target.norm(dim=-1, keepdim=True).clamp(min=1)
-        beta = F.softplus(layer.read(layer.weights(state), k_in)[..., 0, 3 * d] + layer.eta_bias[:, 0])
+        beta = F.softplus(read(layer, state, 'rates', k_in)[..., 0, 0] + layer.eta_bias[:, 0])
         beta = (beta / (1 + beta))[..., None]
         error = (M[:, :, 2 * d:3 * d] @ k[..., None])[..., 0] - target
         torch.testing.assert_close((step @ k[..., None])[:, :, 2 * d:3 * d, 0], -beta * error, rtol=0, atol=1e-10)
@@ -172,8 +188,8 @@ def test_one_token_is_delta_gradient_descent():
 def test_the_tokens_of_a_frame_have_no_order():
     layer, (k_in, v_in, (cos, sin)) = memory_layer(), chunk()
     order = torch.randperm(P)
-    torch.testing.assert_close(layer.write(fresh(layer), k_in, v_in, (cos, sin)),
-                               layer.write(fresh(layer), k_in[:, :, order], v_in[:, :, order], (cos[:, :, order], sin[:, :, order])),
+    torch.testing.assert_close(write(layer, fresh(layer), k_in, v_in, (cos, sin)),
+                               write(layer, fresh(layer), k_in[:, :, order], v_in[:, :, order], (cos[:, :, order], sin[:, :, order])),
                                rtol=0, atol=1e-12)
 
 
@@ -193,8 +209,8 @@ def test_recall_after_one_write(pairs):
     keys = torch.linalg.qr(keys)[0] if pairs == d else keys
     keys, values = (x / x.norm(dim=-1, keepdim=True) for x in (keys, values))
     still = torch.ones(1, 1, pairs, d), torch.zeros(1, 1, pairs, d)
-    state = layer.write(fresh(layer), keys, values, still)
-    before, after = (values - keys).norm(), (values - layer.read(layer.weights(state), keys, slice(2 * d, 3 * d))).norm()
+    state = write(layer, fresh(layer), keys, values, still)
+    before, after = (values - keys).norm(), (values - read(layer, state, 'mem', keys)).norm()
     if pairs == d:
         torch.testing.assert_close(before / after, torch.tensor(1 + eta).double(), rtol=1e-4, atol=0)
     else:
@@ -237,13 +253,13 @@ def test_a_memory_that_is_not_written_is_a_plain_network():
         y, memory = layer(x.view(B, 2, P, -1), (rope, rope))
         assert memory.abs().max() < 1e-12
         q = layer.qkv(convolved(layer, x.view(B, 2, P, -1)))[..., :H * d].view(B, 2 * P, H, d).transpose(1, 2)
-        read = layer.read(layer.weights(fresh(layer)), hope.rotate(hope.unit(q + layer.query_bias), rope), slice(2 * d, 3 * d))
-        torch.testing.assert_close(y, layer.proj(read.transpose(1, 2).reshape(B, 2, P, H * d)), rtol=0, atol=1e-12)
+        found = read(layer, fresh(layer), 'mem', hope.rotate(hope.unit(q + layer.query_bias), rope))
+        torch.testing.assert_close(y, layer.proj(found.transpose(1, 2).reshape(B, 2, P, H * d)), rtol=0, atol=1e-12)
 
 
 def test_memories_that_do_not_adapt_stay():
     layer = memory_layer(adapts=('v', 'alpha'))
-    state = layer.write(fresh(layer), *chunk())
+    state = write(layer, fresh(layer), *chunk())
     moved = state.abs().amax((0, 1, 3)) > 0
     assert moved.tolist() == [False] * d + [True] * d + [False] * d + [False, True]
     with pytest.raises(model.Refusal):
@@ -255,7 +271,7 @@ def test_the_gate_opens_with_the_retrieval_error():
     layer, seen = memory_layer(), chunk()
     state, layer.diagnostics = fresh(layer), []
     for _ in range(6):
-        state = layer.write(state, *seen)
+        state = write(layer, state, *seen)
     surprise, gate = ([step[key].item() for step in layer.diagnostics] for key in ('surprise', 'gate'))
     assert surprise[-1] < 0.8 * surprise[0] and gate[-1] < gate[0] and 0 < min(gate) and max(gate) < 1
 
@@ -267,7 +283,7 @@ def test_a_new_memory_keeps_four_fifths_over_a_clip():
         layer.eta_bias.fill_(-40.0)                                    # nothing is written: what is left is retention
     state = start = fresh(layer) + 0.1
     for t in range(8):
-        state = layer.write(state, *chunk(t))
+        state = write(layer, state, *chunk(t))
     assert 0.8 < state.norm() / start.norm() < 1
 
 
@@ -282,7 +298,7 @@ def test_extreme_rates_stay_finite(eta_bias, alpha_bias, variant):
         state, inputs = fresh(layer), [chunk(t) for t in range(7)]
         for t in range(100):
             k_in, v_in, rope = inputs[t % 7]
-            state = layer.write(state, 100 * k_in, 100 * v_in, rope)
+            state = write(layer, state, 100 * k_in, 100 * v_in, rope)
     assert state.isfinite().all() and state.abs().max() < 1e4
 
 
@@ -297,7 +313,7 @@ def test_a_memory_does_not_feed_on_itself(variant, times):
         layer.eta_bias.fill_(10.0)
         layer.alpha_bias.fill_(-40.0)
         for _ in range(times):
-            state = layer.write(state, keys, same, STILL)
+            state = write(layer, state, keys, same, STILL)
     assert state.isfinite().all() and state.norm() < 1000
 
 
@@ -334,9 +350,9 @@ def test_memory_stays_in_float32_under_bfloat16():
 
 def cms_model():
     torch.manual_seed(0)
-    net = model.build(model='hope', feature_dim=12, grid=(2, 2), depth=2, width=24, heads=2, cms_hidden=16).eval()
-    z = F.layer_norm(torch.randn(3, 8, 4, 12), (12,))
-    actions = torch.zeros(3, 8, 2)
+    net = model.build(model='hope', feature_dim=12, grid=(2, 2), depth=2, width=24, heads=2, cms_hidden=16).double().eval()
+    z = F.layer_norm(torch.randn(3, 8, 4, 12).double(), (12,))
+    actions = torch.zeros(3, 8, 2).double()
     actions[:, 0] = torch.randn(3, 2)
     return net, lambda run, clips=slice(0, 1): model.jump_loss(run, z[clips], actions[clips], torch.tensor([7] * len(z[clips])))
 
