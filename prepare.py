@@ -123,7 +123,7 @@ def download(repository, path):
 def cosine_basis():
     """
     The lowest frequencies of the orthonormal 3D cosine basis (DCT-II) of a TUBELET x 16 x 16 block →
-    (TUBELET*16*16, ceil(dim/3)) float32, columns by rising frequency in cycles; each serves the three colours.
+    (TUBELET*16*16*3, dim) float32, columns by rising frequency in cycles, each once for every colour.
     """
     def axis(n):
         k, i = np.arange(n)[:, None], np.arange(n)[None]
@@ -132,13 +132,12 @@ def cosine_basis():
     basis = np.einsum('ai,bj,ck->abcijk', *map(axis, shape)).reshape(np.prod(shape), np.prod(shape))
     frequency = sum((k / n) ** 2 for k, n in zip(np.indices(shape), shape)).ravel()
     lowest = np.argsort(frequency, kind='stable')[:-(-dim // 3)]
-    return torch.from_numpy(basis[lowest].T.astype(np.float32)).to(device)
+    return torch.from_numpy(np.kron(basis[lowest].T, np.eye(3))[:, :dim].astype(np.float32)).to(device)
 
 
 def patch_encode(frames):
     """Patch encoder: lowest frequencies of every tubelet, (n,T,N,dim); no step sees another's frames."""
-    blocks = data.tubelets(frames, PATCH)                              # (n,T,N,3,512)
-    return (blocks @ basis).transpose(-1, -2).flatten(-2)[..., :dim]   # frequency-major, colours side by side
+    return data.tubelets(frames, PATCH).mT.flatten(-2) @ basis         # (n,T,N,512*3) as the pixels lie: nothing is moved
 
 
 @torch.inference_mode()
