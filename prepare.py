@@ -497,14 +497,16 @@ for which, (count, actions, physics, content) in splits.items():
     for i in data.progress(range(done, count), which):
         place = i % shard_clips
         if place == 0:
-            z, kept = [], []
+            # One array, filled: small ones kept between the encoder's large ones would pin gigabytes of freed memory.
+            z, kept = np.empty((min(shard_clips, count - i), *shape), np.float16), []
         if place % batch == 0:
             clip, readable = content(i, min(i + batch, i - place + shard_clips, count))
-            z.append(encode_clips(clip).half().cpu().numpy() if readable else np.empty((0, *shape), np.float16))
+            if readable:
+                z[len(kept):len(kept) + len(readable)] = encode_clips(clip).half().cpu().numpy()
             kept += readable
         if place == shard_clips - 1 or i == count - 1:
             file = f'{which}_{len(shards):05d}.npy'
-            save(file, lambda f: np.save(f, np.concatenate(z)))
+            save(file, lambda f: np.save(f, z[:len(kept)]))
             shards.append({'file': file, 'clips': len(kept), 'skipped': sorted(set(range(i - place, i + 1)) - set(kept))})
             data.write_manifest(folder, manifest)
     bad = {i for shard in shards for i in shard['skipped']}
