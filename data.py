@@ -28,22 +28,25 @@ except ImportError:          # Windows: two runs into one place are not kept apa
 
 # ---- the world: one rigid object on a plane seen from above, SI units --------------------------------------------
 GRAVITY = 9.81               # m/s^2
-FPS = 30.0                   # frames per second
+FPS = 60.0                   # frames per second
 FRAMES = 16                  # frames per clip
 TUBELET = 2                  # frames per time step, so T = 8 steps
 WORLD = 0.80                 # metres that the square picture shows
-IMPULSE = (0.40, 1.265)      # N·s, log-uniform; a factor of sqrt(10), so A's stopping distances span a factor of ten
+IMPULSE = (0.25, 0.80)       # N·s, log-uniform
 RADIUS = (0.060, 0.100)      # metres, circumradius of the object
 CORNERS = (3, 4, 6, 64)      # triangle, square, hexagon, disc
 BACKGROUND = 0.10            # grey level of the plane, 0..1; objects are brighter
 
-DOMAINS = {                  # friction coefficient, mass in kg
-    'A': (0.40, 1.0),        # normal
-    'B': (0.21, 0.8),        # the shift under test: both clearly reduced, x2.5 to x3 in displacement
-    'C': (0.60, 1.0),        # more friction
-    'friction': (0.21, 1.0),  # B's friction alone
-    'mass': (0.40, 0.8),     # B's mass alone
-    'ice': (0.02, 1.0),      # almost no friction
+# Time matters: in A more than half of the objects still move by a pixel or more between the first jump target (step 6)
+# and the last (step 8).
+DOMAINS = {                  # friction coefficient, mass in kg, angle in degrees by which the camera is turned
+    'A': (0.12, 1.0, 0),         # normal
+    'B': (0.05, 0.6, 0),         # the shift under test: both clearly reduced, about twice the displacement
+    'C': (0.25, 1.0, 0),         # more friction
+    'friction': (0.05, 1.0, 0),  # B's friction alone
+    'mass': (0.12, 0.6, 0),      # B's mass alone
+    'ice': (0.01, 1.0, 0),       # almost no friction
+    'turned': (0.12, 1.0, 40),   # A's physics; the camera is turned, so pushes come in another frame than the pictures
 }
 
 
@@ -59,18 +62,25 @@ def displacement(impulse, mu, mass, seconds):
     return v0 * t - 0.5 * brake * t * t
 
 
+def turn(vectors, degrees):
+    """Vectors (...,2) turned by an angle, from x towards y."""
+    angle = np.deg2rad(degrees)
+    x, y = vectors[..., 0], vectors[..., 1]
+    return np.stack([np.cos(angle) * x - np.sin(angle) * y, np.sin(angle) * x + np.cos(angle) * y], axis=-1)
+
+
 def simulate(domain, clips, seed, split):
     """
     Draw clips of a domain and solve their motion; one independent random stream per (seed, split).
 
-    Returns a dict of arrays over n = clips: mu (n,), mass (n,) kg, impulse (n,2) N·s, position (n,FRAMES,2) m, and the
-    looks: corners (n,), radius (n,) m, angle (n,) rad, colour (n,3) in 0..1. The object rests during the first time
-    step (so z_1 holds no physics), the impulse acts at its last frame. The start is drawn so that the object stays in
-    view in every domain of DOMAINS, by the same rule in all: where it starts tells nothing about the domain.
+    Returns a dict of arrays over n = clips: mu (n,), mass (n,) kg, impulse (n,2) N·s as it is given to the predictor,
+    position (n,FRAMES,2) m in the picture, and the looks: corners (n,), radius (n,) m, angle (n,) rad, colour (n,3) in
+    0..1. The object rests during the first time step (so z_1 holds no physics), the impulse acts at its last frame. The
+    start is drawn so that the object stays in view in every domain of DOMAINS, by the same rule in all: where it starts
+    tells nothing about the domain. Raises Refusal for a domain that is not in DOMAINS.
     """
     if domain not in DOMAINS:
         raise Refusal(f'no domain is called {domain!r}; there are {", ".join(DOMAINS)}')
-    mu, mass = DOMAINS[domain]
     rng = np.random.default_rng([seed, zlib.crc32(split.encode())])
     u = rng.random((clips, 10))
     impulse = IMPULSE[0] * (IMPULSE[1] / IMPULSE[0]) ** u[:, 0]
@@ -78,15 +88,19 @@ def simulate(domain, clips, seed, split):
     heading = np.stack([np.cos(direction), np.sin(direction)], axis=1)  # (n,2)
     radius = RADIUS[0] + (RADIUS[1] - RADIUS[0]) * u[:, 2]
     seconds = (np.arange(FRAMES) - (TUBELET - 1)) / FPS
-    reach = np.max([displacement(impulse, *physics, seconds[-1]) for physics in DOMAINS.values()], axis=0)
-    path = reach[:, None] * heading
-    low = radius[:, None] + np.maximum(0, -path)
-    high = WORLD - radius[:, None] - np.maximum(0, path)
+
+    def path(mu, mass, camera):
+        slid = displacement(impulse[:, None], mu, mass, seconds)       # (n,FRAMES)
+        return slid[:, :, None] * turn(heading, camera)[:, None]       # (n,FRAMES,2)
+
+    ends = np.stack([path(*physics)[:, -1] for physics in DOMAINS.values()])  # (domains,n,2)
+    low = radius[:, None] + np.maximum(0, -ends).max(0)
+    high = WORLD - radius[:, None] - np.maximum(0, ends).max(0)
     start = low + (high - low) * u[:, 3:5]
-    slid = displacement(impulse[:, None], mu, mass, seconds)  # (n,FRAMES)
+    mu, mass, _ = DOMAINS[domain]
     return {
         'mu': np.full(clips, mu), 'mass': np.full(clips, mass), 'impulse': impulse[:, None] * heading,
-        'position': start[:, None] + slid[:, :, None] * heading[:, None],
+        'position': start[:, None] + path(*DOMAINS[domain]),
         'corners': np.asarray(CORNERS)[(u[:, 5] * len(CORNERS)).astype(int)], 'radius': radius,
         'angle': 2 * np.pi * u[:, 6], 'colour': 0.3 + 0.7 * u[:, 7:10],
     }

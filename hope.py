@@ -1,10 +1,13 @@
 """
-HOPE: self-modifying Titan memory written by Delta Gradient Descent (DGD), and the Continuum Memory System (CMS).
+HOPE: self-modifying Titan memory, written by Delta Gradient Descent (DGD) or the delta rule, and the Continuum Memory
+System (CMS).
 
 Source: "Nested Learning: The Illusion of Deep Learning Architectures" (Behrouz et al., 2025); equation numbers are
 that paper's. AC-HOPE-ViT is model.Predictor with HopeBlock: a Titan memory after attention, or in its place, and the CMS
 where the MLP stood. Everything else (tokens, positions, interface) is shared with ViT-AC.
 """
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -24,36 +27,42 @@ class TitanMemory(nn.Module):
     """
     Five associative memories per head with fast weights per clip: M_k, M_v, M_mem (d→d), M_eta, M_alpha (d→1).
 
-    memory_hidden = 0: matrix memory, M(x) = M_0 x + W x. Else a two-layer memory, M(x) = M_0 x + W1 tanh(W2 x) (Eq. 89).
-    M_0, and the W1 and W2 that a clip starts from, are ordinary parameters; M_0 starts at the identity (zero for eta and
-    alpha). All five are written with the same keys, so they are the rows of one map R^d → R^(3d+2), in the order of
-    MEMORIES (Eq. 83-87), and share the hidden layer where there is one. The query does not adapt.
+    The matrix memory, M(x) = M x. All five are written with the same keys, so they are the rows of one matrix
+    (3d+2,d), in the order of MEMORIES (Eq. 83-87). The matrix that a clip starts from, M_0, is an ordinary parameter; it
+    starts at the identity (zero for eta and alpha). The query does not adapt.
 
-    A memory's state is what its fast weights have come to differ from where they started: zero for a new clip, (B,H,3d+2,d)
-    for the matrix memory; for two layers W1 and the transpose of W2, one above the other, (B,H,3d+2+d,memory_hidden).
+    rule = 'dgd': Delta Gradient Descent (Eq. 93). For one token, with beta = eta / (1 + eta):
+        M ← a M (I - beta k k^T) - beta (M k - t) k^T         repeated, it ends at M k = t / 2
+    rule = 'delta': the implicit delta rule (recursive least squares):
+        M ← a M - beta (a M k - t) k^T                        repeated, it ends at M k = t
+    In both, a M stands for M_0 + a (M - M_0): what is forgotten relaxes to the learned M_0.
+
+    A memory's state is what its fast weights have come to differ from where they started: zero for a new clip,
+    (B,H,3d+2,d).
     """
 
     def __init__(self, sizes):
         super().__init__()
         width, self.heads = sizes['width'], sizes['heads']
-        d, hidden = width // self.heads, sizes['memory_hidden']
-        self.hidden, self.self_targets, self.surprise, self.dgd = (
-            sizes[k] for k in ('memory_hidden', 'self_targets', 'surprise', 'dgd'))
-        self.qkv = nn.Linear(width, 3 * width)                         # query, and the inputs of M_k and of M_v
-        # Over each token and its two neighbours in its step; it starts as nothing.
-        self.conv = nn.Conv1d(width, width, 3, padding=1, groups=width) if sizes['conv'] else None
+        d = width // self.heads
+        self.self_targets, self.surprise, self.rule = sizes['self_targets'], sizes['surprise'], sizes['rule']
+        # query, and the inputs of M_k and of M_v
+        self.qkv = nn.Linear(width, 3 * width)
+        self.grid = sizes['grid']
+        # Over each patch and its eight neighbours; zero-initialised: starts as a no-op.
+        self.conv = nn.Conv2d(width, width, 3, padding=1, groups=width) if sizes['conv'] else None
         if self.conv:
-            nn.init.zeros_(self.conv.weight), nn.init.zeros_(self.conv.bias)
+            nn.init.zeros_(self.conv.weight)
+            nn.init.zeros_(self.conv.bias)
         self.proj = nn.Linear(width, width)
-        identity = F.pad(torch.eye(d).repeat(3, 1), (0, 0, 0, 2))      # (3d+2,d)
+        # (3d+2,d)
+        identity = F.pad(torch.eye(d).repeat(3, 1), (0, 0, 0, 2))
         self.memory = nn.Parameter(identity + 0.02 * torch.randn(self.heads, 3 * d + 2, d))
-        if hidden:
-            self.layer1 = nn.Parameter(torch.randn(self.heads, 3 * d + 2, hidden) * 0.1 / hidden ** 0.5)
-            self.layer2 = nn.Parameter(torch.randn(self.heads, hidden, d))
         # An idle action token (all zeros) would read nothing and stay exactly zero through every block, where LayerNorm's
         # gradient is 1/sqrt(eps): over a dozen blocks it overflows. This gives it something to ask for.
         self.query_bias = nn.Parameter(0.02 * torch.randn(self.heads, 1, d))
-        self.eta_bias = nn.Parameter(torch.full((self.heads, 1), 2.0))  # softplus(2) = 2.1: writes 2/3 of the error
+        # softplus(2) = 2.1: writes 2/3 of the error
+        self.eta_bias = nn.Parameter(torch.full((self.heads, 1), 2.0))
         # Retention per step exp(-softplus(-4)) = 0.98, so 0.86 over a clip of 8; a memory that starts at 0.5 per step
         # remembers nothing.
         self.alpha_bias = nn.Parameter(torch.full((self.heads, 1), -4.0))
@@ -68,10 +77,12 @@ class TitanMemory(nn.Module):
         # Rows that may change. Without self-generated targets there is nothing that eta and alpha could be told.
         adapts = [m in sizes['adapts'] and (self.self_targets or m not in ('eta', 'alpha')) for m in MEMORIES]
         rows = torch.tensor([flag for flag, n in zip(adapts, (d, d, d, 1, 1)) for _ in range(n)])[:, None]
-        members = torch.block_diag(*(torch.ones(n, 1) for n in (d, d, d, 2)))  # rows of k, v, mem, eta with alpha: (3d+2,4)
+        # rows of k, v, mem, eta with alpha: (3d+2,4)
+        members = torch.block_diag(*(torch.ones(n, 1) for n in (d, d, d, 2)))
         self.register_buffer('members', members, persistent=False)
         self.register_buffer('adapting', None if all(adapts) else rows, persistent=False)
-        self.diagnostics = None                                        # a list here collects a dict per write
+        # A list here collects a dict per write.
+        self.diagnostics = None
 
     def forward(self, x, rope, memory=None):
         """
@@ -81,126 +92,196 @@ class TitanMemory(nn.Module):
         B, T, P, C = x.shape
         H, d = self.heads, C // self.heads
         if self.conv:
-            x = x + self.conv(x.flatten(0, 1).mT).mT.view(x.shape)     # (B*T,C,P) and back
+            x = self.see_neighbours(x)
         qkv = self.qkv(x).view(B, T, P, 3, H, d).permute(3, 1, 0, 4, 2, 5)
-        q, k_in, v_in = qkv.to(self.memory.dtype).contiguous()         # each (T,B,H,P,d)
-        rope_q, rope_k = ([r.unflatten(2, (T, P)).movedim(2, 0) for r in pair] for pair in rope)  # (T,b,1,P,d)
+        # each (T,B,H,P,d)
+        q, k_in, v_in = qkv.to(self.memory.dtype).contiguous()
+        # (T,b,1,P,d)
+        rope_q, rope_k = ([r.unflatten(2, (T, P)).movedim(2, 0) for r in pair] for pair in rope)
         y = []
-        with torch.autocast(x.device.type, enabled=False):             # a memory in bfloat16 would lose what it sums up
+        # A memory in bfloat16 would lose what it sums up.
+        with torch.autocast(x.device.type, enabled=False):
             q = rotate(unit(q + self.query_bias), rope_q)
             # From here on the G = B*H memories lie side by side, as bmm takes them: matmul would reshape them at every call.
-            q, k_in, v_in, *rope_k = (r.flatten(1, 2) for r in (q, k_in, v_in, *rope_k))  # (T,G,P,d)
+            # (T,G,P,d)
+            q, k_in, v_in, *rope_k = (r.flatten(1, 2) for r in (q, k_in, v_in, *rope_k))
             learned = self.learned(B)
             weights = learned['start'] if memory is None else learned['start'] + memory.flatten(0, 1)
             parts = self.parts(weights, learned)
-            for q_t, k_t, v_t, *rope_t in zip(*(r.unbind(0) for r in (q, k_in, v_in, *rope_k))):  # chunk = step
+            # chunk = step
+            for q_t, k_t, v_t, *rope_t in zip(*(r.unbind(0) for r in (q, k_in, v_in, *rope_k))):
                 weights = self.write(weights, parts, learned, k_t, v_t, rope_t)
                 parts = self.parts(weights, learned)
-                y.append(self.read(parts['mem'], q_t))                 # after the write, (G,P,d)
+                # after the write, (G,P,d)
+                y.append(self.read(parts['mem'], q_t))
         y = torch.stack(y, 1).view(B, H, T, P, d).permute(0, 2, 3, 1, 4).reshape(B, T, P, C)
         return self.proj(y), (weights - learned['start']).unflatten(0, (B, H))
+
+    def see_neighbours(self, x):
+        """x (B,T,P,C) → x plus a 3x3 depthwise convolution over the grid of patches, which come last of the P tokens."""
+        B, T, P, C = x.shape
+        rows, columns = self.grid or [math.isqrt(P)] * 2
+        conditions = P - rows * columns
+        picture = x[:, :, conditions:].reshape(B * T, rows, columns, C).permute(0, 3, 1, 2)
+        # (B*T,C,rows,columns) → (B,T,N,C)
+        seen = self.conv(picture).permute(0, 2, 3, 1).reshape(B, T, rows * columns, C)
+        return x + F.pad(seen, (0, 0, conditions, 0))
 
     def hand_over(self, memory):
         """The state that the next clip starts from."""
         return self.carry_bias.sigmoid() * memory
 
+    def start(self):
+        """The weights that every clip starts from, (H,.,.)."""
+        return self.memory
+
     def learned(self, clips):
         """What each head has learned, once for every clip: {name: (G,...)}, G = clips * heads."""
-        learned = {'start': self.memory, 'rates': torch.stack([self.eta_bias, self.alpha_bias], -1)}  # (H,.,.), (H,1,2)
-        if self.hidden:
-            learned |= {'start': torch.cat([self.layer1, self.layer2.mT], 1), 'M_0': self.memory}
+        # (H,.,.), (H,3d+2,d), (H,1,2)
+        learned = {'start': self.start(), 'M_0': self.memory, 'rates': torch.stack([self.eta_bias, self.alpha_bias], -1)}
         if self.surprise:
-            learned['gate'] = F.softplus(self.gate_bias)               # (H,1)
+            learned['gate'] = F.softplus(self.gate_bias)  # (H,1)
         return {name: p.expand(clips, *p.shape).flatten(0, 1) for name, p in learned.items()}
 
-    def parts(self, weights, learned):
-        """What read() needs of the weights (G,.,.) for each part of M: {'k', 'v', 'mem', 'rates' (eta, alpha), 'all'}."""
+    def rows(self, matrix):
+        """The rows (G,.,c) of a matrix (G,3d+2,c) by the part of M that they belong to."""
         d = self.memory.shape[-1]
+        # One split: its gradient is one concatenation.
+        k, v, mem, rates = matrix.split((d, d, d, 2), 1)
+        return {'k': k, 'v': v, 'mem': mem, 'rates': rates, 'all': matrix}
 
-        def rows(matrix):
-            return *matrix.split((d, d, d, 2), 1), matrix              # one split: its gradient is one concatenation
-        names = 'k', 'v', 'mem', 'rates', 'all'
-        if not self.hidden:
-            return dict(zip(names, zip(rows(weights))))
-        w1, w2 = weights.split((3 * d + 2, d), 1)
-        return {name: (m_0, w, w2) for name, m_0, w in zip(names, rows(learned['M_0']), rows(w1))}
+    def parts(self, weights, learned):
+        """What read() needs of the weights for each part of M: {'k', 'v', 'mem', 'rates' (eta, alpha), 'all'}."""
+        return self.rows(weights)
 
     def read(self, part, x):
         """A part of M(x), x (G,P,d) → (G,P,rows of the part)."""
-        linear, *layers = part
-        y = x.bmm(linear.mT)
-        return y + x.bmm(layers[1]).tanh().bmm(layers[0].mT) if layers else y
+        return x.bmm(part.mT)
 
     def write(self, weights, parts, learned, k_in, v_in, rope):
         """
         Write one chunk of P tokens: weights (G,.,.) and their parts(), k_in and v_in (G,P,d) → weights after the chunk.
 
-        k, v, eta, alpha and the self-generated targets t = M_c(v) are taken at the chunk's start M_c (Eq. 90). The
-        tokens of a frame have no order, so they are written together, as one proximal step of DGD's objective:
-            |W - a W_c|^2 + sum_i eta_i |M(k_i) - t_i|^2,   a = prod_i alpha_i  (retention)
-        is minimised by W = (a W_c + (T - K M_0^T)^T E K) (I + K^T E K)^-1, which contracts for every eta > 0. What is
-        forgotten relaxes to the learned M_0. Of two layers, W1 is written so with the hidden activations as keys, W2
-        with the keys k, towards what one gradient step makes of its output.
+        k, v, eta, alpha, the self-generated targets t = M_c(v) and the gradient are taken at the chunk's start M_c (Eq. 90).
+        The gate of the user's plan opens with the retrieval error |M_mem k - t|^2.
         """
         d = k_in.shape[-1]
         k = rotate(unit(self.read(parts['k'], k_in)), rope)
-        v = unit(self.read(parts['v'], v_in))
-        eta, alpha = F.softplus(self.read(parts['rates'], k_in) + learned['rates']).unbind(-1)  # (G,P)
-        # log alpha is divided by P: what a frame retains does not depend on the number of its patches.
-        retained = torch.exp(-alpha.mean(-1))[:, None, None]
-        if self.self_targets:
-            # Kept to unit length where they are longer: P keys that ask for the same M(v) would otherwise let the memory
-            # feed on itself and grow by up to sqrt(P) a step.
-            target = self.read(parts['all'], v)                        # (G,P,3d+2)
-            lengths = target.square() @ self.members                   # squared, (G,P,4)
-            target = target * (lengths.clamp(min=1).rsqrt() @ self.members.mT)
-        else:
-            target = F.pad(v.repeat(1, 1, 3), (0, 2))
-        if self.surprise or self.diagnostics is not None:              # |M_mem k - t|^2, (G,P)
-            surprise = (self.read(parts['mem'], k) - target[..., 2 * d:3 * d]).square().sum(-1)
-        if self.surprise:                                              # the gate opens with the retrieval error
-            gate = surprise / (surprise + learned['gate'])
-            eta = eta * gate
-        if not self.hidden:
-            new = self.proximal(learned['start'], weights, retained, k, eta, target)
-            new = new if self.adapting is None else torch.where(self.adapting, new, weights)
-        else:
-            (start1, start2), (w1, w2) = (x.split((3 * d + 2, d), 1) for x in (learned['start'], weights))
-            z = k.bmm(w2)
-            hidden = z.tanh()
-            target = target - k.bmm(learned['M_0'].mT)                 # what is left for the two layers, (G,P,3d+2)
-            error = hidden.bmm(w1.mT) - target
-            if self.adapting is not None:
-                error = error * self.adapting.mT
-            step = error.bmm(w1) * (1 - hidden * hidden)               # gradient of 1/2 |M(k) - t|^2 at the hidden layer's z
-            new1 = self.proximal(start1, w1, retained, hidden, eta, target)
-            new1 = new1 if self.adapting is None else torch.where(self.adapting, new1, w1)
-            new2 = self.proximal(start2.mT, w2.mT, retained, k, eta, z - step)
-            new = torch.cat([new1, new2.mT], 1)
+        eta, retained = self.rates(parts, learned, k_in)
+        target = self.targets(parts, v_in)
+        # (G,P)
+        surprise = (self.read(parts['mem'], k) - target[..., 2 * d:3 * d]).square().sum(-1)
+        gate = surprise / (surprise + learned['gate']) if self.surprise else torch.ones_like(surprise)
+        eta = eta * gate
+        new = self.step(weights, parts, learned, retained, k, eta, target)
         if self.diagnostics is not None:
             start = learned['start']
             self.diagnostics.append({
-                'surprise': surprise.sqrt().mean(), 'write strength': (eta / (1 + eta)).mean(),
-                'gate': gate.mean() if self.surprise else torch.ones(()), 'retention': retained.mean(),
-                'write norm': (new - start.lerp(weights, retained)).norm(), 'drift': (new - start).norm() / self.memory.norm()})
+                'surprise': surprise.sqrt().mean(), 'write strength': (eta / (1 + eta)).mean(), 'gate': gate.mean(),
+                'retention': retained.mean(), 'write norm': (new - start.lerp(weights, retained)).norm(),
+                'drift': (new - start).norm() / self.memory.norm()})
         return new
 
-    def proximal(self, start, weights, retained, keys, eta, target):
-        """
-        Weights (G,r,c) from their start (G,r,c), written with keys (G,P,c) and targets (G,P,r) → weights (G,r,c).
+    def rates(self, parts, learned, k_in):
+        """k_in (G,P,d) → write rate eta > 0 of each token (G,P), and what the frame retains (G,1,1), in 0..1."""
+        eta, alpha = F.softplus(self.read(parts['rates'], k_in) + learned['rates']).unbind(-1)
+        # log alpha is divided by P: what a frame retains does not depend on the number of its patches.
+        return eta, torch.exp(-alpha.mean(-1))[:, None, None]
 
-        With dgd: the minimum of |W - a W_c|^2 + sum eta |(S + W) k - t|^2, S the start and W, W_c the changes from it. Without:
-        one gradient step of its second term, whose rate eta / (1 + sum eta) keeps it from overshooting; what DGD adds is that
-        the step knows of the other keys.
+    def targets(self, parts, v_in):
+        """v_in (G,P,d) → what each memory shall answer to a token's key, t (G,P,3d+2): M_c(v), or v itself."""
+        v = unit(self.read(parts['v'], v_in))
+        if not self.self_targets:
+            return F.pad(v.repeat(1, 1, 3), (0, 2))
+        target = self.read(parts['all'], v)
+        # Kept to unit length where they are longer: P keys that ask for the same M(v) would otherwise let the memory
+        # feed on itself and grow by up to sqrt(P) a step.
+        lengths = target.square() @ self.members  # squared, (G,P,4)
+        return target * (lengths.clamp(min=1).rsqrt() @ self.members.mT)
+
+    def step(self, weights, parts, learned, retained, k, eta, target):
+        """The weights (G,3d+2,d) after one frame: keys k (G,P,d), rates eta (G,P), targets (G,P,3d+2)."""
+        wanted = target - self.read(parts['all'], k) if self.rule == 'dgd' else target
+        new = self.proximal(learned['start'], weights, retained, k, eta, wanted)
+        return new if self.adapting is None else torch.where(self.adapting, new, weights)
+
+    def proximal(self, start, weights, retained, keys, eta, wanted):
+        """
+        One proximal step of a layer over a whole frame, whose tokens have no order: weights and their start (G,r,c), keys
+        (G,P,c), eta (G,P), wanted (G,P,r) → weights (G,r,c), the minimum over W of
+
+            |W - W_a|^2 + sum_i eta_i |W k_i - u_i|^2,      W_a = start + retained (weights - start)
+
+        which is W = (W_a + U^T E K) (I + K^T E K)^-1 and contracts for every eta > 0. The wanted outputs u are minus the
+        gradient at the layer's output (rule 'dgd', Eq. 93), or the present output minus the gradient (rule 'delta').
         """
         Ek = eta[..., None] * keys
-        kept = start.lerp(weights, retained)                           # S + a W_c
-        if not self.dgd:
-            rate = 1 / (1 + eta.sum(-1))[:, None, None]
-            return kept + rate * (target - keys.bmm(kept.mT)).mT.bmm(Ek)
-        gram = torch.baddbmm(torch.eye(keys.shape[-1], device=keys.device, dtype=keys.dtype), keys.mT, Ek)  # positive definite
-        # I + PSD is well conditioned; solve() is slower
-        return torch.baddbmm(kept, target.mT, Ek).bmm(torch.linalg.inv_ex(gram)[0])
+        kept = start.lerp(weights, retained)
+        # positive definite: the identity plus a Gram matrix
+        gram = torch.baddbmm(torch.eye(keys.shape[-1], device=keys.device, dtype=keys.dtype), keys.mT, Ek)
+        return torch.baddbmm(kept, wanted.mT, Ek).bmm(torch.linalg.inv_ex(gram)[0])
+
+
+class TwoLayerTitanMemory(TitanMemory):
+    """
+    The paper's memory of two layers (Eq. 89): M(x) = M_0 x + W1 tanh(W2 x) / sqrt(h), with h = memory_hidden.
+
+    W1 and W2 are fast, M_0 is a parameter. All five memories share the hidden layer, so they adapt together or not at all.
+    State: the changes of W1 and of the transpose of W2, one above the other, (B,H,3d+2+d,h).
+
+    Two things keep the writes well conditioned. The hidden activations are keys of W1: divided by sqrt(h) they are at
+    most of unit length, like the keys of W2. And the gradient step at the hidden layer is divided by one plus the squared
+    norm of its Jacobian: a full step overshoots once W1 has grown. Without them a rounding error grows a
+    thousandfold over a clip.
+    """
+
+    def __init__(self, sizes):
+        super().__init__(sizes)
+        if self.adapting is not None:
+            raise Refusal(f'memory_hidden = {sizes["memory_hidden"]}: the memories share the hidden layer, so all of '
+                          f'{", ".join(MEMORIES)} adapt, with self_targets = True; or set memory_hidden = 0')
+        d, hidden = sizes['width'] // self.heads, sizes['memory_hidden']
+        self.layer1 = nn.Parameter(0.1 * torch.randn(self.heads, 3 * d + 2, hidden))
+        self.layer2 = nn.Parameter(torch.randn(self.heads, hidden, d))
+
+    def start(self):
+        return torch.cat([self.layer1, self.layer2.mT], 1)
+
+    def layers(self, weights):
+        """weights (G,3d+2+d,h) → W1 (G,3d+2,h) and the transpose of W2 (G,d,h)."""
+        d = self.memory.shape[-1]
+        return weights.split((3 * d + 2, d), 1)
+
+    def parts(self, weights, learned):
+        w1, w2 = self.layers(weights)
+        m_0, w1 = self.rows(learned['M_0']), self.rows(w1)
+        return {name: (m_0[name], w1[name], w2) for name in m_0}
+
+    def hidden(self, z):
+        """The hidden activations of z (G,P,h), at most of unit length."""
+        return z.tanh() / z.shape[-1] ** 0.5
+
+    def read(self, part, x):
+        m_0, w1, w2 = part
+        return x.bmm(m_0.mT) + self.hidden(x.bmm(w2)).bmm(w1.mT)
+
+    def step(self, weights, parts, learned, retained, k, eta, target):
+        """The weights (G,3d+2+d,h) after one frame: keys k (G,P,d), rates eta (G,P), targets (G,P,3d+2)."""
+        (start1, start2), (w1, w2) = self.layers(learned['start']), self.layers(weights)
+        z = k.bmm(w2)
+        hidden = self.hidden(z)
+        output = hidden.bmm(w1.mT)
+        # the gradients of 1/2 |M(k) - t|^2 at the outputs of W1 and, bounded, of W2
+        gradient1 = k.bmm(learned['M_0'].mT) + output - target
+        slope = (1 - z.tanh().square()) / z.shape[-1] ** 0.5
+        jacobian = (slope.square() * w1.square().sum(1, keepdim=True)).sum(-1, keepdim=True)  # its squared norm, (G,P,1)
+        gradient2 = gradient1.bmm(w1) * slope / (1 + jacobian)
+        wanted1, wanted2 = -gradient1, -gradient2
+        if self.rule == 'delta':
+            wanted1, wanted2 = output + wanted1, z + wanted2
+        new1 = self.proximal(start1, w1, retained, hidden, eta, wanted1)
+        new2 = self.proximal(start2.mT, w2.mT, retained, k, eta, wanted2)
+        return torch.cat([new1, new2.mT], 1)
 
 
 class Level(MLP):
@@ -337,11 +418,12 @@ class HopeBlock(nn.Module):
     def __init__(self, sizes):
         super().__init__()
         width, mixer = sizes['width'], sizes['mixer']
+        memory = TwoLayerTitanMemory if sizes['memory_hidden'] else TitanMemory
 
         def norm():
             return nn.LayerNorm(width, eps=1e-6)
         self.attn_norm, self.attn = (norm(), Attention(width, sizes['heads'])) if mixer != 'titan' else (None, None)
-        self.titan_norm, self.titan = (norm(), TitanMemory(sizes)) if mixer != 'attention' else (None, None)
+        self.titan_norm, self.titan = (norm(), memory(sizes)) if mixer != 'attention' else (None, None)
         self.cms_norm, self.cms = norm(), CMS(width, sizes['cms_hidden'], len(sizes['cms_periods']))
 
     def forward(self, x, rope, memory=None):

@@ -41,12 +41,12 @@ SIZES = {                    # every size of a predictor, with the laptop defaul
     'cms_hidden': 120,       # HOPE: hidden width of each CMS level
     'cms_periods': (1, 4, 16),  # HOPE: ticks between the writes of the CMS levels, fast to slow
     'mixer': 'both',         # HOPE: 'titan', 'attention' or 'both', attention first
-    'conv': True,            # HOPE: a short convolution over the tokens of a step, before the memory
+    'conv': True,            # HOPE: a 3x3 depthwise convolution over the patches of a step, before the memory
     'memory_hidden': 0,      # HOPE: hidden width of the two-layer Titan memory; 0 = matrix memory
     'adapts': ('k', 'v', 'mem', 'eta', 'alpha'),  # HOPE: the memories that are written
     'self_targets': True,    # HOPE: each memory's target is M(v); else v itself
     'surprise': True,        # HOPE: writes are gated by the retrieval error
-    'dgd': True,             # HOPE: False leaves out what DGD adds to a gradient step
+    'rule': 'delta',         # HOPE: how the memory is written, 'dgd' or 'delta' (see TitanMemory)
     'rope': 'paired',        # 'paired' (a true rotation) or 'vjepa2' (the published models' form)
     'normed_output': True,   # z_hat is layer-normed; the published predictor leaves that to its loss
 }
@@ -477,12 +477,13 @@ def save(path, predictor, **more):
 
 def start_from(predictor, path):
     """
-    Give a predictor the weights of a checkpoint, ours or an official action-conditioned one → names that start anew.
+    Give a predictor the weights of a checkpoint, ours or an official action-conditioned one → (names that start anew,
+    names that are dropped).
 
     Ours must fit in every tensor. Of an official one the encoders of actions and states may have other sizes or be absent
-    here (own clips have a push of two numbers and no states): those start anew or are left out. Raises Refusal else.
+    here (own clips have a push of two numbers and no states): those start anew or are dropped. Raises Refusal else.
     """
-    new = []
+    new, dropped = [], []
     if not os.path.isfile(path):
         raise Refusal(f'init_from = {path}: there is no such file')
     if 'sizes' in peek(path):
@@ -495,6 +496,7 @@ def start_from(predictor, path):
             if name.startswith(('action_encoder', 'state_encoder', 'extrinsics_encoder')):
                 if name not in mine:
                     del state[name]
+                    dropped.append(name)
                 elif name not in state or state[name].shape != mine[name].shape:
                     state[name] = mine[name]
                     new.append(name)
@@ -502,7 +504,7 @@ def start_from(predictor, path):
         predictor.load_state_dict(state)
     except RuntimeError as error:
         raise Refusal(f'init_from = {path}: not this predictor: {" ".join(str(error).split())[:200]}') from None
-    return new
+    return new, dropped
 
 
 def load(path, device='cpu', **fields):

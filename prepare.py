@@ -402,14 +402,14 @@ def draw_pictures():
         return
     shown = 8
     fig, axes = plt.subplots(len(data.DOMAINS), shown, figsize=(shown * 1.3, len(data.DOMAINS) * 1.4))
-    for row, (domain, (mu, mass)) in zip(axes, data.DOMAINS.items()):
+    for row, (domain, (mu, mass, camera)) in zip(axes, data.DOMAINS.items()):
         drawn = data.simulate(domain, shown, seed, 'test_A')  # the same draws in every row: only the physics differs
         frames = data.render(drawn, 128).float() / 255
         ghost = torch.stack([0.4 * frames[:, 0], 0.65 * frames[:, data.FRAMES // 2], frames[:, -1]]).amax(0)
         for ax, picture in zip(row, ghost):
             ax.imshow(picture.numpy())
             ax.set_xticks([]), ax.set_yticks([])
-        row[0].set_ylabel(f'{domain}\nμ {mu}, {mass} kg')
+        row[0].set_ylabel(f'{domain}\nμ {mu}, {mass} kg' + (f', {camera}°' if camera else ''), fontsize=8)
     fig.suptitle('The same impulses in every domain: first (dim), middle and last (bright) frame in one picture')
     fig.tight_layout()
     fig.savefig(os.path.join(folder, 'clips.png'), dpi=90)
@@ -426,7 +426,7 @@ def draw_pictures():
     ax.set(xscale='log', xlabel='displacement over the clip [cm]', ylabel='clips')
     ax.set_title(f'{np.mean(b <= a.max()):.0%} of B slide no further than some clip of A; the rest, right of the dashed '
                  f'line,\nmove as A never showed. Median displacement B / A = {np.median(b / a):.2f}', fontsize=9)
-    ax.set_xticks(ticks := [2, 5, 10, 20, 50], [str(t) for t in ticks])
+    ax.set_xticks(ticks := [1, 2, 5, 10, 20, 50], [str(t) for t in ticks])
     ax.minorticks_off(), ax.legend()
     fig.tight_layout()
     fig.savefig(os.path.join(folder, 'displacement.png'), dpi=90)

@@ -12,6 +12,10 @@ mlp_hidden = 4096
 data = 'mine_vitg'
 loss = 'rollout'
 rollout_steps = 2
+# The published loss is the plain sum of the two terms: equal weights from the first step to the last. They add up to one
+# here, so the gradient is half of the published one; AdamW does not notice, and grad_clip is half of the published 1.01.
+lambda_start = 0.5
+lambda_end = 0.5
 batch_size = 32
 accumulation = 4
 teacher_every = 1
@@ -19,6 +23,6 @@ learning_rate = 7.5e-5
 warmup = 0.05
 decay = 0.5
 beta2 = 0.999
-grad_clip = 1.01
+grad_clip = 0.505
 max_iters = 5000
 out = 'out/vjepa2_ac_finetuned.pt'

@@ -10,10 +10,12 @@ cms_hidden = 1200
 batch_size = 256
 accumulation = 8
 teacher_every = 1
+# As V-JEPA 2-AC was trained: up from 7.5e-5 over 4,500 steps, constant for 85,500, down to 0 over 4,500.
+max_iters = 94_500
+start_rate = 7.5e-5
 learning_rate = 4.25e-4
-warmup = 0.05
-decay = 0.05
+warmup = 4_500 / 94_500
+decay = 4_500 / 94_500
 beta2 = 0.999
 grad_clip = 1.01
-max_iters = 20000
 out = 'out/hope_full.pt'

@@ -18,16 +18,16 @@ def slid(clips):
 
 
 def test_stopping_distance_is_v0_squared_over_2_mu_g():
-    clips = data.simulate('A', CLIPS, 1, 'train')
-    v0 = np.linalg.norm(clips['impulse'], axis=1) / clips['mass']
-    np.testing.assert_allclose(slid(clips), v0 ** 2 / (2 * clips['mu'] * data.GRAVITY), rtol=1e-12)
+    impulse, mu, mass = np.array([0.2, 0.5, 1.0]), np.array([0.05, 0.12, 0.3]), np.array([0.5, 1.0, 2.0])
+    expected = (impulse / mass) ** 2 / (2 * mu * data.GRAVITY)
+    np.testing.assert_allclose(data.displacement(impulse, mu, mass, 60.0), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize('domain', data.DOMAINS)
 def test_motion_obeys_newtons_law(domain):
     """Integrate m dv/dt = -mu m g in small steps, independently of the closed form."""
     clips = data.simulate(domain, 20, 2, 'x')
-    mu, mass = data.DOMAINS[domain]
+    mu, mass, _ = data.DOMAINS[domain]
     velocity = np.linalg.norm(clips['impulse'], axis=1) / mass
     sub, x, path = 2000, np.zeros(20), [np.zeros(20)] * data.TUBELET
     for _ in range(data.FRAMES - data.TUBELET):
@@ -39,19 +39,30 @@ def test_motion_obeys_newtons_law(domain):
     np.testing.assert_allclose(measured, np.array(path), atol=1e-6)
 
 
-def test_the_motion_follows_the_impulse_and_starts_after_step_1():
-    clips = data.simulate('B', CLIPS, 1, 'x')
-    moved = clips['position'][:, -1] - clips['position'][:, 0]
-    cosine = (moved * clips['impulse']).sum(1) / np.linalg.norm(moved, axis=1) / np.linalg.norm(clips['impulse'], axis=1)
-    np.testing.assert_allclose(cosine, 1, atol=1e-9)
+@pytest.mark.parametrize('domain', data.DOMAINS)
+def test_the_motion_follows_the_impulse_and_starts_after_step_1(domain):
+    """In `turned` it goes 40 degrees from where the push points, in the other domains where it points."""
+    clips, angle = data.simulate(domain, CLIPS, 1, 'x'), np.deg2rad(40 if domain == 'turned' else 0)
+    (px, py), (mx, my) = clips['impulse'].T, (clips['position'][:, -1] - clips['position'][:, 0]).T
+    lengths = np.hypot(px, py) * np.hypot(mx, my)
+    np.testing.assert_allclose((px * mx + py * my) / lengths, np.cos(angle), atol=1e-9)
+    np.testing.assert_allclose((px * my - py * mx) / lengths, np.sin(angle), atol=1e-9)
     assert (clips['position'][:, :data.TUBELET] == clips['position'][:, :1]).all()
 
 
-def test_A_spans_a_factor_of_ten_and_half_of_B_lies_beyond_it():
+def test_time_matters():
+    """Known mistake 12: in A half of the objects and more move by a pixel between the first and the last jump target."""
+    position = data.simulate('A', 5000, 1, 'x')['position']
+    first, last = position[:, 5 * data.TUBELET + 1], position[:, 7 * data.TUBELET + 1]  # last frames of steps 6 and 8
+    pixels = np.linalg.norm(last - first, axis=1) * 64 / data.WORLD
+    assert np.mean(pixels >= 1) > 0.5
+
+
+def test_B_moves_twice_as_far_as_A_and_half_of_it_further_than_A_ever_does():
     a, b = slid(data.simulate('A', 5000, 1, 'x')), slid(data.simulate('B', 5000, 1, 'x'))
-    assert 9.5 < a.max() / a.min() < 10.5
-    assert 2.4 < np.median(b / a) < 3.1 and (b / a).min() > 2.4
-    assert 0.45 < np.mean(b > a.max()) < 0.55
+    assert a.max() / a.min() > 5
+    assert 2.0 < np.median(b / a) < 2.5 and (b / a).min() > 1.8
+    assert 0.45 < np.mean(b > a.max()) < 0.6
 
 
 @pytest.mark.parametrize('domain', data.DOMAINS)
@@ -62,10 +73,12 @@ def test_objects_stay_in_view(domain):
 
 
 def test_the_first_step_tells_nothing_about_the_domain():
-    a, b = data.simulate('A', CLIPS, 1, 'x'), data.simulate('B', CLIPS, 1, 'x')
-    for key in ('impulse', 'radius', 'angle', 'colour', 'corners'):
-        assert (a[key] == b[key]).all()
-    assert (a['position'][:, 0] == b['position'][:, 0]).all()
+    a = data.simulate('A', CLIPS, 1, 'x')
+    for domain in data.DOMAINS:
+        other = data.simulate(domain, CLIPS, 1, 'x')
+        for key in ('impulse', 'radius', 'angle', 'colour', 'corners'):
+            assert (a[key] == other[key]).all()
+        assert (a['position'][:, :data.TUBELET] == other['position'][:, :data.TUBELET]).all()
 
 
 def test_splits_share_no_clip_and_a_seed_fixes_each():

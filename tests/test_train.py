@@ -73,6 +73,29 @@ def test_bad_streams_are_one_line(tiny, tmp_path):
     assert 'adapts' in refused(run('train.py', *args, '--adapts=key', ok=False))
 
 
+def test_only_matrices_decay(tiny, tmp_path):
+    """Known mistake 14: decay by role. With no gradient to speak of, decay alone moves the matrices and nothing else."""
+    args = [*TINY, f'--data={tiny}', '--max_iters=1', '--warmup=0', '--decay=0', '--learning_rate=0.5']
+    run('train.py', *args, '--weight_decay=0', f'--out={tmp_path}/without.pt')
+    run('train.py', *args, '--weight_decay=1', f'--out={tmp_path}/with.pt')
+    plain, decayed = weights(tmp_path / 'without.pt'), weights(tmp_path / 'with.pt')
+    moved = {name for name in plain if not torch.equal(plain[name], decayed[name])}
+    linear = {name for name, w in plain.items() if w.dim() == 2 and name.endswith('.weight')}
+    assert moved == linear
+    assert {f'predictor_blocks.0.titan.{name}' for name in ('alpha_bias', 'eta_bias', 'memory', 'conv.weight')} <= set(plain) - moved
+
+
+def test_the_rate_rises_from_its_start_stays_and_falls_to_zero(tiny, tmp_path):
+    run('train.py', *TINY, f'--data={tiny}', '--max_iters=20', '--start_rate=1e-4', '--learning_rate=1e-3', '--warmup=0.25',
+        '--decay=0.25', f'--out={tmp_path}/x.pt')
+    with open(tmp_path / 'x.csv', newline='') as f:
+        rates = [float(row['learning_rate']) for row in csv.DictReader(f) if row['learning_rate']]
+    steps = [1e-4 + 9e-4 * (i + 1) / 6 for i in range(5)]
+    assert rates == pytest.approx(steps + [1e-3] * 11 + [8e-4, 6e-4, 4e-4, 2e-4])
+    args = [*TINY, f'--data={tiny}', f'--out={tmp_path}/y.pt', '--start_rate=0.1']
+    assert 'learning_rate' in refused(run('train.py', *args, ok=False))
+
+
 def test_starting_from_another_checkpoint(tiny, trained, tmp_path):
     run('train.py', *TINY, f'--data={tiny}', '--max_iters=1', f'--init_from={trained["hope"]}', '--learning_rate=1e-9',
         '--split=fit_B', f'--out={tmp_path}/x.pt')
