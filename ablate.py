@@ -35,14 +35,15 @@ settings = configure(globals())
 VARIANTS = {                     # name: flags for train.py
     'HOPE': [],
     'ViT-AC': ['--model=vit', '--depth=4'],
+    "the plan's own HOPE": ['--mixer=titan', '--memory_hidden=24', '--rule=dgd', '--conv=False', '--cms_hidden=300'],
     'Titan without attention': ['--mixer=titan', '--cms_hidden=300'],
     'attention without Titan': ['--mixer=attention', '--cms_hidden=300'],
     'two-layer memory': ['--memory_hidden=24'],
+    'delta rule': ['--rule=delta'],
     'only M_mem adapts': ['--adapts=mem'],
     'no self-generated targets': ['--self_targets=False'],
     'no surprise gate': ['--surprise=False'],
-    'no DGD term': ['--dgd=False'],
-    'no short convolution': ['--conv=False'],
+    'no convolution': ['--conv=False'],
     'one CMS level': ['--cms_periods=1', '--cms_hidden=708'],
     'streams in the last fifth': ['--stream=4', '--stream_from=0.8', '--action_gain=0.7', '--cms_rate=10'],
 }
