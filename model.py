@@ -223,15 +223,18 @@ def read_weights(path, part):
     return state, heads
 
 
-def load_vjepa2(path, part='target_encoder', heads=None):
+def load_vjepa2(path, part='target_encoder', heads=None, grid=None):
     """
     A module with official V-JEPA 2 weights, in eval mode, its sizes read from the weights.
 
     part: 'target_encoder' (what the action-conditioned model was trained on) or 'encoder' → VideoEncoder; 'predictor' →
     Predictor, called as predictor(z, a, states=s), whose output is not layer-normed (as published). path: see
-    read_weights. heads: where neither the width nor a config.json tells. Raises Refusal that names the first missing,
-    unexpected or misshapen tensor; nothing is half loaded.
+    read_weights. heads: where neither the width nor a config.json tells. grid: (rows, columns) of patches that the
+    predictor is to see; None means square. Raises Refusal that names the first missing, unexpected or misshapen tensor;
+    nothing is half loaded. Raises ValueError for the grid of an encoder, which reads it off the video.
     """
+    if grid and part != 'predictor':
+        raise ValueError(f'grid belongs to the predictor; part {part!r} takes it from the video')
     if part not in ('target_encoder', 'encoder', 'predictor'):
         raise Refusal(f"part {part!r}: allowed are 'target_encoder', 'encoder' and 'predictor'")
     state, told = read_weights(path, part)
@@ -256,7 +259,7 @@ def load_vjepa2(path, part='target_encoder', heads=None):
     with torch.device('meta'):                                         # sizes first, memory only when all of them fit
         if part == 'predictor':
             net = build(feature_dim=size('predictor_embed.weight', 1), action_dim=size('action_encoder.weight', 1),
-                        state_dim=size('state_encoder.weight', 1), grid=None, depth=depth, width=width,
+                        state_dim=size('state_encoder.weight', 1), grid=grid, depth=depth, width=width,
                         heads=heads, mlp_hidden=hidden, rope='vjepa2', normed_output=False)
         else:
             net = VideoEncoder(width, heads, depth, hidden)
@@ -307,8 +310,12 @@ class Predictor(nn.Module):
 
         A query sits at the time of the step that it predicts, a key at the time of the step that it comes from:
         rotating both by the same time would cancel. In the published form a query that predicts step t + 1 sits at t.
+        Raises ValueError where the patches are not those of the grid.
         """
         rows, columns = self.sizes['grid'] or [math.isqrt(patches)] * 2
+        if rows * columns != patches:
+            why = f'a grid of {rows} x {columns}' if self.sizes['grid'] else 'a square; name it with grid=(rows, columns)'
+            raise ValueError(f'z has {patches} patches per step, which is not {why}')
         conditions = 2 if self.state_encoder else 1
         row, column = torch.meshgrid(torch.arange(rows, device=device) * 1.0,
                                      torch.arange(columns, device=device) * (rows / columns), indexing='ij')

@@ -1,5 +1,6 @@
 """Official V-JEPA 2 weights: the published arithmetic, both file layouts, every kind of wrong file."""
 import json
+import math
 import os
 
 import pytest
@@ -102,6 +103,87 @@ def test_non_square_grids_are_scaled_as_published():
     (cos, _), _ = net.rope(1, 8, None, 'cpu')
     angle = model.rope_angles(torch.tensor([[0, 1, 3 * 2 / 4]]), 12, 'vjepa2')
     torch.testing.assert_close(cos[0, 0, 1 + 7], angle[0].cos())      # row 1, column 3 of a 2 x 4 grid; the action is first
+
+
+# ---- references of our own, token by token in double precision ---------------------------------------------------------
+
+def linear(w, name, x):
+    return w[f'{name}.weight'] @ x + w[f'{name}.bias']
+
+
+def norm(w, name, x):
+    return (x - x.mean()) / (x.var(correction=0) + 1e-6).sqrt() * w[f'{name}.weight'] + w[f'{name}.bias']
+
+
+def turn(x, place, tiled):
+    """x (d,) of one token and head, rotated channel by channel for its place (time, row, column)."""
+    y, n = x.clone(), 2 * (len(x) // 3 // 2)
+    for axis, p in enumerate(place):
+        for i in range(n):
+            j = axis * n + i
+            angle = p * 10000 ** (-2 * (i % (n // 2) if tiled else i // 2) / n)
+            partner = -x[j + 1] if i % 2 == 0 else x[j - 1]
+            y[j] = math.cos(angle) * x[j] + math.sin(angle) * partner
+    return y
+
+
+def published_blocks(w, blocks, depth, heads, x, places, tiled, seen=lambda i, j: True):
+    """x, a list of tokens (C,), through the published blocks; token i attends to the tokens j with seen(i, j)."""
+    for name in (f'{blocks}.{layer}' for layer in range(depth)):
+        qkv = [linear(w, f'{name}.attn.qkv', norm(w, f'{name}.norm1', token)).view(3, heads, -1) for token in x]
+        q, k = ([[turn(token[which, h], place, tiled) for h in range(heads)] for token, place in zip(qkv, places)]
+                for which in (0, 1))
+        after = []
+        for i, token in enumerate(x):
+            keys, heard = [j for j in range(len(x)) if seen(i, j)], []
+            for h in range(heads):
+                weights = torch.stack([q[i][h] @ k[j][h] for j in keys]) / len(q[i][h]) ** 0.5
+                weights = weights.exp() / weights.exp().sum()
+                heard.append(sum(weight * qkv[j][2, h] for weight, j in zip(weights, keys)))
+            token = token + linear(w, f'{name}.attn.proj', torch.cat(heard))
+            hidden = linear(w, f'{name}.mlp.fc1', norm(w, f'{name}.norm2', token))
+            after.append(token + linear(w, f'{name}.mlp.fc2', hidden * (1 + torch.erf(hidden / 2 ** 0.5)) / 2))
+        x = after
+    return x
+
+
+def published_predictor(w, z, rows, columns, **conditions):
+    """One clip: z (T,N,D), conditions {encoder: (T,A)} in the order of their tokens → (T,N,D)."""
+    x, places, patches = [], [], []
+    for t in range(len(z)):
+        for name, values in conditions.items():
+            x.append(linear(w, name, values[t]))
+            places.append((t, 0, 0))
+        for row in range(rows):
+            for column in range(columns):
+                patches.append(len(x))
+                x.append(linear(w, 'predictor_embed', z[t, row * columns + column]))
+                places.append((t, row, column * rows / columns))
+    x = published_blocks(w, 'predictor_blocks', 2, 2, x, places, True, lambda i, j: places[j][0] <= places[i][0])
+    return torch.stack([linear(w, 'predictor_proj', norm(w, 'predictor_norm', x[i])) for i in patches]).view(z.shape)
+
+
+@pytest.mark.parametrize('rows, columns', [(2, 3), (3, 2), (1, 4)])
+def test_a_non_square_grid_agrees_with_a_reference(rows, columns, tmp_path):
+    path = official(tmp_path, 'vjepa2_ac_tiny.pt')
+    w = {name.removeprefix('module.'): v.double() for name, v in golden('vjepa2_ac_tiny.pt')['checkpoint']['predictor'].items()}
+    generator = torch.Generator().manual_seed(0)
+    z, a, s = (torch.randn(2, 3, *shape, generator=generator) for shape in ((rows * columns, 48), (7,), (7,)))
+    predictor = model.load_vjepa2(path, 'predictor', heads=2, grid=(rows, columns))
+    z_hat, _ = predictor(z, a, states=s)
+    expected = [published_predictor(w, z[b].double(), rows, columns, action_encoder=a[b].double(), state_encoder=s[b].double())
+                for b in range(2)]
+    torch.testing.assert_close(z_hat.double(), torch.stack(expected), atol=5e-5, rtol=0)
+
+
+def test_patches_that_are_not_the_grid_are_refused(tmp_path):
+    path, a = official(tmp_path, 'vjepa2_ac_tiny.pt'), torch.zeros(1, 1, 7)
+    with pytest.raises(ValueError, match='z has 9 patches per step, which is not a grid of 2 x 3'):
+        model.load_vjepa2(path, 'predictor', heads=2, grid=(2, 3))(torch.zeros(1, 1, 9, 48), a, states=a)
+    with pytest.raises(ValueError, match='z has 6 patches per step, which is not a square; name it with grid='):
+        model.load_vjepa2(path, 'predictor', heads=2)(torch.zeros(1, 1, 6, 48), a, states=a)
+    with pytest.raises(ValueError, match='grid belongs to the predictor'):
+        model.load_vjepa2(official(tmp_path), heads=2, grid=(2, 3))
 
 
 # ---- wrong files -----------------------------------------------------------------------------------------------------
