@@ -278,7 +278,7 @@ def load_vjepa2(path, part='target_encoder', heads=None, grid=None):
 # ---- predictor -----------------------------------------------------------------------------------------------------
 
 class Predictor(nn.Module):
-    """Action-conditioned predictor: Linear D→C, action (and state) token and patches per step, blocks, LN, Linear C→D."""
+    """Action-conditioned predictor: Linear D→C, conditioning tokens and patches per step, blocks, LN, Linear C→D."""
 
     def __init__(self, sizes, block, action_cms=None):
         super().__init__()
@@ -290,8 +290,9 @@ class Predictor(nn.Module):
         self.action_encoder = nn.Linear(sizes['action_dim'], width)
         self.action_cms = action_cms
         self.state_encoder = nn.Linear(sizes['state_dim'], width) if sizes['state_dim'] else None
-        if self.state_encoder and sizes['rope'] == 'vjepa2':           # the published weights have it and do not use it
-            self.extrinsics_encoder = nn.Linear(sizes['action_dim'] - 1, width)
+        # The published weights have it and their model does not use it: its token is there only where extrinsics are given.
+        published = self.state_encoder and sizes['rope'] == 'vjepa2'
+        self.extrinsics_encoder = nn.Linear(sizes['action_dim'] - 1, width) if published else None
         self.predictor_blocks = nn.ModuleList(block(sizes) for _ in range(sizes['depth']))
         self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
         self.predictor_proj = nn.Linear(width, sizes['feature_dim'])
@@ -304,10 +305,11 @@ class Predictor(nn.Module):
                 if name.startswith('predictor_blocks') and name.endswith(('.attn.proj', '.titan.proj', '.fc2')):
                     module.weight.data /= math.sqrt(2 * (int(name.split('.')[1]) + 1))
 
-    def rope(self, steps, patches, tau, device):
+    def rope(self, steps, conditions, patches, tau, device):
         """
         (cos, sin) of queries and of keys for `steps` steps of tokens, each broadcastable to (B,H,steps*P,d).
 
+        P = conditions + patches: conditioning tokens come first and are rotated in time only.
         A query sits at the time of the step that it predicts, a key at the time of the step that it comes from:
         rotating both by the same time would cancel. In the published form a query that predicts step t + 1 sits at t.
         Raises ValueError where the patches are not those of the grid.
@@ -316,10 +318,9 @@ class Predictor(nn.Module):
         if rows * columns != patches:
             why = f'a grid of {rows} x {columns}' if self.sizes['grid'] else 'a square; name it with grid=(rows, columns)'
             raise ValueError(f'z has {patches} patches per step, which is not {why}')
-        conditions = 2 if self.state_encoder else 1
         row, column = torch.meshgrid(torch.arange(rows, device=device) * 1.0,
                                      torch.arange(columns, device=device) * (rows / columns), indexing='ij')
-        place = F.pad(torch.stack([row.flatten(), column.flatten()], -1), (0, 0, conditions, 0))  # (P,2); action at 0,0
+        place = F.pad(torch.stack([row.flatten(), column.flatten()], -1), (0, 0, conditions, 0))  # (P,2)
         time = torch.arange(steps, device=device).view(1, steps, 1, 1)
         query_time = time + 1 if tau is None else tau.view(-1, 1, 1, 1)
         if self.sizes['rope'] == 'vjepa2':
@@ -331,7 +332,7 @@ class Predictor(nn.Module):
             return angle.flatten(1, 2).unsqueeze(1)
         return tuple((angle.cos(), angle.sin()) for angle in (angles(query_time), angles(time)))
 
-    def forward(self, z, a, tau=None, memory=None, states=None):
+    def forward(self, z, a, tau=None, memory=None, states=None, extrinsics=None):
         """
         Predict features, by teacher forcing or by a jump.
 
@@ -340,20 +341,25 @@ class Predictor(nn.Module):
         memory: None starts from the learned initial memory, else what an earlier call returned; row b of the batch
         reads and writes row b alone. Returns (z_hat, memory); ViT-AC's memory is None. z_hat is layer-normed like z,
         but where the predictor comes from load_vjepa2.
-        states (B,T,S) where the predictor has a state token. Raises ValueError where shapes do not fit.
+        states (B,T,S) where the predictor has a state token. extrinsics (B,T,A-1), the camera's, add a third conditioning
+        token to a predictor of the published form; without them there is none. Raises ValueError where shapes do not fit.
         """
         B, T, N, _ = z.shape
         if tau is not None and (T != 1 or tau.shape != (B,)):
             raise ValueError(f'a jump takes z (B,1,N,D) and tau (B,), not {tuple(z.shape)} and {tuple(tau.shape)}')
         if (states is None) != (self.state_encoder is None):
             raise ValueError('states must be given exactly where the predictor has a state token')
+        if extrinsics is not None and self.extrinsics_encoder is None:
+            raise ValueError('extrinsics were given to a predictor that has no extrinsics_encoder')
         if self.action_cms is not None:
             a = a + self.action_cms(a)
-        tokens = [self.action_encoder(a)[:, :, None], self.predictor_embed(z)]
+        conditions = [self.action_encoder(a)]
         if states is not None:
-            tokens.insert(1, self.state_encoder(states)[:, :, None])
-        x = torch.cat(tokens, dim=2)                                   # (B,T,P,C), P = conditions + N
-        rope = self.rope(T, N, tau, z.device)
+            conditions.append(self.state_encoder(states))
+        if extrinsics is not None:
+            conditions.append(self.extrinsics_encoder(extrinsics))
+        x = torch.cat([torch.stack(conditions, dim=2), self.predictor_embed(z)], dim=2)  # (B,T,P,C), P = conditions + N
+        rope = self.rope(T, len(conditions), N, tau, z.device)
         kept = []
         for i, block in enumerate(self.predictor_blocks):
             x, new = block(x, rope, None if memory is None else memory[i])

@@ -100,7 +100,7 @@ def test_the_tiled_rotation_by_hand():
 
 def test_non_square_grids_are_scaled_as_published():
     net = model.build(feature_dim=8, width=24, heads=2, depth=1, mlp_hidden=16, grid=(2, 4), rope='vjepa2')
-    (cos, _), _ = net.rope(1, 8, None, 'cpu')
+    (cos, _), _ = net.rope(1, 1, 8, None, 'cpu')
     angle = model.rope_angles(torch.tensor([[0, 1, 3 * 2 / 4]]), 12, 'vjepa2')
     torch.testing.assert_close(cos[0, 0, 1 + 7], angle[0].cos())      # row 1, column 3 of a 2 x 4 grid; the action is first
 
@@ -163,17 +163,28 @@ def published_predictor(w, z, rows, columns, **conditions):
     return torch.stack([linear(w, 'predictor_proj', norm(w, 'predictor_norm', x[i])) for i in patches]).view(z.shape)
 
 
-@pytest.mark.parametrize('rows, columns', [(2, 3), (3, 2), (1, 4)])
-def test_a_non_square_grid_agrees_with_a_reference(rows, columns, tmp_path):
+@pytest.mark.parametrize('camera', [False, True])
+@pytest.mark.parametrize('rows, columns', [(2, 2), (2, 3), (3, 2), (1, 4)])
+def test_grids_and_extrinsics_agree_with_a_reference(rows, columns, camera, tmp_path):
+    """Non-square grids, also with a square number of patches, and the third conditioning token."""
     path = official(tmp_path, 'vjepa2_ac_tiny.pt')
     w = {name.removeprefix('module.'): v.double() for name, v in golden('vjepa2_ac_tiny.pt')['checkpoint']['predictor'].items()}
     generator = torch.Generator().manual_seed(0)
-    z, a, s = (torch.randn(2, 3, *shape, generator=generator) for shape in ((rows * columns, 48), (7,), (7,)))
+    z, a, s, e = (torch.randn(2, 3, *shape, generator=generator) for shape in ((rows * columns, 48), (7,), (7,), (6,)))
     predictor = model.load_vjepa2(path, 'predictor', heads=2, grid=(rows, columns))
-    z_hat, _ = predictor(z, a, states=s)
-    expected = [published_predictor(w, z[b].double(), rows, columns, action_encoder=a[b].double(), state_encoder=s[b].double())
-                for b in range(2)]
-    torch.testing.assert_close(z_hat.double(), torch.stack(expected), atol=5e-5, rtol=0)
+    z_hat, _ = predictor(z, a, states=s, **{'extrinsics': e} if camera else {})
+    for b in range(2):
+        conditions = {'action_encoder': a[b].double(), 'state_encoder': s[b].double()}
+        if camera:
+            conditions['extrinsics_encoder'] = e[b].double()
+        expected = published_predictor(w, z[b].double(), rows, columns, **conditions)
+        torch.testing.assert_close(z_hat[b].double(), expected, atol=5e-5, rtol=0)
+
+
+def test_extrinsics_need_their_encoder():
+    net = model.build(feature_dim=8, width=24, heads=2, depth=1, mlp_hidden=16, grid=(1, 2))
+    with pytest.raises(ValueError, match='no extrinsics_encoder'):
+        net(torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 2), extrinsics=torch.zeros(1, 1, 1))
 
 
 def test_patches_that_are_not_the_grid_are_refused(tmp_path):
