@@ -149,7 +149,16 @@ class VideoEncoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, video):
-        """Normalised video (B,3,F,H,W) → features (B,T*N,D) ordered time, row, column; what fills no patch is dropped."""
+        """
+        Normalised video (B,3,F,H,W) → features (B,T*N,D) ordered time, row, column; what fills no patch is dropped.
+
+        A single frame is doubled to a tubelet. Raises ValueError for a video without frames.
+        """
+        frames = video.shape[2]
+        if frames == 0:
+            raise ValueError('the video has no frames')
+        if frames == 1:
+            video = video.repeat(1, 1, 2, 1, 1)
         x = self.patch_embed['proj'](video)                            # (B,D,T,rows,columns)
         position = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in x.shape[2:]))
         angle = rope_angles(position, self.head_dim, 'vjepa2')

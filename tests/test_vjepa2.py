@@ -34,6 +34,14 @@ def test_encoder_agrees_with_the_published_code(part, tmp_path):
     torch.testing.assert_close(encoder(reference['video']), reference[f'{part}_out'], atol=5e-5, rtol=0)
 
 
+def test_one_frame_is_doubled_and_none_is_refused(tmp_path):
+    encoder, video = model.load_vjepa2(official(tmp_path), heads=2), golden('vjepa2_encoder_tiny.pt')['video']
+    frame = video[:, :, :1]
+    assert torch.equal(encoder(frame), encoder(torch.cat([frame, frame], dim=2)))
+    with pytest.raises(ValueError, match='no frames'):
+        encoder(video[:, :, :0])
+
+
 @pytest.mark.parametrize('steps', [4, 1])
 def test_predictor_agrees_with_the_published_code(steps, tmp_path):
     """The action-conditioned predictor with its state token, as it is and with what our losses see, layer-normed."""
@@ -273,25 +281,27 @@ def hugging_face(tmp_path, frames=4, side=32, **more):
 @pytest.mark.parametrize('shape, more', [
     ((4, 32, 32), {}), ((16, 32, 48), {}), ((2, 64, 32), {}), ((5, 32, 32), {}), ((4, 40, 56), {}), ((16, 32, 32), {}),
     ((8, 48, 48), dict(hidden_size=96, num_attention_heads=4, num_hidden_layers=3, mlp_ratio=3)),
-    ((4, 32, 32), dict(hidden_size=128, num_attention_heads=2)),
+    ((4, 32, 32), dict(hidden_size=128, num_attention_heads=2)), ((1, 32, 32), {}),
 ])
 def test_encoder_agrees_with_transformers(shape, more, tmp_path):
-    """Sizes, longer and non-square clips, frames and pixels that fill no patch, and the gradients."""
+    """Sizes, longer and non-square clips, a single frame, frames and pixels that fill no patch, and the gradients."""
     theirs, folder = hugging_face(tmp_path, side=shape[1], **more)
     ours = model.load_vjepa2(folder)
+    steps = max(1, shape[0] // 2)
+    used = min(2 * steps, shape[0])
     if shape[1] != shape[2]:                                           # transformers counts rows and columns on a square crop
-        grid = torch.cartesian_prod(*map(torch.arange, (shape[0] // 2, shape[1] // 16, shape[2] // 16)))
+        grid = torch.cartesian_prod(*map(torch.arange, (steps, shape[1] // 16, shape[2] // 16)))
         for layer in theirs.encoder.layer:
             layer.attention.get_position_ids = lambda x, masks=None: grid.unbind(1)
     video = torch.randn(2, 3, *shape)
-    x, y = video.clone().requires_grad_(), video[:, :, :shape[0] // 2 * 2].clone().requires_grad_()
+    x, y = video.clone().requires_grad_(), video[:, :, :used].clone().requires_grad_()
     features = ours(x)
     expected = theirs.get_vision_features(y.transpose(1, 2))
-    assert features.shape == (2, shape[0] // 2 * (shape[1] // 16) * (shape[2] // 16), more.get('hidden_size', 48))
+    assert features.shape == (2, steps * (shape[1] // 16) * (shape[2] // 16), more.get('hidden_size', 48))
     torch.testing.assert_close(features, expected, atol=5e-5, rtol=0)
     features.square().mean().backward()
     expected.square().mean().backward()
-    torch.testing.assert_close(x.grad[:, :, :shape[0] // 2 * 2], y.grad, atol=1e-7, rtol=1e-3)
+    torch.testing.assert_close(x.grad[:, :, :used], y.grad, atol=1e-7, rtol=1e-3)
     weight = theirs.encoder.layer[1].attention.key.weight.grad
     torch.testing.assert_close(ours.blocks[1].attn.qkv.weight.grad.chunk(3)[1], weight, atol=1e-7, rtol=1e-3)
 
