@@ -225,6 +225,12 @@ def only(folder, files, what):
     return os.path.join(folder, files[0])
 
 
+def resized(height, width, short):
+    """Size of a picture whose short side becomes `short` pixels; the long side is rounded down, as V-JEPA 2 was trained."""
+    least = min(height, width)
+    return short * height // least, short * width // least
+
+
 def read_content(folder):
     """
     What a clip's folder shows: features (T,N,D) of feature_maps/*.npy, stored as (T*256,D) or (T,N,D), float16 or float32,
@@ -250,8 +256,7 @@ def read_content(folder):
     x = torch.from_numpy(video).permute(0, 3, 1, 2).float()            # F,3,H,W
     # V-JEPA 2 was trained on the middle of the picture: short side to 256/224 of the crop. The patch encoder sees all of it.
     short = size if encoder == 'patch' else int(size * 256 / 224)
-    scale = short / min(x.shape[-2:])
-    x = F.interpolate(x, [round(scale * s) for s in x.shape[-2:]], mode='bilinear', antialias=True)
+    x = F.interpolate(x, resized(*x.shape[-2:], short), mode='bilinear', antialias=True)
     top, left = (x.shape[-2] - size) // 2, (x.shape[-1] - size) // 2
     return x[..., top:top + size, left:left + size].clamp(0, 255).round().byte().permute(0, 2, 3, 1)
 

@@ -1,4 +1,5 @@
 """Own clips and official encoders: every layout in, byte for byte; every bad clip refused or skipped by name; downloads."""
+import ast
 import hashlib
 import http.server
 import json
@@ -9,6 +10,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, official_weights, own_clip, own_clips, refused, run
 
 import data
@@ -155,6 +157,57 @@ def test_bad_videos_are_named(tmp_path):
     assert 'no unbroken row' in refused(run('prepare.py', *args, ok=False))
     assert 'neither "physics" nor a folder' in refused(run('prepare.py', '--source=nowhere', ok=False))
     assert 'name their folder with --source' in refused(run('prepare.py', '--split=train:1-2', ok=False))
+
+
+def resized(height, width, short):
+    """prepare.py's function of this name; the script itself would run at an import."""
+    with open(os.path.join(ROOT, 'prepare.py'), encoding='utf-8') as f:
+        body = [node for node in ast.parse(f.read()).body if getattr(node, 'name', None) == 'resized']
+    scope = {}
+    exec(compile(ast.Module(body, []), 'prepare.py', 'exec'), scope)
+    return scope['resized'](height, width, short)
+
+
+SIZES = [                    # height, width, short side → height, width, by hand
+    (480, 640, 292, 292, 389),                             # landscape: 389.33
+    (640, 480, 292, 389, 292),                             # portrait
+    (720, 1280, 292, 292, 519),                            # 519.11
+    (480, 854, 292, 292, 519),                             # 519.52: round() would make it 520
+    (1080, 1922, 438, 438, 779),                           # 779.48
+    (40, 49, 292, 292, 357),                               # upscaled: 357.7
+    (49, 40, 292, 357, 292),
+    (300, 300, 292, 292, 292),
+    (292, 583, 292, 292, 583),                             # it already is of that size
+    (3, 7, 438, 438, 1022),                                # exact
+]
+
+
+@pytest.mark.parametrize('height, width, short, high, wide', SIZES)
+def test_the_long_side_is_rounded_down(height, width, short, high, wide):
+    assert resized(height, width, short) == (high, wide)
+
+
+def test_sizes_are_those_of_transformers():
+    image_transforms = pytest.importorskip('transformers.image_transforms', reason='pip install transformers')
+    rng = np.random.default_rng(0)
+    sizes = [size[:3] for size in SIZES] + [rng.integers(16, 3000, 3).tolist() for _ in range(300)]
+    for height, width, short in sizes:
+        assert resized(height, width, short) == image_transforms.get_size_with_aspect_ratio((height, width), short)
+
+
+@pytest.mark.parametrize('height, width, high, wide', [(54, 96, 32, 56), (96, 54, 56, 32), (20, 28, 32, 44)])
+def test_own_pictures_are_resized_by_that_rule(height, width, high, wide, tmp_path):
+    """A clip and the same clip resized and cropped by hand give the same features; 56.89, 56.89 and 44.8 pixels."""
+    source = own_clips(tmp_path / 'clips', ('train', 'val'), 'video')
+    video = np.random.default_rng(0).integers(0, 256, (16, height, width, 3), dtype=np.uint8)
+    x = F.interpolate(torch.from_numpy(video).permute(0, 3, 1, 2).float(), (high, wide), mode='bilinear', antialias=True)
+    top, left = (high - 32) // 2, (wide - 32) // 2
+    by_hand = x[..., top:top + 32, left:left + 32].round().byte().permute(0, 2, 3, 1).numpy()
+    for i, frames in enumerate((video, by_hand)):
+        np.save(source / 'train' / f'clip_{i:05d}' / 'video.npy', frames)
+    run('prepare.py', f'--name={tmp_path}/set', f'--source={source}', '--size=32', '--dim=24')
+    z = np.load(tmp_path / 'set' / 'train_00000.npy')
+    assert z[0].tobytes() == z[1].tobytes()
 
 
 def test_features_see_one_step_or_the_whole_clip(tmp_path):
