@@ -138,35 +138,64 @@ class Block(nn.Module):
 
 
 class VideoEncoder(nn.Module):
-    """The frozen V-JEPA 2 video encoder: 3D patches, full attention, final LayerNorm; no CLS token, no position table."""
+    """
+    The frozen V-JEPA 2 video encoder: 3D patches, full attention, final LayerNorm; no CLS token, no position table.
 
-    def __init__(self, width, heads, depth, mlp_hidden):
+    version '2': V-JEPA 2 (Assran et al., 2025). '2.1': V-JEPA 2.1 (official repository, app/vjepa_2_1). It adds an embedding
+    that tells a picture from a video, embeds a single frame by itself, and its rotation is a true one, on rows and columns
+    stretched to the 16 x 16 patches of its pretraining. Raises ValueError for any other version.
+    """
+
+    def __init__(self, width, heads, depth, mlp_hidden, version='2'):
         super().__init__()
+        if version not in ('2', '2.1'):
+            raise ValueError(f"version {version!r}: allowed are '2' and '2.1'")
+        self.version = version
         self.patch_embed = nn.ModuleDict({'proj': nn.Conv3d(3, width, (2, 16, 16), stride=(2, 16, 16))})
         sizes = {'width': width, 'heads': heads, 'mlp_hidden': mlp_hidden}
         self.head_dim = width // heads
         self.blocks = nn.ModuleList(Block(sizes) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        if version == '2':
+            self.norm = nn.LayerNorm(width, eps=1e-6)
+        else:
+            self.patch_embed_img = nn.ModuleDict({'proj': nn.Conv3d(3, width, (1, 16, 16), stride=(1, 16, 16))})
+            self.img_mod_embed = nn.Parameter(torch.zeros(1, 1, width))
+            self.video_mod_embed = nn.Parameter(torch.zeros(1, 1, width))
+            # The last one is the output's. The others served the distillation of intermediate layers.
+            self.norms_block = nn.ModuleList(nn.LayerNorm(width, eps=1e-6) for _ in range(4))
+
+    def embed(self, video):
+        """Video (B,3,F,H,W) → patches (B,D,T,rows,columns)."""
+        single = video.shape[2] == 1
+        if self.version == '2':
+            # A tubelet is two frames: a single one is doubled.
+            return self.patch_embed['proj'](video.repeat(1, 1, 2, 1, 1) if single else video)
+        if single:
+            return self.patch_embed_img['proj'](video) + self.img_mod_embed.view(-1, 1, 1, 1)
+        return self.patch_embed['proj'](video) + self.video_mod_embed.view(-1, 1, 1, 1)
 
     def forward(self, video):
         """
         Normalised video (B,3,F,H,W) → features (B,T*N,D) ordered time, row, column; what fills no patch is dropped.
 
-        A single frame is doubled to a tubelet. Raises ValueError for a video without frames.
+        A single frame gives one step. Raises ValueError for a video without frames and, in 2.1, for one row or one column.
         """
-        frames = video.shape[2]
-        if frames == 0:
+        if video.shape[2] == 0:
             raise ValueError('the video has no frames')
-        if frames == 1:
-            video = video.repeat(1, 1, 2, 1, 1)
-        x = self.patch_embed['proj'](video)                            # (B,D,T,rows,columns)
-        position = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in x.shape[2:]))
-        angle = rope_angles(position, self.head_dim, 'vjepa2')
+        x = self.embed(video)
+        steps, rows, columns = x.shape[2:]
+        position = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in (steps, rows, columns)))
+        if self.version == '2.1':
+            if min(rows, columns) == 1:
+                raise ValueError(f'V-JEPA 2.1 needs two rows and two columns of patches, not {rows} x {columns}')
+            position = position * torch.tensor([1, 15 / (rows - 1), 15 / (columns - 1)], device=x.device)
+        angle = rope_angles(position, self.head_dim, 'vjepa2' if self.version == '2' else 'paired')
         rope = angle.cos(), angle.sin()
         x = x.flatten(2).transpose(1, 2).unsqueeze(1)                  # (B,1,S,D): one block of tokens, no mask
         for block in self.blocks:
             x, _ = block(x, (rope, rope))
-        return self.norm(x).squeeze(1)
+        norm = self.norm if self.version == '2' else self.norms_block[-1]
+        return norm(x).squeeze(1)
 
 
 HEADS = {                    # width → heads of the published models
@@ -236,16 +265,16 @@ def load_vjepa2(path, part='target_encoder', heads=None, grid=None):
     """
     A module with official V-JEPA 2 weights, in eval mode, its sizes read from the weights.
 
-    part: 'target_encoder' (what the action-conditioned model was trained on) or 'encoder' → VideoEncoder; 'predictor' →
-    Predictor, called as predictor(z, a, states=s), whose output is not layer-normed (as published). path: see
+    part: 'target_encoder' (what the action-conditioned model was trained on), 'encoder' or 'ema_encoder' (where the two
+    distilled encoders of V-JEPA 2.1 lie) → VideoEncoder, of V-JEPA 2.1 where the weights are; 'predictor' → Predictor, called as predictor(z, a, states=s), whose output is not layer-normed (as published). path: see
     read_weights. heads: where neither the width nor a config.json tells. grid: (rows, columns) of patches that the
     predictor is to see; None means square. Raises Refusal that names the first missing, unexpected or misshapen tensor;
     nothing is half loaded. Raises ValueError for the grid of an encoder, which reads it off the video.
     """
     if grid and part != 'predictor':
         raise ValueError(f'grid belongs to the predictor; part {part!r} takes it from the video')
-    if part not in ('target_encoder', 'encoder', 'predictor'):
-        raise Refusal(f"part {part!r}: allowed are 'target_encoder', 'encoder' and 'predictor'")
+    if part not in ('target_encoder', 'encoder', 'ema_encoder', 'predictor'):
+        raise Refusal(f"part {part!r}: allowed are 'target_encoder', 'encoder', 'ema_encoder' and 'predictor'")
     state, told = read_weights(path, part)
     where = f'{path}, {part}'
     if odd := [k for k, v in state.items() if not torch.is_tensor(v)]:
@@ -257,7 +286,8 @@ def load_vjepa2(path, part='target_encoder', heads=None, grid=None):
         if name not in state or state[name].dim() <= axis:
             raise Refusal(f'{where}: tensor {name} is missing')
         return state[name].shape[axis]
-    width, hidden = size(f'{"predictor_" * (part == "predictor")}norm.weight'), size(f'{first}.0.mlp.fc1.weight')
+    width = size('predictor_norm.weight' if part == 'predictor' else 'patch_embed.proj.weight')
+    hidden = size(f'{first}.0.mlp.fc1.weight')
     depth = 1 + max(int(k.split('.')[1]) for k in state if re.match(rf'{first}\.\d+\.', k))
     depth = min(depth, len(state))                                     # a name alone builds no million blocks
     heads = heads or told or HEADS['predictor' if part == 'predictor' else 'encoder'].get(width)
@@ -271,7 +301,7 @@ def load_vjepa2(path, part='target_encoder', heads=None, grid=None):
                         state_dim=size('state_encoder.weight', 1), grid=grid, depth=depth, width=width,
                         heads=heads, mlp_hidden=hidden, rope='vjepa2', normed_output=False)
         else:
-            net = VideoEncoder(width, heads, depth, hidden)
+            net = VideoEncoder(width, heads, depth, hidden, '2.1' if 'video_mod_embed' in state else '2')
     for name, tensor in net.state_dict().items():
         if name not in state:
             raise Refusal(f'{where}: tensor {name} is missing')

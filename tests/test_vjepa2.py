@@ -205,6 +205,87 @@ def test_patches_that_are_not_the_grid_are_refused(tmp_path):
         model.load_vjepa2(official(tmp_path), heads=2, grid=(2, 3))
 
 
+# ---- V-JEPA 2.1 --------------------------------------------------------------------------------------------------------
+
+def weights_2_1():
+    """Random weights of a tiny V-JEPA 2.1 encoder, in the official layout: 40 wide, 2 heads, 2 blocks."""
+    linears = {'patch_embed.proj': (40, 3, 2, 16, 16), 'patch_embed_img.proj': (40, 3, 1, 16, 16)}
+    norms = [f'norms_block.{i}' for i in range(4)]
+    for block in ('blocks.0', 'blocks.1'):
+        norms += [f'{block}.norm1', f'{block}.norm2']
+        linears |= {f'{block}.attn.qkv': (120, 40), f'{block}.attn.proj': (40, 40),
+                    f'{block}.mlp.fc1': (96, 40), f'{block}.mlp.fc2': (40, 96)}
+    generator = torch.Generator().manual_seed(0)
+    w = {name: torch.randn(1, 1, 40, generator=generator) for name in ('img_mod_embed', 'video_mod_embed')}
+    for name, shape in linears.items():
+        w[f'{name}.weight'] = torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5
+        w[f'{name}.bias'] = torch.randn(shape[0], generator=generator)
+    for name in norms:
+        w[f'{name}.weight'] = 1 + 0.1 * torch.randn(40, generator=generator)
+        w[f'{name}.bias'] = torch.randn(40, generator=generator)
+    return w
+
+
+def official_2_1(tmp_path, w, part='target_encoder'):
+    torch.save({part: {f'module.backbone.{name}': v for name, v in w.items()}}, tmp_path / '2_1.pt')
+    return str(tmp_path / '2_1.pt')
+
+
+def published_2_1(w, video):
+    """One video (3,F,H,W) → (S,D), from what the official repository says of V-JEPA 2.1."""
+    name, embedding, frames = 'patch_embed.proj', 'video_mod_embed', 2
+    if video.shape[1] == 1:
+        name, embedding, frames = 'patch_embed_img.proj', 'img_mod_embed', 1
+    steps, rows, columns = video.shape[1] // frames, video.shape[2] // 16, video.shape[3] // 16
+    x, places = [], []
+    for t in range(steps):
+        for row in range(rows):
+            for column in range(columns):
+                patch = video[:, t * frames:(t + 1) * frames, row * 16:row * 16 + 16, column * 16:column * 16 + 16]
+                x.append(w[f'{name}.weight'].flatten(1) @ patch.flatten() + w[f'{name}.bias'] + w[embedding][0, 0])
+                places.append((t, row * 15 / (rows - 1), column * 15 / (columns - 1)))
+    x = published_blocks(w, 'blocks', 2, 2, x, places, False)
+    return torch.stack([norm(w, 'norms_block.3', token) for token in x])
+
+
+@pytest.mark.parametrize('part', ['target_encoder', 'ema_encoder'])
+@pytest.mark.parametrize('shape', [(4, 32, 32), (2, 48, 48), (4, 32, 48), (5, 56, 40), (1, 32, 32), (1, 48, 32), (1, 40, 56)])
+def test_encoder_2_1_agrees_with_a_reference(shape, part, tmp_path):
+    """Clips and single frames, square and not, frames and pixels that fill no patch."""
+    w = weights_2_1()
+    encoder = model.load_vjepa2(official_2_1(tmp_path, w, part), part, heads=2)
+    video = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(1))
+    expected = torch.stack([published_2_1({name: v.double() for name, v in w.items()}, clip.double()) for clip in video])
+    torch.testing.assert_close(encoder(video).double(), expected, atol=5e-5, rtol=0)
+    assert all(module.eps == 1e-6 for module in encoder.modules() if isinstance(module, torch.nn.LayerNorm))
+
+
+def test_encoder_2_1_refuses_a_single_row_or_column(tmp_path):
+    encoder = model.load_vjepa2(official_2_1(tmp_path, weights_2_1()), heads=2)
+    for height, width, words in ((16, 32, '1 x 2'), (32, 16, '2 x 1')):
+        with pytest.raises(ValueError, match=f'two rows and two columns of patches, not {words}'):
+            encoder(torch.zeros(1, 3, 2, height, width))
+    with pytest.raises(ValueError, match="version '3'"):
+        model.VideoEncoder(48, 2, 1, 48, '3')
+
+
+@pytest.mark.parametrize('change, words', [
+    (lambda w: w.pop('norms_block.0.weight'), 'norms_block.0.weight is missing'),
+    (lambda w: w.pop('norms_block.3.bias'), 'norms_block.3.bias is missing'),
+    (lambda w: w.pop('img_mod_embed'), 'img_mod_embed is missing'),
+    (lambda w: w.pop('patch_embed_img.proj.weight'), 'patch_embed_img.proj.weight is missing'),
+    (lambda w: w.pop('video_mod_embed'), 'is missing'),
+    (lambda w: w.update({'video_mod_embed': torch.zeros(1, 1, 3)}), r'video_mod_embed is \(1, 1, 3\), must be \(1, 1, 40\)'),
+    (lambda w: w.update({'norm.weight': torch.zeros(40)}), '1 unexpected tensors, the first is norm.weight'),
+    (lambda w: w.update({'norms_block.4.weight': torch.zeros(40)}), '1 unexpected tensors, the first is norms_block.4.weight'),
+])
+def test_files_of_2_1_are_strict_too(change, words, tmp_path):
+    w = weights_2_1()
+    change(w)
+    with pytest.raises(Refusal, match=words):
+        model.load_vjepa2(official_2_1(tmp_path, w), heads=2)
+
+
 # ---- wrong files -----------------------------------------------------------------------------------------------------
 
 def drop(key):
