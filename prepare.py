@@ -36,10 +36,10 @@ test_clips = 600         # physics: clips in val and in each test_<domain> [1..]
 seed = 1                 # physics: every random number of the set follows from it [0..]
 # how to encode
 size = 0                 # picture size in pixels, a multiple of 16; 0 = 64 for patch, what the V-JEPA 2 model saw else [0..]
-encoder = 'patch'        # frozen: low spatial frequencies of each patch, or V-JEPA 2 [patch | vitl | vith | vitg | vitg384]
+encoder = 'patch'        # frozen: low frequencies of each patch, or V-JEPA 2 [patch | vitl | vith | vitg | vitg384 | vitb2.1 | vitl2.1 | vitg2.1 | vitG2.1]
 dim = 48                 # patch: D, the number of lowest frequencies kept [3..1536]
 weights = ''             # V-JEPA 2: official .pt, .safetensors or Hugging Face folder; '' = download once into torch's cache
-part = 'target_encoder'  # V-JEPA 2: which encoder of an official .pt [target_encoder | encoder]
+part = ''                # V-JEPA 2: which encoder of an official .pt; '' = the published one [ | target_encoder | encoder | ema_encoder]
 encode = 'step'          # V-JEPA 2: each step's own frames, or all at once (then z_1 sees the future) [step | clip]
 # where
 device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
@@ -51,14 +51,22 @@ PATCH = 16                   # pixels per patch side, as in ViT-L/16
 SHARD_BYTES = 128 * 2**20    # an interrupted run loses at most one shard
 TOKENS = 2**14               # tokens that V-JEPA 2 encodes at once: what bounds its memory, whatever the batch
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as V-JEPA 2 was trained
-MODELS = {                   # the official encoders: repository on Hugging Face, pixels; 1.3, 2.6, 4.1, 4.1 GB
-    'vitl': ('facebook/vjepa2-vitl-fpc64-256', 256),
-    'vith': ('facebook/vjepa2-vith-fpc64-256', 256),
-    'vitg': ('facebook/vjepa2-vitg-fpc64-256', 256),
-    'vitg384': ('facebook/vjepa2-vitg-fpc64-384', 384),
+OFFICIAL = 'https://dl.fbaipublicfiles.com/vjepa2'
+MODELS = {                   # repository on Hugging Face (1.3, 2.6, 4.1, 4.1 GB), official file and the part to use, pixels
+    'vitl': ('facebook/vjepa2-vitl-fpc64-256', 'vitl.pt', 'target_encoder', 256),
+    'vith': ('facebook/vjepa2-vith-fpc64-256', 'vith.pt', 'target_encoder', 256),
+    'vitg': ('facebook/vjepa2-vitg-fpc64-256', 'vitg.pt', 'target_encoder', 256),
+    'vitg384': ('facebook/vjepa2-vitg-fpc64-384', 'vitg-384.pt', 'target_encoder', 384),
+    # V-JEPA 2.1: official files only. The first two were distilled from the last.
+    'vitb2.1': (None, 'vjepa2_1_vitb_dist_vitG_384.pt', 'ema_encoder', 384),
+    'vitl2.1': (None, 'vjepa2_1_vitl_dist_vitG_384.pt', 'ema_encoder', 384),
+    'vitg2.1': (None, 'vjepa2_1_vitg_384.pt', 'target_encoder', 384),
+    'vitG2.1': (None, 'vjepa2_1_vitG_384.pt', 'target_encoder', 384),
 }
 VIDEOS = '.mp4', '.avi', '.mov', '.mkv', '.webm'
-size = size or (64 if encoder == 'patch' else MODELS[encoder][1])
+# The patch encoder has no parts; its manifests have always named this one.
+repository, official, own_part, pixels = MODELS.get(encoder, (None, None, 'target_encoder', 64))
+size, part = size or pixels, part or own_part
 if size % PATCH:
     raise Refusal(f'--size={size}: must be a multiple of {PATCH}')
 if split and source == 'physics':
@@ -107,8 +115,7 @@ def download(repository, path):
                     f.write(body.read(2**20))
     except (OSError, http.client.HTTPException) as error:              # URLError, a timeout, a full disk
         raise Refusal(f'--encoder={encoder}: cannot download ({error}); get model.safetensors from '
-                      f'https://huggingface.co/{repository} or {encoder.replace("384", "-384")}.pt from '
-                      'https://dl.fbaipublicfiles.com/vjepa2/ and name it with --weights') from None
+                      f'https://huggingface.co/{repository} or {OFFICIAL}/{official} and name it with --weights') from None
     done = os.path.getsize(partial)
     if done < length:
         raise Refusal(f'{url}: the connection ended after {done:,} of {length:,} bytes; the same command goes on')
@@ -455,10 +462,16 @@ if example.dtype != torch.uint8:                                       # feature
 elif encoder == 'patch':
     basis, encode_clips = cosine_basis(), patch_encode
 else:
+    if not weights and not repository:
+        raise Refusal(f'--encoder={encoder}: get {OFFICIAL}/{official} and name it with --weights')
     path = weights or os.path.join(torch.hub.get_dir(), 'checkpoints', f'vjepa2-{encoder}.safetensors')
     if not weights and not os.path.exists(path):
-        download(MODELS[encoder][0], path)
+        download(repository, path)
     vjepa2, encode_clips = load_vjepa2(path, part).to(device), vjepa2_encode
+    if vjepa2.version == '2.1':
+        print(f'V-JEPA 2.1: the {part} of {path}')
+        if size == PATCH:
+            raise Refusal(f'--size={size}: V-JEPA 2.1 needs two rows and two columns of patches, {2 * PATCH} pixels')
     stats = [torch.tensor(x, device=device).view(3, 1, 1, 1) for x in (MEAN, STD)]
     if encode == 'clip':
         print("encode='clip': all frames attend to each other, so z_1 has seen the whole clip and a jump from it is easy")

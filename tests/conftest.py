@@ -128,12 +128,12 @@ def own_clips(folder, splits=('train', 'val', 'test_A', 'test_B'), layout='featu
     return folder
 
 
-def official_weights(path, width=768, depth=1):
+def official_weights(path, width=768, depth=1, part='target_encoder', version='2'):
     """A file with the keys of an official V-JEPA 2 checkpoint and random weights → its path."""
     import model
     torch.manual_seed(0)
-    encoder = model.VideoEncoder(width, model.HEADS['encoder'][width], depth, width)
-    torch.save({'target_encoder': {f'module.backbone.{k}': v for k, v in encoder.state_dict().items()}}, path)
+    encoder = model.VideoEncoder(width, model.HEADS['encoder'][width], depth, width, version)
+    torch.save({part: {f'module.backbone.{k}': v for k, v in encoder.state_dict().items()}}, path)
     return path
 
 

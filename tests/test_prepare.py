@@ -228,6 +228,22 @@ def test_features_see_one_step_or_the_whole_clip(tmp_path):
     assert 'z_1 has seen the whole clip' in out and 'z_1 alone explains' in out
 
 
+@pytest.mark.parametrize('encoder, width, part', [('vitb2.1', 768, 'ema_encoder'), ('vitg2.1', 1408, 'target_encoder')])
+def test_v_jepa_2_1(encoder, width, part, tmp_path):
+    """Its encoders come from official files alone, and from the part that they were published under."""
+    args = f'--name={tmp_path}/set', f'--encoder={encoder}', '--size=32', '--clips=4', '--test_clips=2'
+    line = refused(run('prepare.py', *args, ok=False))
+    file = {'vitb2.1': 'vjepa2_1_vitb_dist_vitG_384.pt', 'vitg2.1': 'vjepa2_1_vitg_384.pt'}[encoder]
+    assert f'get https://dl.fbaipublicfiles.com/vjepa2/{file} and name it with --weights' in line
+    args += f'--weights={official_weights(tmp_path / "w.pt", width, part=part, version="2.1")}',
+    assert f'the {part} of' in run('prepare.py', *args).stdout
+    z, _ = data.open_split(f'{tmp_path}/set', 'train')[[0, 1]]
+    assert z.shape == (2, 8, 4, width) and not torch.allclose(z[0], z[1], atol=1e-2)
+    assert json.load(open(tmp_path / 'set' / 'manifest.json'))['made_from']['part'] == part
+    assert f"no part 'encoder'; it has '{part}'" in refused(run('prepare.py', *args, '--part=encoder', ok=False))
+    assert 'two rows and two columns' in refused(run('prepare.py', *args, '--size=16', ok=False))
+
+
 def test_the_read_out_is_leave_one_out_regression():
     generator = torch.Generator().manual_seed(0)
     x, noise = (torch.randn(30, k, generator=generator, dtype=torch.float64) for k in (50, 2))
