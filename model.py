@@ -266,10 +266,11 @@ def load_vjepa2(path, part='target_encoder', heads=None, grid=None):
     A module with official V-JEPA 2 weights, in eval mode, its sizes read from the weights.
 
     part: 'target_encoder' (what the action-conditioned model was trained on), 'encoder' or 'ema_encoder' (where the two
-    distilled encoders of V-JEPA 2.1 lie) → VideoEncoder, of V-JEPA 2.1 where the weights are; 'predictor' → Predictor, called as predictor(z, a, states=s), whose output is not layer-normed (as published). path: see
-    read_weights. heads: where neither the width nor a config.json tells. grid: (rows, columns) of patches that the
-    predictor is to see; None means square. Raises Refusal that names the first missing, unexpected or misshapen tensor;
-    nothing is half loaded. Raises ValueError for the grid of an encoder, which reads it off the video.
+    distilled encoders of V-JEPA 2.1 lie) → VideoEncoder of V-JEPA 2 or 2.1, as the weights are; 'predictor' → Predictor,
+    called as predictor(z, a, states=s), whose output is not layer-normed (as published). path: see read_weights.
+    heads: where neither the width nor a config.json tells. grid: (rows, columns) of patches that the predictor is to
+    see; None means square. Raises Refusal that names the first missing, unexpected or misshapen tensor; nothing is half
+    loaded. Raises ValueError for the grid of an encoder, which reads it off the video.
     """
     if grid and part != 'predictor':
         raise ValueError(f'grid belongs to the predictor; part {part!r} takes it from the video')
