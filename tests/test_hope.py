@@ -236,7 +236,7 @@ def test_the_two_layer_memory_is_well_conditioned(rule):
     torch.manual_seed(0)
     sizes = {**model.SIZES, 'model': 'hope', 'depth': 1, 'mixer': 'titan', 'memory_hidden': 24, 'rule': rule}
     net = model.build(**sizes).double()
-    layer, rope = net.predictor_blocks[0].titan, net.rope(16, 16, None, 'cpu')
+    layer, rope = net.predictor_blocks[0].titan, net.rope(16, 1, 16, None, 'cpu')
     x = torch.randn(2, 16, 17, 96).double()
     noise = torch.randn_like(x)
     with torch.no_grad():

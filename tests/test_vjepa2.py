@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import TINY, official_predictor, refused, run
 
 import model
-from configurator import Refusal
+from configurator import Refusal, read_config
 
 PARTS = pytest.mark.parametrize('part', ['encoder', 'target_encoder'])
 
@@ -412,14 +412,23 @@ def test_hugging_face_files_are_strict_too(tmp_path):
 
 # ---- fine-tuning -----------------------------------------------------------------------------------------------------
 
+def test_fine_tuning_sums_its_losses_equally():
+    """As published, from the first step to the last."""
+    recipe = read_config('config/finetune_vjepa2_ac.py')
+    assert recipe['loss'] == 'rollout' and recipe['lambda_start'] == recipe['lambda_end'] == 0.5
+
+
 def test_official_weights_are_fine_tuned_on_own_data(tiny, tmp_path):
-    """init_from takes an official predictor: only the encoders of other actions and states start anew."""
+    """init_from takes an official predictor; what starts anew and what is dropped is said on the terminal."""
     published = torch.load(official_predictor(tmp_path / 'ac.pt'), weights_only=True)['predictor']
     args = [*TINY, f'--data={tiny}', '--model=vit', f'--init_from={tmp_path}/ac.pt', '--loss=rollout', '--max_iters=1',
             '--learning_rate=1e-9', f'--out={tmp_path}/x.pt']
     assert "set rope = 'vjepa2'" in refused(run('train.py', *args, ok=False))
     out = run('train.py', *args, '--rope=vjepa2').stdout
-    assert 'anew: action_encoder.weight' in out and 'predictor_embed' not in out
+    anew, dropped = (next(line for line in out.splitlines() if words in line) for words in ('start anew: ', 'are dropped: '))
+    assert anew.split(': ')[1] == 'action_encoder.weight'
+    assert set(dropped.split(': ')[1].split(', ')) == {f'{name}_encoder.{part}' for name in ('state', 'extrinsics')
+                                                       for part in ('weight', 'bias')}
     net, _ = model.load(str(tmp_path / 'x.pt'))
     for name, tensor in published.items():
         if name.split('.')[1] not in ('action_encoder', 'state_encoder', 'extrinsics_encoder'):
