@@ -46,7 +46,7 @@ SIZES = {                    # every size of a predictor, with the laptop defaul
     'adapts': ('k', 'v', 'mem', 'eta', 'alpha'),  # HOPE: the memories that are written
     'self_targets': True,    # HOPE: each memory's target is M(v); else v itself
     'surprise': True,        # HOPE: writes are gated by the retrieval error
-    'rule': 'delta',         # HOPE: how the memory is written, 'dgd' or 'delta' (see TitanMemory)
+    'rule': 'dgd',           # HOPE: how the memory is written, 'dgd' or 'delta' (see TitanMemory)
     'rope': 'paired',        # 'paired' (a true rotation) or 'vjepa2' (the published models' form)
     'normed_output': True,   # z_hat is layer-normed; the published predictor leaves that to its loss
 }
