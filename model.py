@@ -424,6 +424,11 @@ def build(**sizes):
 
 # ---- losses: L1 on layer-normed features ---------------------------------------------------------------------------
 
+def feature_loss(z_hat, z):
+    """The loss of predicted features: mean L1 per clip (V-JEPA 2, Eq. 2). z_hat and z (B,...) → (B,)."""
+    return (z_hat - z).abs().flatten(1).mean(1)
+
+
 def teacher_forcing_loss(predictor, z, a, memory=None):
     """
     Mean L1 of every one-step prediction (V-JEPA 2, Eq. 2): z (B,T,N,D), a (B,T,A) → scalar, memory after the clips.
@@ -432,13 +437,14 @@ def teacher_forcing_loss(predictor, z, a, memory=None):
     training and at test time: a key at a time that training never wrote (T) sends jumps to T astray.
     """
     z_hat, memory = predictor(z[:, :-1], a[:, :-1], memory=memory)
-    return (z_hat - z[:, 1:]).abs().mean(), memory
+    # The whole batch as one clip: a single mean over all clips and steps.
+    return feature_loss(z_hat[None], z[None, :, 1:])[0], memory
 
 
 def jump_loss(predictor, z, a, tau, memory=None):
     """L1 of step tau predicted from z_1, a_1 alone: z (B,T,N,D), a (B,T,A), tau (B,) 0-based → (B,), one per clip."""
     z_hat, _ = predictor(z[:, :1], a[:, :1], tau=tau, memory=memory)
-    return (z_hat - z[torch.arange(len(z), device=z.device), tau]).abs().mean((1, 2))
+    return feature_loss(z_hat, z[torch.arange(len(z), device=z.device), tau])
 
 
 def rollout(predictor, z, a, steps, memory=None):
@@ -448,6 +454,11 @@ def rollout(predictor, z, a, steps, memory=None):
         z_hat, _ = predictor(seen, a[:, :t + 1], memory=memory)
         seen = torch.cat([seen, z_hat[:, -1:]], dim=1)
     return seen[:, 1:]
+
+
+def rollout_loss(predictor, z, a, steps, memory=None):
+    """L1 of the last of `steps` predictions, each fed back: z (B,T,N,D), a (B,T,A) → (B,), one per clip."""
+    return feature_loss(rollout(predictor, z, a, steps, memory)[:, -1], z[:, steps])
 
 
 # ---- checkpoints and devices ---------------------------------------------------------------------------------------
