@@ -88,6 +88,7 @@ device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or
 compile = False          # torch.compile the predictor; pays off in long runs on a GPU
 wandb = ''               # project name: also log to Weights & Biases
 settings = configure(globals())
+knobs = SimpleNamespace(**settings)
 # These change no result. The others are the recipe: a resumed run must have the same.
 RUN_KNOBS = {'out', 'resume', 'stop_at', 'eval_interval', 'eval_clips', 'log_interval', 'device', 'compile', 'wandb'}
 recipe = {key: value for key, value in settings.items() if key not in RUN_KNOBS}
@@ -254,7 +255,7 @@ device = pick_device(device)
 rank = int(os.environ.get('RANK', 0))
 processes = int(os.environ.get('WORLD_SIZE', 1))
 print0 = functools.partial(print, flush=True) if rank == 0 else lambda text: None
-check_settings(SimpleNamespace(**settings), processes)
+check_settings(knobs, processes)
 periods = parse_periods(cms_periods)
 if processes > 1:
     if device == 'cuda':
@@ -284,7 +285,7 @@ if data == 'slide' and rank == 0:
 if processes > 1:
     dist.barrier()
 train_clips, val_clips = open_split(data, split), open_split(data, 'val')
-check_clips(SimpleNamespace(**settings), train_clips, val_clips)
+check_clips(knobs, train_clips, val_clips)
 manifest = train_clips.manifest
 if resume and checkpoint['data'] != manifest['checksum']:
     raise Refusal(f'--resume=True, but {out} was trained on another data set than {data} now is (its manifest differs)')
@@ -487,7 +488,9 @@ for step in range(first_step, max_iters):
         (total / accumulation).backward()
         # `second` holds one loss for each place of a stream, else one for each clip.
         sums += torch.stack([first, *second.view(places, -1).mean(1)]).detach() / accumulation
-    stop = average_gradients(predictor, processes, bool(received)) if processes > 1 else bool(received)
+    stop = bool(received)
+    if processes > 1:
+        stop = average_gradients(predictor, processes, stop)
     norm = torch.nn.utils.clip_grad_norm_(predictor.parameters(), grad_clip)
     # One number decides: a non-finite loss makes the gradient norm non-finite too, and the norm is the same everywhere.
     if not torch.isfinite(norm):
