@@ -348,7 +348,12 @@ if compile:
     predictor.compile()
 
 
-# ---- streams and evaluation ----------------------------------------------------------------------------------------
+# ---- losses and evaluation -----------------------------------------------------------------------------------------
+
+def total_loss(first, second, weight):
+    """What is minimised: teacher forcing and the second loss, which has the weight lambda."""
+    return (1 - weight) * first + weight * second
+
 
 def draw_gains(rng, streams, places, action_gain, known_share):
     """What the actions of each clip are multiplied by: one gain per stream, 1 in the known share → (streams*places,)."""
@@ -397,7 +402,7 @@ def stream_losses(predictor, second_loss, z, a, targets, cms_rate):
 
 @torch.no_grad()
 def evaluate(predictor, clips, count, loss, jump_last, device, autocast):
-    """The first `count` clips → teacher forcing, and over the last steps: jump or rollout, the copy baseline."""
+    """Losses of the first `count` clips: teacher forcing; jump (or rollout) and copy baseline over the last steps."""
     predictor.eval()
     sums, count = np.zeros(3), min(count, len(clips))
     for start in range(0, count, 64):
@@ -454,7 +459,7 @@ micro = batch_size // (accumulation * processes)
 received = note_signals()
 started = window = time.time()
 for step in range(first_step, max_iters):
-    # The weight of the second loss, and the learning rate.
+    # Lambda, the weight of the second loss, and the learning rate.
     weight = lambda_start + (lambda_end - lambda_start) * step / max(1, max_iters - 1)
     rate = rate_at(step, max_iters, start_rate, learning_rate, warmup, decay)
     for group in optimizer.param_groups:
@@ -484,7 +489,7 @@ for step in range(first_step, max_iters):
             else:
                 second = second_loss(predictor, z, a, tau)
                 first, _ = teacher_forcing_loss(predictor, z[::teacher_every], a[::teacher_every])
-            total = (1 - weight) * first + weight * second.mean()
+            total = total_loss(first, second.mean(), weight)
         (total / accumulation).backward()
         # `second` holds one loss for each place of a stream, else one for each clip.
         sums += torch.stack([first, *second.view(places, -1).mean(1)]).detach() / accumulation
@@ -515,7 +520,7 @@ for step in range(first_step, max_iters):
         window = now
         row = {
             'step': done,
-            'loss': (1 - weight) * first + weight * second,
+            'loss': total_loss(first, second, weight),
             'teacher_forcing': first,
             loss: second,
             # In a stream, its first and its last place.
