@@ -20,7 +20,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import Refusal, configure, read_config
-from model import SIZES, VideoEncoder, build, jump_loss, pick_device, teacher_forcing_loss
+from hope import build
+from model import Sizes, jump_loss, pick_device, teacher_forcing_loss
+from vjepa2 import VideoEncoder
 
 # what to compare
 what = 'predictors'      # HOPE against ViT-AC, or the video encoder against that of transformers [predictors | encoder]
@@ -49,9 +51,9 @@ except ValueError:
 
 def predictor_of(path):
     """The predictor that a config file describes, on random weights, in training mode."""
-    sizes = {key: value for key, value in read_config(path).items() if key in SIZES}
+    sizes = Sizes.from_settings(read_config(path), feature_dim=features, grid=(grid, grid))
     torch.manual_seed(0)
-    net = build(**{**sizes, 'feature_dim': features, 'grid': (grid, grid)}).to(device)
+    net = build(sizes).to(device)
     if compile:
         net.compile()
     return net.train()

@@ -24,9 +24,11 @@ import torch
 import torch.distributed as dist
 
 from configurator import ROOT, Refusal, configure
-from data import batch_indices, claim, open_split, read_manifest
-from hope import CMSWriter
-from model import MALFORMED, VERSION, build, jump_loss, load, pick_device, rollout, save, start_from, teacher_forcing_loss
+from data import batch_indices, open_split
+from hope import CMSWriter, build, load
+from model import Sizes, jump_loss, pick_device, rollout, teacher_forcing_loss
+from support.files import MALFORMED, VERSION, claim, read_manifest, save
+from vjepa2 import start_from
 
 # predictor
 model = 'hope'           # AC-HOPE-ViT or ViT-AC [hope | vit]
@@ -100,12 +102,8 @@ for name in 'teacher_every', 'stream':
 if stream == 1 and (action_gain or cms_rate):
     raise Refusal(f'action_gain = {action_gain:g}, cms_rate = {cms_rate:g}: a clip alone teaches nothing; '
                   'set stream > 1, or both to 0')
-try:
-    periods = tuple(int(word) for word in cms_periods.split(','))
-except ValueError:
-    raise Refusal(f'cms_periods = {cms_periods!r}: must be whole numbers separated by commas') from None
-if min(periods) < 1:
-    raise Refusal(f'cms_periods = {cms_periods!r}: a level cannot be written more often than at every tick (1)')
+# Refuses sizes that do not fit together, before there is anything to wait for.
+Sizes.from_settings(settings)
 if cms_rate and model == 'vit':
     raise Refusal(f'cms_rate = {cms_rate:g}: a ViT-AC has no CMS levels to write')
 if start_rate > learning_rate:
@@ -167,11 +165,8 @@ if rollout_steps >= T:
 # ---- predictor, optimiser, schedules -------------------------------------------------------------------------------
 torch.manual_seed(seed)
 if checkpoint is None:
-    predictor = build(model=model, feature_dim=D, action_dim=A, depth=depth, width=width,
-                      grid=tuple(train_clips.manifest['grid']), heads=heads, mlp_hidden=mlp_hidden,
-                      cms_hidden=cms_hidden, cms_periods=periods, mixer=mixer, conv=conv, memory_hidden=memory_hidden,
-                      adapts=tuple(adapts.split(',')), self_targets=self_targets, surprise=surprise, rule=rule,
-                      rope=rope).to(device)
+    grid = tuple(train_clips.manifest['grid'])
+    predictor = build(Sizes.from_settings(settings, feature_dim=D, action_dim=A, grid=grid)).to(device)
     if init_from:
         new, dropped = start_from(predictor, init_from)
         say(f'starting from {init_from}')
