@@ -184,9 +184,9 @@ class Split:
     def __init__(self, name, split):
         folder, self.manifest = folder_of(name), read_manifest(name)
         self.name = f'split {split} of {folder}'
-        if split not in self.manifest['splits']:
-            raise Refusal(f'data set {name} has no split {split!r}; it has {", ".join(self.manifest["splits"])}')
         try:
+            if split not in self.manifest['splits']:
+                raise Refusal(f'data set {name} has no split {split!r}; it has {", ".join(self.manifest["splits"])}')
             self.open(folder, split)
             self.check()
         except (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
@@ -198,7 +198,7 @@ class Split:
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
         actions, physics = f'{split}_actions.npy', f'{split}_physics.npz'
         verify(folder, self.manifest, [actions])
-        self.actions = np.load(os.path.join(folder, actions))
+        self.actions = np.array(map_array(folder, actions))
         self.physics = {}
         if physics in self.manifest['sha256']:
             verify(folder, self.manifest, [physics])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TINY, refused, run
 
-import model
+import hope
 
 
 def weights(path):
@@ -135,7 +135,7 @@ def test_the_log_says_what_runs(tiny, tmp_path):
 def test_rollout_is_the_other_second_loss(tiny, tmp_path):
     out = run('train.py', *TINY, f'--data={tiny}', '--loss=rollout', f'--out={tmp_path}/x.pt').stdout
     assert 'rollout' in out and 'jump' not in out
-    assert model.load(str(tmp_path / 'x.pt'))[1]['loss'] == 'rollout'
+    assert hope.load(str(tmp_path / 'x.pt'))[1]['loss'] == 'rollout'
 
 
 def test_a_non_finite_step_stops_before_the_optimiser(tiny, tmp_path):
