@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from configurator import ROOT, Refusal, configure
-from data import claim, write_atomically
+from support.files import claim, write_atomically
 
 # what to run
 config = 'config/hope_jump.py'   # the variants change this

@@ -27,10 +27,11 @@ import torch
 import torch.distributed as dist
 
 from configurator import ROOT, Refusal, configure
-from data import batch_indices, claim, open_split, read_manifest
-from hope import CMSWriter
-from model import MALFORMED, VERSION, build, load, pick_device, save, start_from
-from model import feature_loss, jump_loss, rollout, rollout_loss, teacher_forcing_loss
+from data import batch_indices, open_split
+from hope import CMSWriter, build, load
+from model import Sizes, feature_loss, jump_loss, pick_device, rollout, rollout_loss, teacher_forcing_loss
+from support.files import MALFORMED, VERSION, claim, read_manifest, save
+from vjepa2 import start_from
 
 # predictor
 model = 'hope'           # AC-HOPE-ViT or ViT-AC [hope | vit]
@@ -130,17 +131,6 @@ def check_clips(knobs, train_clips, val_clips):
     if knobs.rollout_steps >= T:
         raise Refusal(f'rollout_steps = {knobs.rollout_steps}: the clips have {T} steps, so at most {T - 1} can be '
                       'predicted')
-
-
-def parse_periods(text):
-    """'1,4,16' → (1, 4, 16); raises Refusal."""
-    try:
-        periods = tuple(int(word) for word in text.split(','))
-    except ValueError:
-        raise Refusal(f'cms_periods = {text!r}: must be whole numbers separated by commas') from None
-    if min(periods) < 1:
-        raise Refusal(f'cms_periods = {text!r}: a level cannot be written more often than at every tick (1)')
-    return periods
 
 
 # ---- log, signals, checkpoints, processes --------------------------------------------------------------------------
@@ -256,7 +246,8 @@ rank = int(os.environ.get('RANK', 0))
 processes = int(os.environ.get('WORLD_SIZE', 1))
 print0 = functools.partial(print, flush=True) if rank == 0 else lambda text: None
 check_settings(knobs, processes)
-periods = parse_periods(cms_periods)
+# Refuses sizes that do not fit together, before there is anything to wait for.
+Sizes.from_settings(settings)
 if processes > 1:
     if device == 'cuda':
         device = f'cuda:{int(os.environ["LOCAL_RANK"])}'
@@ -294,11 +285,9 @@ T, N, D = manifest['shape']
 # ---- predictor -----------------------------------------------------------------------------------------------------
 torch.manual_seed(seed)
 if not resume:
-    predictor = build(model=model, feature_dim=D, action_dim=train_clips.actions.shape[-1], depth=depth, width=width,
-                      grid=tuple(manifest['grid']), heads=heads, mlp_hidden=mlp_hidden, cms_hidden=cms_hidden,
-                      cms_periods=periods, mixer=mixer, conv=conv, memory_hidden=memory_hidden,
-                      adapts=tuple(adapts.split(',')), self_targets=self_targets, surprise=surprise, rule=rule,
-                      rope=rope).to(device)
+    sizes = Sizes.from_settings(settings, feature_dim=D, action_dim=train_clips.actions.shape[-1],
+                                grid=tuple(manifest['grid']))
+    predictor = build(sizes).to(device)
     if init_from:
         new, dropped = start_from(predictor, init_from)
         print0(f'starting from {init_from}')
