@@ -79,9 +79,13 @@ def equal(a, b):
 
 
 def log_of(path):
-    """The log beside a checkpoint, without what a clock decides."""
+    """The rows of the log beside a checkpoint, without what a clock decides; where one stands twice the later counts."""
+    rows = {}
     with open(str(path).replace('.pt', '.csv'), newline='') as f:
-        return [{k: v for k, v in row.items() if k != 'clips_per_s'} for row in csv.DictReader(f)]
+        for row in csv.DictReader(f):
+            evaluation = row['loss'] == ''
+            rows[row['step'], evaluation] = {k: v for k, v in row.items() if k != 'clips_per_s'}
+    return rows
 
 
 def same_run(a, b):
@@ -264,7 +268,8 @@ def test_two_runs_into_one_place(tiny, trained, tmp_path):
     """While this process holds the place, a script refuses it and changes nothing; afterwards it does not."""
     folder, out = tmp_path / 'aba', tmp_path / 'x.pt'
     folder.mkdir()
-    (tmp_path / 'x.csv').write_text('kept')
+    begun = 'step,loss,teacher_forcing,jump\n'
+    (tmp_path / 'x.csv').write_text(begun)
     places = {folder: ('adapt.py', f'--ckpt={trained["vit"]}', f'--data={tiny}', f'--out={folder}', *FEW, '--methods=frozen'),
               tmp_path / 'x.csv': ('train.py', *TINY, f'--data={tiny}', f'--out={out}', '--max_iters=1'),
               tiny: ('prepare.py', f'--name={tiny}', '--size=32', '--dim=24', '--clips=48', '--test_clips=24')}
@@ -274,7 +279,7 @@ def test_two_runs_into_one_place(tiny, trained, tmp_path):
     holder.stdout.readline()
     for command in places.values():
         assert 'another run is writing here' in refused(run(*command, ok=False))
-    assert not list(folder.iterdir()) and (tmp_path / 'x.csv').read_text() == 'kept' and not out.exists()
+    assert not list(folder.iterdir()) and (tmp_path / 'x.csv').read_text() == begun and not out.exists()
     holder.kill()
     holder.communicate()
     for command in list(places.values())[1:]:
