@@ -8,16 +8,16 @@ Every variant is config/hope_jump.py with the knobs below changed and the same s
 there already is not made again, so an interrupted table goes on where it stopped.
 """
 import csv
-import io
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 
 from configurator import ROOT, Refusal, configure
-from data import claim, write_atomically
+from support.files import claim, write_atomically
 
 # what to run
 config = 'config/hope_jump.py'   # the variants change this
@@ -31,25 +31,34 @@ out = 'out/ablation'     # folder for checkpoints, results and table.txt
 extra = ''               # more flags for every training run, separated by blanks
 device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
 settings = configure(globals())
+knobs = SimpleNamespace(**settings)
 
-VARIANTS = {                     # name: flags for train.py
-    'HOPE': [],
-    'ViT-AC': ['--model=vit', '--depth=4'],
-    "the plan's own HOPE": ['--mixer=titan', '--memory_hidden=24', '--rule=dgd', '--conv=False', '--cms_hidden=300'],
-    'Titan without attention': ['--mixer=titan', '--cms_hidden=300'],
-    'attention without Titan': ['--mixer=attention', '--cms_hidden=300'],
-    'two-layer memory': ['--memory_hidden=24'],
-    'delta rule': ['--rule=delta'],
-    'only M_mem adapts': ['--adapts=mem'],
-    'no self-generated targets': ['--self_targets=False'],
-    'no surprise gate': ['--surprise=False'],
-    'no convolution': ['--conv=False'],
-    'one CMS level': ['--cms_periods=1', '--cms_hidden=708'],
-    'streams in the last fifth': ['--stream=4', '--stream_from=0.8', '--action_gain=0.7', '--cms_rate=10'],
+# A row of the table: its name, and its flags for train.py.
+VARIANTS = {
+    'HOPE': '',
+    'ViT-AC': '--model=vit --depth=4',
+    "the plan's own HOPE": '--mixer=titan --memory_hidden=24 --rule=dgd --conv=False --cms_hidden=300',
+    'Titan without attention': '--mixer=titan --cms_hidden=300',
+    'attention without Titan': '--mixer=attention --cms_hidden=300',
+    'two-layer memory': '--memory_hidden=24',
+    'delta rule': '--rule=delta',
+    'only M_mem adapts': '--adapts=mem',
+    'no self-generated targets': '--self_targets=False',
+    'no surprise gate': '--surprise=False',
+    'no convolution': '--conv=False',
+    'one CMS level': '--cms_periods=1 --cms_hidden=708',
+    'streams in the last fifth': '--stream=4 --stream_from=0.8 --action_gain=0.7 --cms_rate=10',
 }
-chosen = [v.strip() for v in variants.split(',')] if variants else list(VARIANTS)
-if set(chosen) - set(VARIANTS):
-    raise Refusal(f'--variants={variants}: allowed are {", ".join(VARIANTS)}')
+
+
+def choose(names, variants):
+    """'HOPE, ViT-AC' → ['HOPE', 'ViT-AC'], '' → all of them; raises Refusal for one that is not there."""
+    if not names:
+        return list(variants)
+    chosen = [name.strip() for name in names.split(',')]
+    if set(chosen) - set(variants):
+        raise Refusal(f'--variants={names}: allowed are {", ".join(variants)}')
+    return chosen
 
 
 def run(script, *flags):
@@ -58,36 +67,61 @@ def run(script, *flags):
         sys.exit(2)
 
 
-def results(variant, seed):
-    """Train and adapt one variant, unless that was done → {column: value}."""
-    name = os.path.join(out, f'{"".join(c if c.isalnum() else "_" for c in variant)}_{seed}')
+def train_and_adapt(name, flags, seed, knobs):
+    """Train with these flags, going on where that was interrupted → <name>.pt; run A→B→A with it → the folder <name>."""
+    checkpoint = f'{name}.pt'
+    run('train.py', knobs.config, f'--max_iters={knobs.max_iters}', f'--seed={seed}', f'--data={knobs.data}',
+        f'--device={knobs.device}', f'--eval_interval={knobs.max_iters}', *knobs.extra.split(), *flags,
+        f'--out={checkpoint}', f'--resume={os.path.exists(checkpoint)}')
+    method = 'LN-TTA' if '--model=vit' in flags else 'CMS'
+    run('adapt.py', f'--ckpt={checkpoint}', f'--data={knobs.data}', f'--clips={knobs.clips}',
+        f'--probe_clips={knobs.clips}', f'--tune_clips={knobs.tune_clips}', f'--device={knobs.device}',
+        f'--out={name}', f'--methods=frozen,{method}')
+
+
+def read_results(name):
+    """What a finished run says → {column: value}."""
+    with open(os.path.join(name, 'results.json'), encoding='utf-8') as f:
+        figures = {row['method']: row['figures'] for row in json.load(f)['rows']}
+    frozen, adapted = figures['frozen'], figures.get('CMS') or figures['LN-TTA']
+    with open(f'{name}.csv', newline='', encoding='utf-8') as f:
+        speeds = [float(row['clips_per_s']) for row in csv.DictReader(f) if row['clips_per_s']]
+    return {
+        'A frozen': frozen['A1'],
+        'A₁': adapted['A1'],
+        'B frozen': frozen['B'],
+        'B': adapted['B'],
+        'return': adapted['return_cost'],
+        'forget': adapted['forgetting'],
+        'clips/s': np.median(speeds),
+    }
+
+
+def results(variant, flags, seed, knobs):
+    """The figures of one variant and seed, trained and adapted unless that was done → {column: value}."""
+    plain = ''.join(c if c.isalnum() else '_' for c in variant)
+    name = os.path.join(knobs.out, f'{plain}_{seed}')
     if not os.path.exists(os.path.join(name, 'results.json')):
         print(f'\n== {variant}, seed {seed}', flush=True)
-        run('train.py', config, f'--max_iters={max_iters}', f'--seed={seed}', f'--data={data}', f'--device={device}',
-            f'--eval_interval={max_iters}', *extra.split(), *VARIANTS[variant], f'--out={name}.pt',
-            f'--resume={os.path.exists(f"{name}.pt")}')
-        run('adapt.py', f'--ckpt={name}.pt', f'--data={data}', f'--clips={clips}', f'--probe_clips={clips}',
-            f'--tune_clips={tune_clips}', f'--device={device}', f'--out={name}',
-            '--methods=frozen,' + ('LN-TTA' if variant == 'ViT-AC' else 'CMS'))
-    with open(os.path.join(name, 'results.json'), encoding='utf-8') as f:
-        rows = json.load(f)['rows']
-    frozen, adapted = (next(r['figures'] for r in rows[::-1] if r['method'] in names)
-                       for names in (('frozen',), ('CMS', 'LN-TTA')))
-    with open(f'{name}.csv', newline='', encoding='utf-8') as f:
-        speed = np.median([float(row['clips_per_s']) for row in csv.DictReader(f) if row['clips_per_s']])
-    return {'A frozen': frozen['A1'], 'A₁': adapted['A1'], 'B frozen': frozen['B'], 'B': adapted['B'],
-            'return': adapted['return_cost'], 'forget': adapted['forgetting'], 'clips/s': speed}
+        train_and_adapt(name, flags, seed, knobs)
+    return read_results(name)
 
 
+def line(label, cells):
+    """One line of the table."""
+    return f'{label:<28}' + ''.join(f'{cell:>10}' for cell in cells) + '\n'
+
+
+chosen = choose(variants, VARIANTS)
 os.makedirs(out, exist_ok=True)
 claim(out, os.path.join(out, 'table.txt'))
-table = io.StringIO()
+table = ''
 for variant in chosen:
-    runs = [results(variant, seed) for seed in seeds.split(',')]
+    runs = [results(variant, VARIANTS[variant].split(), seed, knobs) for seed in seeds.split(',')]
     means = {column: np.mean([one[column] for one in runs]) for column in runs[0]}
-    if variant == chosen[0]:
-        print(f'{f"{max_iters} steps, seeds {seeds}":<28}' + ''.join(f'{column:>10}' for column in means), file=table)
-    print(f'{variant:<28}' + ''.join(f'{v:>10.0f}' if c == 'clips/s' else f'{v:>10.4f}' for c, v in means.items()), file=table)
-print('ViT-AC adapts by tuned LN-TTA, the others by CMS writes at their tuned rate; clips/s in training.', file=table)
-print('\n' + table.getvalue())
-write_atomically(os.path.join(out, 'table.txt'), lambda f: f.write(table.getvalue().encode()))
+    if not table:
+        table = line(f'{max_iters} steps, seeds {seeds}', means)
+    table += line(variant, [f'{mean:.0f}' if column == 'clips/s' else f'{mean:.4f}' for column, mean in means.items()])
+table += 'ViT-AC adapts by tuned LN-TTA, the others by CMS writes at their tuned rate; clips/s in training.\n'
+print('\n' + table)
+write_atomically(os.path.join(out, 'table.txt'), lambda f: f.write(table.encode()))

@@ -22,8 +22,9 @@ import torch
 
 import data as clip_data
 from configurator import ROOT, Refusal, configure
-from hope import CMSWriter
-from model import MALFORMED, load, pick_device, read_sealed, rollout, teacher_forcing_loss, write_sealed
+from hope import CMSWriter, load
+from model import pick_device, rollout, teacher_forcing_loss
+from support.files import MALFORMED, claim, folder_of, read_sealed, sha256, verify, write_atomically, write_sealed
 
 # what to run
 ckpt = 'out/hope.pt'     # checkpoint, or several separated by commas
@@ -159,7 +160,7 @@ def run_stream(checkpoint, method, rate, stream, probes=None, label=None, start=
             seen |= {f'{key}, block {b + 1}': float(np.mean([step[key].item() for step in titan.diagnostics]))
                      for key in titan.diagnostics[0]}
             titan.diagnostics = None
-        for period, level in zip(predictor.sizes['cms_periods'], writer.diagnostics() if writer else ()):
+        for period, level in zip(predictor.sizes.cms_periods, writer.diagnostics() if writer else ()):
             seen |= {f'{key}, CMS every {period}': value for key, value in level.items()}
         result['diagnostics'].append(seen)
         if probes and ((i + 1) % probe_every == 0 or (i + 1) % clips == 0):  # at the end of each phase, too
@@ -183,7 +184,7 @@ checkpoints = []
 for path, role in [(path, '') for path in ckpt.split(',')] + [(oracle, 'oracle')] * bool(oracle):
     path = path.strip()
     predictor, stored = load(path, device, loss=str, step=int, clip_steps=int, jump_last=int)
-    name = role or NAMES[predictor.sizes['model']]
+    name = role or NAMES[predictor.sizes.model]
     if any(name == c['name'] for c in checkpoints):
         name = f'{name} {len(checkpoints) + 1}'
     steps = stored['clip_steps']
@@ -193,11 +194,11 @@ test_a, test_b, validation = (clip_data.open_split(data, s) for s in ('test_A', 
 (T, N, D), A = test_a.manifest['shape'], test_a.actions.shape[-1]
 for c in checkpoints:
     sizes = c['predictor'].sizes
-    if (c['clip_steps'], sizes['action_dim']) != (T, A):
-        raise Refusal(f'{c["path"]} was trained on clips of {c["clip_steps"]} steps with actions of {sizes["action_dim"]} '
+    if (c['clip_steps'], sizes.action_dim) != (T, A):
+        raise Refusal(f'{c["path"]} was trained on clips of {c["clip_steps"]} steps with actions of {sizes.action_dim} '
                       f'numbers, but data set {data} has {T} steps and {A} numbers')
-    if (sizes['feature_dim'], list(sizes['grid'])) != (D, test_a.manifest['grid']):
-        raise Refusal(f'{c["path"]} was trained on features of size {sizes["feature_dim"]} on a grid {sizes["grid"]}, '
+    if (sizes.feature_dim, list(sizes.grid)) != (D, test_a.manifest['grid']):
+        raise Refusal(f'{c["path"]} was trained on features of size {sizes.feature_dim} on a grid {sizes.grid}, '
                       f'but data set {data} has {D} on {tuple(test_a.manifest["grid"])}')
     if any((c['loss'], len(c['targets'])) != (o['loss'], len(o['targets'])) for o in checkpoints):
         raise Refusal(f'{ckpt}: trained with different losses or target steps, so their scores cannot be compared')
@@ -240,7 +241,7 @@ def read_memory(path, predictor):
     """What an earlier run put into its --memory_out: sizes, memory and CMS; raises Refusal unless it fits the predictor."""
     start = read_sealed(path, device)
     try:
-        if start['sizes'] != predictor.sizes:
+        if start['sizes'] != vars(predictor.sizes):
             raise Refusal(f'--memory_in={path}: the memory of another predictor than {checkpoints[0]["path"]}')
         with torch.no_grad():
             pairs = list(zip(start['memory'], predictor(*(x[:1] for x in stream))[1], strict=True)) if start['memory'] else []
@@ -259,9 +260,9 @@ def read_decoder(manifest):
     """The linear map from features to pixels that prepare.py fitted (see data.pictures), or None for imported features."""
     if 'decoder' not in manifest:
         return None
-    clip_data.verify(clip_data.folder_of(data), manifest, [manifest['decoder']])
+    verify(folder_of(data), manifest, [manifest['decoder']])
     try:
-        decoder = np.load(os.path.join(clip_data.folder_of(data), manifest['decoder']), mmap_mode='r')
+        decoder = np.load(os.path.join(folder_of(data), manifest['decoder']), mmap_mode='r')
         if decoder.shape != (D + 1, 3 * clip_data.TUBELET * manifest['patch'] ** 2) or not np.isfinite(decoder).all():
             raise ValueError('not finite, or of another shape')
         return torch.from_numpy(np.array(decoder))
@@ -281,18 +282,18 @@ if memory_in and memory_out and os.path.realpath(memory_in) == os.path.realpath(
     raise Refusal(f'--memory_out={memory_out}: is --memory_in too; name another file, so that the run can be run again')
 if memory_in:
     start = read_memory(memory_in, checkpoints[0]['predictor'])
-carriers = [c for c in checkpoints if c['predictor'].sizes['model'] == 'hope' and c['predictor'].sizes['mixer'] != 'attention']
+carriers = [c for c in checkpoints if c['predictor'].sizes.model == 'hope' and c['predictor'].sizes.mixer != 'attention']
 if memory_out and not (carriers and ('memory' in chosen or ('memory + CMS' in chosen and TUNE_ON))):
     raise Refusal(f'--memory_out={memory_out}: none of --methods={methods} of {ckpt} has a memory to keep')
 decoder = read_decoder(test_b.manifest)
 os.makedirs(out, exist_ok=True)
 unfinished = os.path.join(out, 'unfinished.pt')
 files = ['table.txt', 'results.json', 'results.csv', 'results.png', 'predictions.png', 'unfinished.pt']
-clip_data.claim(out, *(os.path.join(out, file) for file in files))
+claim(out, *(os.path.join(out, file) for file in files))
 # Rows that an interrupted run has finished, as long as everything that they depend on is the same.
 depends_on = [os.path.join(ROOT, file) for file in ('adapt.py', 'data.py', 'hope.py', 'model.py')]
 depends_on += [c['path'] for c in checkpoints] + [memory_in] * bool(memory_in)
-key = json.dumps([{**settings, 'out': ''}, device, test_a.manifest['checksum'], *map(clip_data.sha256, depends_on)])
+key = json.dumps([{**settings, 'out': ''}, device, test_a.manifest['checksum'], *map(sha256, depends_on)])
 kept = {'key': key, 'tried': {}, 'finished': {}}
 if os.path.exists(unfinished):
     found = read_sealed(unfinished, device)
@@ -316,8 +317,8 @@ for c in checkpoints:
     if c['name'] != 'oracle':
         plan += [('LN-TTA', 'tuned')]
         sizes = c['predictor'].sizes
-        if sizes['model'] == 'hope':
-            carrying = sizes['mixer'] != 'attention'                   # else there is no memory to carry
+        if sizes.model == 'hope':
+            carrying = sizes.mixer != 'attention'                   # else there is no memory to carry
             plan += [('memory', None)] * carrying + [('CMS', 'tuned')] + [('memory + CMS', 'tuned')] * carrying
         else:
             plan += [('LN-TTA', ln_rate), ('action TTA', 'tuned'), ('full TTA', 'tuned')]
@@ -340,7 +341,7 @@ for c in checkpoints:
 if memory_out:                                                         # of the last method that has one
     state = [row['state'] for row in rows if row['state']['memory'] is not None][-1]
     os.makedirs(os.path.dirname(os.path.abspath(memory_out)), exist_ok=True)
-    write_sealed(memory_out, {'sizes': checkpoints[0]['predictor'].sizes, **state})
+    write_sealed(memory_out, {'sizes': vars(checkpoints[0]['predictor'].sizes), **state})
 
 
 # ---- figures -------------------------------------------------------------------------------------------------------
@@ -421,7 +422,7 @@ print('\n' + table.getvalue())
 
 
 def write(file, text):
-    clip_data.write_atomically(os.path.join(out, file), lambda f: f.write(text.encode()))
+    write_atomically(os.path.join(out, file), lambda f: f.write(text.encode()))
 
 
 write('table.txt', table.getvalue())
@@ -496,7 +497,7 @@ def draw():
             ax.legend(fontsize=8, loc='upper left', ncols=3)
     axes[-1].set_xlabel('clip of the stream')
     fig.tight_layout()
-    clip_data.write_atomically(os.path.join(out, 'results.png'), lambda f: fig.savefig(f, dpi=100))
+    write_atomically(os.path.join(out, 'results.png'), lambda f: fig.savefig(f, dpi=100))
     plt.close(fig)
 
     manifest = test_b.manifest
@@ -514,7 +515,7 @@ def draw():
         column[0].set_title(head, fontsize=8)
     fig.suptitle('Last clips of B: what was seen, and what each method predicted for the last step', fontsize=9)
     fig.tight_layout()
-    clip_data.write_atomically(os.path.join(out, 'predictions.png'), lambda f: fig.savefig(f, dpi=100))
+    write_atomically(os.path.join(out, 'predictions.png'), lambda f: fig.savefig(f, dpi=100))
     plt.close(fig)
 
 

@@ -17,10 +17,13 @@ import sys
 import time
 
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import Refusal, configure, read_config
-from model import SIZES, VideoEncoder, build, jump_loss, pick_device, teacher_forcing_loss
+from hope import build
+from model import Sizes, jump_loss, pick_device, teacher_forcing_loss
+from vjepa2 import VideoEncoder
 
 # what to compare
 what = 'predictors'      # HOPE against ViT-AC, or the video encoder against that of transformers [predictors | encoder]
@@ -47,58 +50,57 @@ except ValueError:
     raise Refusal(f'--steps={steps}: must be whole numbers separated by commas') from None
 
 
-def predictor_of(path):
-    """The predictor that a config file describes, on random weights, in training mode."""
-    sizes = {key: value for key, value in read_config(path).items() if key in SIZES}
+# ---- what is timed -----------------------------------------------------------------------------------------------------
+
+def predictor_of(path, features, grid, device, compile):
+    """The predictor that a config file describes, on features of this size and grid, on random weights, in training mode."""
+    sizes = Sizes.from_settings(read_config(path), feature_dim=features, grid=(grid, grid))
     torch.manual_seed(0)
-    net = build(**{**sizes, 'feature_dim': features, 'grid': (grid, grid)}).to(device)
+    net = build(sizes).to(device)
     if compile:
         net.compile()
     return net.train()
 
 
-def case(net, T, jump):
-    """A function that runs one forward + backward on random clips: teacher forcing over T steps, or a jump."""
+def case(net, batch, T, jump, device, bf16):
+    """A function that runs one forward + backward on random clips: teacher forcing over T steps, or a jump to step T + 1."""
     torch.manual_seed(1)
-    z = torch.nn.functional.layer_norm(torch.randn(batch, T + 1, grid * grid, features, device=device), (features,))
+    rows, columns = net.sizes.grid
+    z = torch.randn(batch, T + 1, rows * columns, net.sizes.feature_dim, device=device)
+    z = F.layer_norm(z, z.shape[-1:])
     a = torch.zeros(batch, T + 1, 2, device=device)
     a[:, 0] = 1
+    tau = torch.full((batch,), T, device=device)
 
     def run():
         net.zero_grad(set_to_none=True)
         with torch.autocast(device.split(':')[0], torch.bfloat16, enabled=bf16):
             if jump:
-                loss = jump_loss(net, z, a, torch.full((batch,), T, device=device)).mean()
+                loss = jump_loss(net, z, a, tau).mean()
             else:
                 loss, _ = teacher_forcing_loss(net, z, a)
         loss.backward()
-        return loss.item()                                             # waits for the device
+        # Waits for the device.
+        return loss.item()
     return run
 
 
-def peak_memory(path, T, jump):
-    """Peak memory in MiB of one forward + backward, in a process of its own."""
-    here = [f'--{key}={value}' for key, value in settings.items() if key not in ('only', 'device')]
-    done = subprocess.run([sys.executable, __file__, *here, f'--device={device}', f'--only={path},{T},{int(jump)}'],
-                          capture_output=True, text=True)
-    return json.loads(done.stdout)['peak'] if done.returncode == 0 else float('nan')
+def encoders(batch, frames, side, device):
+    """{name: function} of the ViT-L encoders, ours and that of transformers, on a random clip of frames x side x side."""
+    try:
+        from transformers import VJEPA2Config, VJEPA2Model
+    except ImportError:
+        raise Refusal('--what=encoder compares with transformers: pip install transformers') from None
+    video = torch.randn(batch, 3, frames, side, side, device=device)
+    # VJEPA2Config's defaults are ViT-L.
+    theirs = VJEPA2Model(VJEPA2Config(crop_size=side, frames_per_clip=frames)).to(device).eval()
+    ours = VideoEncoder(1024, 16, 24, 4096).to(device).eval()
+    return {'ours': lambda: ours(video), 'theirs': lambda: theirs.get_vision_features(video.transpose(1, 2))}
 
 
-if only:
-    path, T, jump = only.split(',')
-    case(predictor_of(path), int(T), jump == '1')()
-    if device.startswith('cuda'):
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    elif os.path.exists('/proc/self/status'):                          # on Linux ru_maxrss starts from the parent's peak
-        with open('/proc/self/status') as f:
-            peak = next(int(line.split()[1]) for line in f if line.startswith('VmHWM')) / 2**10
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({'peak': peak}))
-    sys.exit(0)
+# ---- measuring ---------------------------------------------------------------------------------------------------------
 
-
-def in_turn(runs):
+def in_turn(runs, repeats, device):
     """Median seconds of each function of a dict, all called in turn `repeats` times; each has run once before."""
     seconds = {name: [] for name in runs}
     for _ in range(repeats):
@@ -111,28 +113,53 @@ def in_turn(runs):
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
+def count_flops(run):
+    """FLOP of one call, which also warms up."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def peak_here(device):
+    """Peak memory of this process so far, in MiB: the GPU's, or the process's own."""
+    if device.startswith('cuda'):
+        return torch.cuda.max_memory_allocated() / 2**20
+    if os.path.exists('/proc/self/status'):
+        # On Linux ru_maxrss would start from the parent's peak.
+        with open('/proc/self/status') as f:
+            return next(int(line.split()[1]) for line in f if line.startswith('VmHWM')) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def peak_memory(settings, path, T, jump):
+    """Peak memory in MiB of one forward + backward, in a process of its own with these settings."""
+    flags = [f'--{key}={value}' for key, value in settings.items() if key != 'only']
+    done = subprocess.run([sys.executable, __file__, *flags, f'--only={path},{T},{int(jump)}'], capture_output=True, text=True)
+    return json.loads(done.stdout)['peak'] if done.returncode == 0 else float('nan')
+
+
+# ---- do it -------------------------------------------------------------------------------------------------------------
+
+if only:
+    path, T, jump = only.split(',')
+    case(predictor_of(path, features, grid, device, compile), batch, int(T), jump == '1', device, bf16)()
+    print(json.dumps({'peak': peak_here(device)}))
+    sys.exit(0)
+
 hardware = torch.cuda.get_device_name() if device.startswith('cuda') else f'{device}, {torch.get_num_threads()} threads'
 hardware += f', {"bfloat16" if bf16 else "float32"}, batch {batch}'
 if what == 'encoder':
-    try:
-        from transformers import VJEPA2Config, VJEPA2Model
-    except ImportError:
-        raise Refusal('--what=encoder compares with transformers: pip install transformers') from None
+    frames, side = 2 * LENGTHS[0], 16 * grid
     with torch.no_grad(), torch.autocast(device.split(':')[0], torch.bfloat16, enabled=bf16):
-        side = 16 * grid
-        video = torch.randn(batch, 3, 2 * LENGTHS[0], side, side, device=device)
-        # VJEPA2Config's defaults are ViT-L
-        theirs = VJEPA2Model(VJEPA2Config(crop_size=side, frames_per_clip=2 * LENGTHS[0])).to(device).eval()
-        ours = VideoEncoder(1024, 16, 24, 4096).to(device).eval()
-        runs = {'ours': lambda: ours(video), 'theirs': lambda: theirs.get_vision_features(video.transpose(1, 2))}
+        runs = encoders(batch, frames, side, device)
         for run in runs.values():
             run()
-        t = in_turn(runs)
-    print(f'{hardware}, a clip of {2 * LENGTHS[0]} frames of {side} x {side}; forward, median of {repeats}\n'
+        t = in_turn(runs, repeats, device)
+    print(f'{hardware}, a clip of {frames} frames of {side} x {side}; forward, median of {repeats}\n'
           f'ViT-L of transformers {t["theirs"]:.3f} s, ours {t["ours"]:.3f} s: ratio {t["ours"] / t["theirs"]:.2f}')
     sys.exit(0)
 
-nets = {path: predictor_of(path) for path in (vit, hope)}
+nets = {path: predictor_of(path, features, grid, device, compile) for path in (vit, hope)}
 for path, net in nets.items():
     print(f'{path:<24} {sum(p.numel() for p in net.parameters()):>12,} parameters')
     with torch.no_grad():
@@ -142,15 +169,11 @@ for path, net in nets.items():
 print(f'{hardware}, {grid * grid} patches x {features} features; forward + backward, median of {repeats}\n')
 print(f'{"":<22}{"ViT-AC":>10}{"HOPE":>10}{"ratio":>8}{"GFLOP/s":>16}{"peak MiB":>16}{"ratio":>8}')
 for T, jump in [(T, False) for T in LENGTHS] + [(LENGTHS[0], True)]:
-    runs = {path: case(net, T, jump) for path, net in nets.items()}
-    flops = {}
-    for path, run in runs.items():
-        with FlopCounterMode(display=False) as counter:                # warms up, too
-            run()
-        flops[path] = counter.get_total_flops()
-    a, b = in_turn(runs).values()
-    speed = ' '.join(f'{flops[path] / t / 1e9:>7.0f}' for path, t in ((vit, a), (hope, b)))
-    peaks = [peak_memory(path, T, jump) for path in (vit, hope)]
+    runs = {path: case(net, batch, T, jump, device, bf16) for path, net in nets.items()}
+    flops = {path: count_flops(run) for path, run in runs.items()}
+    seconds = in_turn(runs, repeats, device)
+    peaks = {path: peak_memory({**settings, 'device': device}, path, T, jump) for path in nets}
+    speed = ' '.join(f'{flops[path] / seconds[path] / 1e9:>7.0f}' for path in (vit, hope))
     name = f'jump to step {T + 1}' if jump else f'teacher forcing T={T}'
-    print(f'{name:<22}{a:>8.3f} s{b:>8.3f} s{b / a:>8.2f}{speed:>16}{peaks[0]:>8.0f}{peaks[1]:>8.0f}'
-          f'{peaks[1] / peaks[0]:>8.2f}', flush=True)
+    print(f'{name:<22}{seconds[vit]:>8.3f} s{seconds[hope]:>8.3f} s{seconds[hope] / seconds[vit]:>8.2f}{speed:>16}'
+          f'{peaks[vit]:>8.0f}{peaks[hope]:>8.0f}{peaks[hope] / peaks[vit]:>8.2f}', flush=True)

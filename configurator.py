@@ -14,6 +14,7 @@ of a knob is its help text; a bracket at the end of that comment is what configu
 """
 import ast
 import difflib
+import functools
 import math
 import os
 import re
@@ -25,28 +26,44 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 SCRIPTS = 'prepare.py', 'train.py', 'adapt.py', 'bench.py', 'ablate.py'
 
 
-class Refusal(Exception):
-    """A mistake that the user can mend: a script prints its one line and exits with status 2, without a traceback."""
+class Refusal(SystemExit):
+    """
+    A mistake that the user can mend. Not caught, it ends the script with one line on stderr and exit status 2.
+
+    It is a SystemExit, so Python prints no traceback, and `except Exception` does not catch it.
+    """
+
+    def __init__(self, line, status=2):
+        super().__init__(line)
+        self.status = status
+
+    @functools.cached_property
+    def code(self):
+        """The exit status. Python asks for it when the script ends, so the line is printed here, once."""
+        print(f'{os.path.basename(sys.argv[0])}: {" ".join(str(self).split())}', file=sys.stderr)
+        return self.status
 
 
-LESS_MEMORY = {              # the knob that a script has → what to do where memory runs out
+# If memory runs out: the knob that a script has → what to do.
+LESS_MEMORY = {
     'accumulation': 'raise --accumulation, which changes no result, or lower --batch_size',
     'batch': 'lower --batch',
     'probe_clips': 'lower --probe_clips or --clips',
 }
 
 
-def one_line(kind, error, knobs):
-    """What to tell the user about an uncaught exception, and the exit status; None where it is a mistake of the code's own."""
-    if issubclass(kind, Refusal):
-        return str(error), 2
-    if issubclass(kind, KeyboardInterrupt):
-        return 'interrupted; what was finished is kept', 130
-    if issubclass(kind, OSError):                                      # the system refuses: disk full, no permission, ...
-        return ': '.join(str(x) for x in (error.strerror or error, error.filename) if x), 2
-    full = kind.__name__ == 'OutOfMemoryError' or re.search('(not enough|allocate) memory', str(error))  # PyTorch's: GPU, CPU
-    if full or issubclass(kind, MemoryError):
-        return 'out of memory; ' + next((advice for knob, advice in LESS_MEMORY.items() if knob in knobs), 'use less'), 2
+def as_refusal(error, knobs):
+    """What the system refuses (Ctrl-C, a full disk, no memory) as a Refusal; None for a mistake of the code's own."""
+    if isinstance(error, KeyboardInterrupt):
+        return Refusal('interrupted; what was finished is kept', 130)
+    if isinstance(error, OSError):
+        said = [str(part) for part in (error.strerror or error, error.filename) if part]
+        return Refusal(': '.join(said))
+    # PyTorch's own errors: OutOfMemoryError on a GPU, a RuntimeError with these words on a CPU.
+    full = type(error).__name__ == 'OutOfMemoryError' or re.search('(not enough|allocate) memory', str(error))
+    if full or isinstance(error, MemoryError):
+        advice = [LESS_MEMORY[knob] for knob in LESS_MEMORY if knob in knobs]
+        return Refusal(f'out of memory; {advice[0] if advice else "use less"}')
     return None
 
 
@@ -103,10 +120,68 @@ def read_config(path):
     try:
         with open(found, encoding='utf-8') as f:
             exec(compile(f.read(), found, 'exec'), {'__builtins__': {}}, values)
-    except Exception as error:  # whatever the file does wrong is the user's to mend, in one line
-        line = getattr(error, 'lineno', None) or (error.__traceback__.tb_next and error.__traceback__.tb_next.tb_lineno)
-        raise Refusal(f'config file {path}{f", line {line}" if line else ""}: {type(error).__name__}: {error}') from None
-    return {name: value for name, value in values.items() if not name.startswith('__')}  # a docstring is no knob
+    # Whatever the file does wrong is the user's to mend.
+    except Exception as error:
+        line = getattr(error, 'lineno', None)
+        if line is None and error.__traceback__.tb_next:
+            line = error.__traceback__.tb_next.tb_lineno
+        where = f', line {line}' if line else ''
+        raise Refusal(f'config file {path}{where}: {type(error).__name__}: {error}') from None
+    # A docstring is no knob.
+    return {name: value for name, value in values.items() if not name.startswith('__')}
+
+
+def install_hook(knobs):
+    """Let what the system refuses end the script in one line, too."""
+    def hook(kind, error, trace):
+        refusal = as_refusal(error, knobs)
+        if refusal:
+            raise refusal
+        sys.__excepthook__(kind, error, trace)
+    sys.excepthook = hook
+
+
+def print_help(doc, knobs):
+    """Print what a script does and its knobs, under their headings: {name: (default, comment, heading)}."""
+    print((doc or '').strip())
+    width = shutil.get_terminal_size((100, 24)).columns
+    last = None
+    for name, (default, comment, heading) in knobs.items():
+        if heading != last:
+            print(f'\n{heading}')
+            last = heading
+        flag = f'  --{f"{name}={default}":<26} '
+        print(textwrap.fill(comment, width, initial_indent=flag, subsequent_indent=' ' * 31))
+
+
+def unknown(name, knobs, where):
+    """The Refusal for a knob that a script does not have: names the scripts that have it, or the nearest spelling."""
+    others = [script for script in SCRIPTS if name in [knob[0] for knob in read_knobs(os.path.join(ROOT, script))]]
+    near = difflib.get_close_matches(name, knobs, n=1, cutoff=0.5)
+    hint = ''
+    if others:
+        hint = f'; {", ".join(others)} has one'
+    elif near:
+        hint = f'; did you mean {near[0]!r}?'
+    return Refusal(f'{where}: no knob is called {name!r}{hint} (--help lists them all)')
+
+
+def read_flag(arg, knobs):
+    """--name=value → name and value, which is text unless the knob is a number or True or False."""
+    if not arg.startswith('--'):
+        if '=' in arg:
+            raise Refusal(f'{arg}: a knob is set with two dashes: --{arg.lstrip("-")}')
+        raise Refusal(f'{arg}: neither a config file (something.py) nor --key=value')
+    name, equals, value = arg[2:].partition('=')
+    if not equals:
+        raise Refusal(f'{arg}: write --{name}=value, with an equals sign')
+    if name in knobs and type(knobs[name][0]) is not str:
+        try:
+            return name, ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            # Stays text, which check() refuses by type.
+            pass
+    return name, value
 
 
 def configure(scope, argv=None):
@@ -117,55 +192,22 @@ def configure(scope, argv=None):
     out of range, a missing or broken config file, or an argument that is neither; nothing is changed in that case.
     """
     knobs = {name: (default, comment, heading) for name, default, comment, heading in read_knobs(scope['__file__'])}
-
-    def hook(kind, error, trace):
-        told = one_line(kind, error, knobs)
-        if told is None:
-            return sys.__excepthook__(kind, error, trace)
-        print(f'{os.path.basename(sys.argv[0])}: {" ".join(told[0].split())}', file=sys.stderr)
-        sys.exit(told[1])
-
-    sys.excepthook = hook
+    install_hook(knobs)
     argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv:
-        print((scope['__doc__'] or '').strip())
-        last = None
-        for name, (default, comment, heading) in knobs.items():
-            if heading != last:
-                print(f'\n{heading}')
-                last = heading
-            width = shutil.get_terminal_size((100, 24)).columns
-            print(textwrap.fill(comment, width, initial_indent=f'  --{f"{name}={default}":<26} ', subsequent_indent=' ' * 31))
+        print_help(scope['__doc__'], knobs)
         sys.exit(0)
-    values = {name: default for name, (default, _, _) in knobs.items()}
-
-    def assign(name, value, where):
-        if name not in knobs:
-            near = difflib.get_close_matches(name, knobs, n=1, cutoff=0.5)
-            others = ', '.join(s for s in SCRIPTS if name in (knob for knob, *_ in read_knobs(os.path.join(ROOT, s))))
-            raise Refusal(f'{where}: no knob is called {name!r}'
-                          + (f'; {others} has one' if others else f'; did you mean {near[0]!r}?' if near else '')
-                          + ' (--help lists them all)')
-        values[name] = check(name, value, *knobs[name][:2], where)
-
+    values = {name: default for name, (default, comment, heading) in knobs.items()}
     for arg in argv:
-        if not arg.startswith('--'):
-            if '=' in arg:
-                raise Refusal(f'{arg}: a knob is set with two dashes: --{arg.lstrip("-")}')
-            if not arg.endswith('.py'):
-                raise Refusal(f'{arg}: neither a config file (something.py) nor --key=value')
-            for name, value in read_config(arg).items():
-                assign(name, value, arg)
-            continue
-        name, equals, text = arg[2:].partition('=')
-        if not equals:
-            raise Refusal(f'{arg}: write --{name}=value, with an equals sign')
-        value = text
-        if name in knobs and type(knobs[name][0]) is not str:
-            try:
-                value = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                pass  # stays text, which check() refuses by type
-        assign(name, value, arg)
+        if arg.endswith('.py') and not arg.startswith('--') and '=' not in arg:
+            assigned = read_config(arg)
+        else:
+            name, value = read_flag(arg, knobs)
+            assigned = {name: value}
+        for name, value in assigned.items():
+            if name not in knobs:
+                raise unknown(name, knobs, arg)
+            default, comment, heading = knobs[name]
+            values[name] = check(name, value, default, comment, arg)
     scope.update(values)
     return values

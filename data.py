@@ -1,17 +1,16 @@
 """
-Clips: the physics of a sliding object, its pictures, the shards on disk, and batches of clips read back from them.
+Clips: the physics of a sliding object, its pictures, and batches of clips read back from a prepared data set.
 
     clips = open_split('slide', 'val')      # len(clips) clips, memory-mapped
     z, a = clips[[0, 5]]                    # z (2,T,N,D) float32, layer-normed; a (2,T,A) float32, zero after step 1
 
 To change the world, change the constants and DOMAINS below; to add a domain, add a row to DOMAINS.
 """
-import hashlib
-import json
 import math
 import os
 import sys
 import time
+import typing
 import zipfile
 import zlib
 
@@ -19,12 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from configurator import ROOT, Refusal
-
-try:
-    import fcntl
-except ImportError:          # Windows: two runs into one place are not kept apart there
-    fcntl = None
+from configurator import Refusal
+from support.files import folder_of, map_array, read_manifest, verify
 
 # ---- the world: one rigid object on a plane seen from above, SI units --------------------------------------------
 GRAVITY = 9.81               # m/s^2
@@ -37,27 +32,43 @@ RADIUS = (0.060, 0.100)      # metres, circumradius of the object
 CORNERS = (3, 4, 6, 64)      # triangle, square, hexagon, disc
 BACKGROUND = 0.10            # grey level of the plane, 0..1; objects are brighter
 
-# Time matters: in A more than half of the objects still move by a pixel or more between the first jump target (step 6)
+# Add a domain as a row of DOMAINS. Time matters: in A more than half of the objects still move by a pixel or more between the first jump target (step 6)
 # and the last (step 8).
-DOMAINS = {                  # friction coefficient, mass in kg, angle in degrees by which the camera is turned
-    'A': (0.12, 1.0, 0),         # normal
-    'B': (0.05, 0.6, 0),         # the shift under test: both clearly reduced, about twice the displacement
-    'C': (0.25, 1.0, 0),         # more friction
-    'friction': (0.05, 1.0, 0),  # B's friction alone
-    'mass': (0.12, 0.6, 0),      # B's mass alone
-    'ice': (0.01, 1.0, 0),       # almost no friction
-    'turned': (0.12, 1.0, 40),   # A's physics; the camera is turned, so pushes come in another frame than the pictures
+class Physics(typing.NamedTuple):
+    """What tells one domain from another."""
+
+    # Friction coefficient
+    mu: float
+    # kg
+    mass: float
+    # Angle in degrees by which the camera is turned
+    camera: float = 0
+
+
+DOMAINS = {
+    # Normal.
+    'A': Physics(mu=0.12, mass=1.0),
+    # The shift under test: both clearly reduced, about twice the displacement.
+    'B': Physics(mu=0.05, mass=0.6),
+    # More friction.
+    'C': Physics(mu=0.25, mass=1.0),
+    # B's friction alone, and B's mass alone.
+    'friction': Physics(mu=0.05, mass=1.0),
+    'mass': Physics(mu=0.12, mass=0.6),
+    # Almost no friction.
+    'ice': Physics(mu=0.01, mass=1.0),
+    # A's physics; the camera is turned, so pushes come in another frame than the pictures.
+    'turned': Physics(mu=0.12, mass=1.0, camera=40),
 }
 
 
-def displacement(impulse, mu, mass, seconds):
+def displacement(impulse, physics, seconds):
     """
-    Distance in metres slid `seconds` after an impulse under Coulomb friction (broadcasts over arrays).
+    Distance in metres slid `seconds` after an impulse in N·s under the Physics of a domain (broadcasts over arrays).
 
-    impulse N·s, mu dimensionless, mass kg. v0 = J/m, constant deceleration mu*g, rest after v0/(mu*g); the stopping
-    distance is v0^2 / (2 mu g).
+    Coulomb friction: v0 = J/m, constant deceleration mu*g, rest after v0/(mu*g); the stopping distance is v0^2 / (2 mu g).
     """
-    v0, brake = impulse / mass, mu * GRAVITY
+    v0, brake = impulse / physics.mass, physics.mu * GRAVITY
     t = np.minimum(np.maximum(seconds, 0.0), v0 / brake)
     return v0 * t - 0.5 * brake * t * t
 
@@ -89,20 +100,27 @@ def simulate(domain, clips, seed, split):
     radius = RADIUS[0] + (RADIUS[1] - RADIUS[0]) * u[:, 2]
     seconds = (np.arange(FRAMES) - (TUBELET - 1)) / FPS
 
-    def path(mu, mass, camera):
-        slid = displacement(impulse[:, None], mu, mass, seconds)       # (n,FRAMES)
-        return slid[:, :, None] * turn(heading, camera)[:, None]       # (n,FRAMES,2)
+    def path(physics):
+        """Where the object is relative to its start, (n,FRAMES,2)."""
+        # (n,FRAMES)
+        slid = displacement(impulse[:, None], physics, seconds)
+        return slid[:, :, None] * turn(heading, physics.camera)[:, None]
 
-    ends = np.stack([path(*physics)[:, -1] for physics in DOMAINS.values()])  # (domains,n,2)
+    # (domains,n,2)
+    ends = np.stack([path(physics)[:, -1] for physics in DOMAINS.values()])
     low = radius[:, None] + np.maximum(0, -ends).max(0)
     high = WORLD - radius[:, None] - np.maximum(0, ends).max(0)
     start = low + (high - low) * u[:, 3:5]
-    mu, mass, _ = DOMAINS[domain]
+    physics = DOMAINS[domain]
     return {
-        'mu': np.full(clips, mu), 'mass': np.full(clips, mass), 'impulse': impulse[:, None] * heading,
-        'position': start[:, None] + path(*DOMAINS[domain]),
-        'corners': np.asarray(CORNERS)[(u[:, 5] * len(CORNERS)).astype(int)], 'radius': radius,
-        'angle': 2 * np.pi * u[:, 6], 'colour': 0.3 + 0.7 * u[:, 7:10],
+        'mu': np.full(clips, physics.mu),
+        'mass': np.full(clips, physics.mass),
+        'impulse': impulse[:, None] * heading,
+        'position': start[:, None] + path(physics),
+        'corners': np.asarray(CORNERS)[(u[:, 5] * len(CORNERS)).astype(int)],
+        'radius': radius,
+        'angle': 2 * np.pi * u[:, 6],
+        'colour': 0.3 + 0.7 * u[:, 7:10],
     }
 
 
@@ -113,10 +131,11 @@ def render(clips, size, device='cpu'):
     Every shape is a regular polygon: its signed distance is that of one edge after folding the angle.
     """
     def column(name, *shape):
+        """An array of the clips as a tensor of this shape."""
         return torch.as_tensor(clips[name], dtype=torch.float32, device=device).view(*shape)
     n, scale = len(clips['mu']), size / WORLD
     centre = column('position', n, FRAMES, 2) * scale
-    # Only a box around the object is computed; it is cut off at the border by moving it inside.
+    # Only a box around the object is computed. At the border the box is moved inside.
     box = min(size, 2 * int(RADIUS[1] * scale + 2) + 1)
     corner = (centre.long() - box // 2).clamp(0, size - box)           # (n,F,2)
     pixel = corner[..., None] + torch.arange(box, device=device)       # (n,F,2,box)
@@ -127,7 +146,8 @@ def render(clips, size, device='cpu'):
     distance = torch.hypot(y[..., :, None], x[..., None, :]) * folded.cos()
     cover = (0.5 + column('radius', n, 1, 1, 1) * scale * (sector / 2).cos() - distance).clamp(0, 1)
     colour = column('colour', n, 1, 1, 1, 3)
-    painted = ((BACKGROUND + cover[..., None] * (colour - BACKGROUND)) * 255 + 0.5).to(torch.uint8)  # (n,F,box,box,3)
+    # (n,F,box,box,3)
+    painted = ((BACKGROUND + cover[..., None] * (colour - BACKGROUND)) * 255 + 0.5).to(torch.uint8)
     frames = torch.full((n * FRAMES, size, size, 3), int(BACKGROUND * 255 + 0.5), dtype=torch.uint8, device=device)
     across, down = pixel.view(n * FRAMES, 2, box).unbind(1)
     frames[torch.arange(n * FRAMES, device=device)[:, None, None], down[:, :, None], across[:, None]] = painted.flatten(0, 1)
@@ -139,7 +159,7 @@ def tubelets(frames, patch):
     n, f, h, w, _ = frames.shape
     x = frames.view(n, f // TUBELET, TUBELET, h // patch, patch, w // patch, patch * 3)  # n,T,t,gy,y,gx,x*c
     x = x.permute(0, 1, 3, 5, 2, 4, 6).reshape(n, f // TUBELET, -1, TUBELET * patch * patch, 3)  # n,T,gy*gx,t*y*x,c
-    return (x.float() / 127.5 - 1).mT                                  # moved by rows of x*c: single bytes are slow
+    return (x.float() / 127.5 - 1).mT
 
 
 def pictures(z, decoder, grid, patch):
@@ -152,138 +172,14 @@ def pictures(z, decoder, grid, patch):
     return (blocks.permute(0, 1, 4, 2, 5, 3).reshape(len(z), grid[0] * patch, grid[1] * patch, 3) / 2 + 0.5).clamp(0, 1)
 
 
-# ---- the disk format -----------------------------------------------------------------------------------------------
-# data/<name>/<split>_<nnnnn>.npy     float16 (clips,T,N,D) features as the encoder gave them, memory-mapped
-# data/<name>/<split>_actions.npy     float32 (clips,T,A), zero after step 1
-# data/<name>/<split>_physics.npz     what simulate() returned
-# data/<name>/manifest.json           shapes, domains, encoder, seed, sha256 of every file and of itself, complete or not
-
-
-def folder_of(name):
-    """data/<name> beside the code; a name with a path separator is taken as a folder."""
-    if not name:
-        raise Refusal('a data set needs a name')
-    return os.path.abspath(name) if os.sep in name else os.path.join(ROOT, 'data', name)
-
-
-def claim(path, *outputs):
-    """
-    Keep other runs out of a file or folder until this process ends, however it ends, and remove what a killed run left
-    half-written of these outputs. Raises Refusal where another run is at work.
-    """
-    if fcntl:
-        lock = os.open(path, os.O_RDONLY)                              # stays open: the system lets go when the process ends
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Refusal(f'{path}: another run is writing here; wait for it, or choose another place') from None
-    for output in outputs:
-        if os.path.lexists(output + '.tmp'):
-            os.unlink(output + '.tmp')
-
-
-def write_atomically(path, write):
-    """
-    Call write(file) on a temporary neighbour, sync it and rename it: path is either old or whole, also after a loss of
-    power. Raises Refusal where the system does not let it be written (disk full, no permission); path is then untouched.
-    """
-    temporary = path + '.tmp'
-    try:
-        if os.path.lexists(temporary):
-            os.unlink(temporary)                                       # a link put there would lead elsewhere
-        try:
-            with open(temporary, 'xb') as f:
-                write(f)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, path)
-        finally:
-            if os.path.lexists(temporary):
-                os.unlink(temporary)
-        if os.name == 'posix':                                         # the new name is safe once its folder is synced
-            folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except OSError as error:
-        raise Refusal(f'{path} could not be written ({error.strerror or error}); what it held before is untouched') from None
-
-
-def sha256(path):
-    """Hex digest of a file."""
-    with open(path, 'rb') as f:
-        return hashlib.file_digest(f, 'sha256').hexdigest()
-
-
-SEAL = b',\n "checksum": "'         # the manifest's last entry: the sha256 of every byte before it
-
-
-def write_manifest(folder, manifest):
-    """Write the manifest of a data set atomically, closed by its own checksum."""
-    text = json.dumps({k: v for k, v in manifest.items() if k != 'checksum'}, indent=1).encode().removesuffix(b'\n}')
-    seal = SEAL + hashlib.sha256(text).hexdigest().encode() + b'"\n}'
-    write_atomically(os.path.join(folder, 'manifest.json'), lambda f: f.write(text + seal))
-
-
-def parse_manifest(path):
-    """The manifest at a path, its 'checksum' verified; raises Refusal where a byte of it is not as it was written."""
-    try:
-        with open(path, 'rb') as f:
-            raw = f.read()
-    except OSError as error:
-        raise Refusal(f'{path} could not be read ({error.strerror})') from None
-    text, _, seal = raw.rpartition(SEAL)
-    if seal != hashlib.sha256(text).hexdigest().encode() + b'"\n}':
-        raise Refusal(f'{path} is damaged, or was not written by this version; delete the folder and run prepare.py again')
-    try:
-        manifest = json.loads(raw)
-        return {**manifest, **{key: manifest[key] for key in ('made_from', 'complete', 'shape', 'sha256', 'splits')}}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Refusal(f'{path} is not a manifest ({error!r}); delete the folder and run prepare.py again') from None
-
-
-def read_manifest(name):
-    """The manifest of a finished data set; raises Refusal where there is none or it is unfinished or unreadable."""
-    path = os.path.join(folder_of(name), 'manifest.json')
-    if not os.path.isfile(path):
-        raise Refusal(f'no data set at {os.path.dirname(path)}; make it with: python prepare.py --name={name}')
-    manifest = parse_manifest(path)
-    if manifest.get('complete') is not True:
-        raise Refusal(f'{os.path.dirname(path)} is unfinished; go on with the same prepare.py command')
-    return manifest
-
-
-def intact(folder, manifest, file):
-    """Whether a file of a data set is there and has the sha256 that the manifest noted."""
-    path = os.path.join(folder, file)
-    return os.path.isfile(path) and sha256(path) == manifest['sha256'][file]
-
-
-def verify(folder, manifest, files):
-    """Raise Refusal unless each of these files lies in the folder itself and has the sha256 that the manifest noted."""
-    large = sum(os.path.getsize(p) for p in (os.path.join(folder, f) for f in files) if os.path.isfile(p)) > 2**30
-    for file in progress(files, f'checking {os.path.basename(folder)}', 'files') if large else files:
-        if os.path.basename(file) != file:
-            raise Refusal(f'{folder}: its manifest names {file!r}, which is not a file of this folder')
-        if not intact(folder, manifest, file):
-            raise Refusal(f'{os.path.join(folder, file)} is damaged or missing; prepare.py, called as at first, mends it')
-
-
-def read_physics(path):
-    """The arrays of an .npz file as np.savez writes it; ValueError for a member that claims more than it holds."""
-    arrays = {}
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            if member.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f'{member.filename} is compressed')
-            with archive.open(member) as f:
-                np.lib.format.read_magic(f)
-                shape, _, dtype = np.lib.format.read_array_header_1_0(f)
-                arrays[member.filename.removesuffix('.npy')] = np.frombuffer(f.read(), dtype).reshape(shape)
-    return arrays
-
+# ---- clips of a prepared data set (its files: support/files.py) ---------------------------------------------------------
 
 class Split:
-    """One split of a data set, memory-mapped: len(), [indices] → (z, a), .physics (dict of arrays or empty)."""
+    """
+    One split of a data set, memory-mapped: len(), [indices] → (z, a), .physics (dict of arrays or empty).
+
+    At opening, shards are checked by their size and header; `python prepare.py`, called as at first, checks every byte.
+    """
 
     def __init__(self, name, split):
         folder, self.manifest = folder_of(name), read_manifest(name)
@@ -291,37 +187,52 @@ class Split:
         try:
             if split not in self.manifest['splits']:
                 raise Refusal(f'data set {name} has no split {split!r}; it has {", ".join(self.manifest["splits"])}')
-            files = [shard['file'] for shard in self.manifest['splits'][split]['shards']]
-            actions, physics = f'{split}_actions.npy', f'{split}_physics.npz'
-            present = [physics] if physics in self.manifest['sha256'] else []
-            verify(folder, self.manifest, [*files, actions, *present])
-            # A header that claims more than its file holds cannot be mapped.
-            *self.shards, self.actions = (np.load(os.path.join(folder, f), mmap_mode='r') for f in (*files, actions))
-            self.physics = read_physics(os.path.join(folder, physics)) if present else {}
-            self.starts = np.cumsum([0] + [len(s) for s in self.shards])
-            T, N, D = self.manifest['shape']
-            rows, columns = self.manifest['grid']
-            count = self.starts[-1]
-            if not count:
-                raise Refusal(f'{self.name} is empty')
-            if any(s.shape[1:] != (T, N, D) or s.dtype != np.float16 for s in self.shards) or rows * columns != N:
-                raise ValueError(f'its shards are not float16 (clips,{T},{N},{D}) on a grid {rows} x {columns}')
-            if self.actions.shape[:2] != (count, T) or self.actions.ndim != 3 or self.actions.dtype != np.float32:
-                raise ValueError(f'its actions are not float32 ({count},{T},A) but {self.actions.dtype} {self.actions.shape}')
-            if self.physics and (self.physics['position'].ndim, *self.physics['position'].shape[::2]) != (3, count, 2):
-                raise ValueError(f'its positions are not ({count},frames,2)')
+            self.open(folder, split)
+            self.check()
         except (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise Refusal(f'{self.name} is not as prepare.py writes it ({type(error).__name__}: {error})') from None
-        self.actions = np.array(self.actions)
-        if not np.isfinite(self.actions).all():
-            raise Refusal(f'{self.name}: the actions of clip {np.argwhere(~np.isfinite(self.actions))[0][0]} are not finite')
+
+    def open(self, folder, split):
+        """Map the shards; read actions and physics, whose checksums are compared."""
+        self.shards = [map_array(folder, shard['file']) for shard in self.manifest['splits'][split]['shards']]
+        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+        actions, physics = f'{split}_actions.npy', f'{split}_physics.npz'
+        verify(folder, self.manifest, [actions])
+        self.actions = np.array(map_array(folder, actions))
+        self.physics = {}
+        if physics in self.manifest['sha256']:
+            verify(folder, self.manifest, [physics])
+            with np.load(os.path.join(folder, physics)) as arrays:
+                self.physics = dict(arrays)
+
+    def check(self):
+        """Raise ValueError or Refusal unless the arrays have the shapes that the manifest tells and the actions are finite."""
+        T, N, D = self.manifest['shape']
+        rows, columns = self.manifest['grid']
+        count = self.starts[-1]
+        if not count:
+            raise Refusal(f'{self.name} is empty')
+        for shard in self.shards:
+            if shard.shape[1:] != (T, N, D) or shard.dtype != np.float16 or rows * columns != N:
+                raise ValueError(f'its shards are not float16 (clips,{T},{N},{D}) on a grid {rows} x {columns}')
+        actions = self.actions
+        if actions.shape[:2] != (count, T) or actions.ndim != 3 or actions.dtype != np.float32:
+            raise ValueError(f'its actions are not float32 ({count},{T},A) but {actions.dtype} {actions.shape}')
+        if self.physics:
+            position = self.physics['position']
+            if position.ndim != 3 or position.shape[::2] != (count, 2):
+                raise ValueError(f'its positions are not ({count},frames,2)')
+        if not np.isfinite(actions).all():
+            clip = np.argwhere(~np.isfinite(actions))[0][0]
+            raise Refusal(f'{self.name}: the actions of clip {clip} are not finite')
 
     def __len__(self):
         return len(self.actions)
 
     def __getitem__(self, indices):
         """indices: sequence of b ints → z (b,T,N,D) float32 layer-normed without affine (eps 1e-5), a (b,T,A) float32."""
-        indices = np.arange(len(self))[indices]  # slices, negative numbers, and an IndexError where one is due
+        # So that slices, negative numbers and an IndexError work as for a list.
+        indices = np.arange(len(self))[indices]
         shard = np.searchsorted(self.starts, indices, side='right') - 1
         z = np.stack([self.shards[s][i - self.starts[s]] for s, i in zip(shard, indices)])
         z = torch.from_numpy(z).float()
@@ -333,7 +244,7 @@ class Split:
 
 
 def open_split(name, split):
-    """Open a split of a prepared data set (a name under data/ or a folder); raises Refusal if it is missing or damaged."""
+    """Open a split of a prepared data set (a name under data/ or a folder); raises Refusal if it is missing or unfit."""
     return Split(name, split)
 
 
@@ -357,25 +268,30 @@ def explained(x, y):
 
     Ridge regression, each clip predicted from all others (leave-one-out in closed form), the better of six strengths.
     """
-    gram = (x @ x.T).double() / x.shape[1] + 1                         # + 1: the bias
+    # The 1 is the bias.
+    gram = (x @ x.T).double() / x.shape[1] + 1
     y, best = y.double(), -math.inf
     for strength in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
         inverse = torch.linalg.inv(gram + strength * torch.eye(len(x), dtype=gram.dtype))
-        left_out = inverse @ y / inverse.diagonal()[:, None]           # residuals of the clips left out
-        best = max(best, 1 - (left_out.square().sum() / (y - y.mean(0)).square().sum()).item())
+        # The residual of each clip when it is left out.
+        residuals = inverse @ y / inverse.diagonal()[:, None]
+        unexplained = residuals.square().sum() / (y - y.mean(0)).square().sum()
+        best = max(best, 1 - unexplained.item())
     return best
 
 
 def progress(items, label, unit='clips'):
     """Iterate over a sized collection, showing the share done, the rate and the time left on the terminal."""
+    terminal = sys.stdout.isatty()
+    interval = 0.3 if terminal else 10
     start = shown = time.time()
     for done, item in enumerate(items, 1):
         yield item
-        now = time.time()
-        if now - shown > (0.3 if sys.stdout.isatty() else 10) or done == len(items):
-            rate, shown = done / (now - start + 1e-9), now
-            left = (len(items) - done) / rate
-            last = done == len(items)
-            print(f'{label:<28} {done:>6}/{len(items)} {done / len(items):>5.0%} {rate:8.1f} {unit}/s '
-                  f'{f"{now - start:.0f} s" if last else f"{left:.0f} s left"}   ',
-                  end='\n' if last or not sys.stdout.isatty() else '\r', flush=True)
+        now, last = time.time(), done == len(items)
+        if now - shown < interval and not last:
+            continue
+        shown = now
+        rate = done / (now - start + 1e-9)
+        left = f'{now - start:.0f} s' if last else f'{(len(items) - done) / rate:.0f} s left'
+        print(f'{label:<28} {done:>6}/{len(items)} {done / len(items):>5.0%} {rate:8.1f} {unit}/s {left}   ',
+              end='\r' if terminal and not last else '\n', flush=True)

@@ -5,6 +5,9 @@ System (CMS).
 Source: "Nested Learning: The Illusion of Deep Learning Architectures" (Behrouz et al., 2025); equation numbers are
 that paper's. AC-HOPE-ViT is model.Predictor with HopeBlock: a Titan memory after attention, or in its place, and the CMS
 where the MLP stood. Everything else (tokens, positions, interface) is shared with ViT-AC.
+
+    predictor = build(Sizes(feature_dim=48))                    # either predictor, by its sizes
+    predictor, checkpoint = load('out/hope.pt')                 # in eval mode
 """
 import math
 
@@ -13,14 +16,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import Refusal
-from model import MLP, Attention, rotate
+from model import MLP, Attention, Block, Predictor, Sizes, rotate
+from support.files import MALFORMED, read_checkpoint
 
-MEMORIES = 'k', 'v', 'mem', 'eta', 'alpha'
+# The five memories of a head.
+MEMORIES = Sizes.adapts
 
 
 def unit(x):
     """x scaled to unit length along its last dimension; the bound keeps the gradient finite at 0, where idle tokens are."""
-    return x * x.square().sum(-1, keepdim=True).clamp(min=1e-6).rsqrt()  # fewer passes back than F.normalize
+    return x * x.square().sum(-1, keepdim=True).clamp(min=1e-6).rsqrt()
 
 
 class TitanMemory(nn.Module):
@@ -43,14 +48,14 @@ class TitanMemory(nn.Module):
 
     def __init__(self, sizes):
         super().__init__()
-        width, self.heads = sizes['width'], sizes['heads']
+        width, self.heads = sizes.width, sizes.heads
         d = width // self.heads
-        self.self_targets, self.surprise, self.rule = sizes['self_targets'], sizes['surprise'], sizes['rule']
-        # query, and the inputs of M_k and of M_v
+        self.self_targets, self.surprise, self.rule = sizes.self_targets, sizes.surprise, sizes.rule
+        # The query, and the inputs of M_k and of M_v.
         self.qkv = nn.Linear(width, 3 * width)
-        self.grid = sizes['grid']
+        self.grid = sizes.grid
         # Over each patch and its eight neighbours; zero-initialised: starts as a no-op.
-        self.conv = nn.Conv2d(width, width, 3, padding=1, groups=width) if sizes['conv'] else None
+        self.conv = nn.Conv2d(width, width, 3, padding=1, groups=width) if sizes.conv else None
         if self.conv:
             nn.init.zeros_(self.conv.weight)
             nn.init.zeros_(self.conv.bias)
@@ -71,17 +76,17 @@ class TitanMemory(nn.Module):
         self.carry_bias = nn.Parameter(torch.full((self.heads, 1, 1), -3.0))
         if self.surprise:
             self.gate_bias = nn.Parameter(torch.full((self.heads, 1), -2.0))
-        unknown = set(sizes['adapts']) - set(MEMORIES)
-        if unknown or not sizes['adapts']:
-            raise Refusal(f'adapts = {", ".join(sizes["adapts"])!r}: allowed are {", ".join(MEMORIES)}')
-        # Rows that may change. Without self-generated targets there is nothing that eta and alpha could be told.
-        adapts = [m in sizes['adapts'] and (self.self_targets or m not in ('eta', 'alpha')) for m in MEMORIES]
-        rows = torch.tensor([flag for flag, n in zip(adapts, (d, d, d, 1, 1)) for _ in range(n)])[:, None]
+        adapts = set(sizes.adapts)
+        if not self.self_targets:
+            # v has no parts that eta and alpha could be told.
+            adapts -= {'eta', 'alpha'}
+        # Rows that may change, (3d+2,1).
+        rows = torch.cat([torch.full((n, 1), name in adapts) for name, n in zip(MEMORIES, (d, d, d, 1, 1))])
         # rows of k, v, mem, eta with alpha: (3d+2,4)
         members = torch.block_diag(*(torch.ones(n, 1) for n in (d, d, d, 2)))
         self.register_buffer('members', members, persistent=False)
-        self.register_buffer('adapting', None if all(adapts) else rows, persistent=False)
-        # A list here collects a dict per write.
+        self.register_buffer('adapting', None if adapts == set(MEMORIES) else rows, persistent=False)
+        # Set to a list, it collects a dict per write.
         self.diagnostics = None
 
     def forward(self, x, rope, memory=None):
@@ -102,17 +107,16 @@ class TitanMemory(nn.Module):
         # A memory in bfloat16 would lose what it sums up.
         with torch.autocast(x.device.type, enabled=False):
             q = rotate(unit(q + self.query_bias), rope_q)
-            # From here on the G = B*H memories lie side by side, as bmm takes them: matmul would reshape them at every call.
-            # (T,G,P,d)
+            # From here on the G = B*H memories lie side by side, as bmm takes them, (T,G,P,d).
             q, k_in, v_in, *rope_k = (r.flatten(1, 2) for r in (q, k_in, v_in, *rope_k))
             learned = self.learned(B)
             weights = learned['start'] if memory is None else learned['start'] + memory.flatten(0, 1)
             parts = self.parts(weights, learned)
-            # chunk = step
+            # One chunk is one time step.
             for q_t, k_t, v_t, *rope_t in zip(*(r.unbind(0) for r in (q, k_in, v_in, *rope_k))):
                 weights = self.write(weights, parts, learned, k_t, v_t, rope_t)
                 parts = self.parts(weights, learned)
-                # after the write, (G,P,d)
+                # A frame's reads see that frame's writes, (G,P,d).
                 y.append(self.read(parts['mem'], q_t))
         y = torch.stack(y, 1).view(B, H, T, P, d).permute(0, 2, 3, 1, 4).reshape(B, T, P, C)
         return self.proj(y), (weights - learned['start']).unflatten(0, (B, H))
@@ -140,13 +144,13 @@ class TitanMemory(nn.Module):
         # (H,.,.), (H,3d+2,d), (H,1,2)
         learned = {'start': self.start(), 'M_0': self.memory, 'rates': torch.stack([self.eta_bias, self.alpha_bias], -1)}
         if self.surprise:
-            learned['gate'] = F.softplus(self.gate_bias)  # (H,1)
+            # (H,1)
+            learned['gate'] = F.softplus(self.gate_bias)
         return {name: p.expand(clips, *p.shape).flatten(0, 1) for name, p in learned.items()}
 
     def rows(self, matrix):
         """The rows (G,.,c) of a matrix (G,3d+2,c) by the part of M that they belong to."""
         d = self.memory.shape[-1]
-        # One split: its gradient is one concatenation.
         k, v, mem, rates = matrix.split((d, d, d, 2), 1)
         return {'k': k, 'v': v, 'mem': mem, 'rates': rates, 'all': matrix}
 
@@ -185,7 +189,7 @@ class TitanMemory(nn.Module):
     def rates(self, parts, learned, k_in):
         """k_in (G,P,d) → write rate eta > 0 of each token (G,P), and what the frame retains (G,1,1), in 0..1."""
         eta, alpha = F.softplus(self.read(parts['rates'], k_in) + learned['rates']).unbind(-1)
-        # log alpha is divided by P: what a frame retains does not depend on the number of its patches.
+        # The mean over the P tokens: what a frame retains does not depend on the number of its patches.
         return eta, torch.exp(-alpha.mean(-1))[:, None, None]
 
     def targets(self, parts, v_in):
@@ -196,7 +200,8 @@ class TitanMemory(nn.Module):
         target = self.read(parts['all'], v)
         # Kept to unit length where they are longer: P keys that ask for the same M(v) would otherwise let the memory
         # feed on itself and grow by up to sqrt(P) a step.
-        lengths = target.square() @ self.members  # squared, (G,P,4)
+        # Squared, (G,P,4).
+        lengths = target.square() @ self.members
         return target * (lengths.clamp(min=1).rsqrt() @ self.members.mT)
 
     def step(self, weights, parts, learned, retained, k, eta, target):
@@ -217,7 +222,7 @@ class TitanMemory(nn.Module):
         """
         Ek = eta[..., None] * keys
         kept = start.lerp(weights, retained)
-        # positive definite: the identity plus a Gram matrix
+        # Positive definite: the identity plus a Gram matrix.
         gram = torch.baddbmm(torch.eye(keys.shape[-1], device=keys.device, dtype=keys.dtype), keys.mT, Ek)
         return torch.baddbmm(kept, wanted.mT, Ek).bmm(torch.linalg.inv_ex(gram)[0])
 
@@ -237,10 +242,7 @@ class TwoLayerTitanMemory(TitanMemory):
 
     def __init__(self, sizes):
         super().__init__(sizes)
-        if self.adapting is not None:
-            raise Refusal(f'memory_hidden = {sizes["memory_hidden"]}: the memories share the hidden layer, so all of '
-                          f'{", ".join(MEMORIES)} adapt, with self_targets = True; or set memory_hidden = 0')
-        d, hidden = sizes['width'] // self.heads, sizes['memory_hidden']
+        d, hidden = sizes.width // self.heads, sizes.memory_hidden
         self.layer1 = nn.Parameter(0.1 * torch.randn(self.heads, 3 * d + 2, hidden))
         self.layer2 = nn.Parameter(torch.randn(self.heads, hidden, d))
 
@@ -271,10 +273,11 @@ class TwoLayerTitanMemory(TitanMemory):
         z = k.bmm(w2)
         hidden = self.hidden(z)
         output = hidden.bmm(w1.mT)
-        # the gradients of 1/2 |M(k) - t|^2 at the outputs of W1 and, bounded, of W2
+        # The gradients of 1/2 |M(k) - t|^2 at the outputs of W1 and, bounded, of W2
         gradient1 = k.bmm(learned['M_0'].mT) + output - target
         slope = (1 - z.tanh().square()) / z.shape[-1] ** 0.5
-        jacobian = (slope.square() * w1.square().sum(1, keepdim=True)).sum(-1, keepdim=True)  # its squared norm, (G,P,1)
+        # The squared norm of the Jacobian, (G,P,1).
+        jacobian = (slope.square() * w1.square().sum(1, keepdim=True)).sum(-1, keepdim=True)
         gradient2 = gradient1.bmm(w1) * slope / (1 + jacobian)
         wanted1, wanted2 = -gradient1, -gradient2
         if self.rule == 'delta':
@@ -304,7 +307,8 @@ class Level(MLP):
         """x (B,T,P,C) → (B,T,P,C)."""
         if self.fc1.weight.dim() == 2:
             return self.gain * x + super().forward(x)
-        rows = x.reshape(len(self.fc1.weight), -1, x.shape[-1])        # (n,B/n*T*P,C)
+        # (n,B/n*T*P,C)
+        rows = x.reshape(len(self.fc1.weight), -1, x.shape[-1])
         hidden = F.gelu(torch.baddbmm(self.fc1.bias[:, None], rows, self.fc1.weight.mT))
         added = torch.baddbmm(self.fc2.bias[:, None], hidden, self.fc2.weight.mT)
         return (self.gain[:, None, None] * rows + added).view(x.shape)
@@ -322,8 +326,9 @@ class CMS(nn.Module):
 
     def forward(self, x):
         """x (B,T,P,C) → what the chain adds to x, (B,T,P,C)."""
-        added = 0                                                      # the block has a residual path of its own, and
-        for level in self.levels:                                      # y - x at the end would cancel in bfloat16
+        # Summed apart from x, because the block has a residual path of its own and y - x would cancel in bfloat16.
+        added = 0
+        for level in self.levels:
             added = added + level(x + added)
         return added
 
@@ -348,7 +353,7 @@ class CMSWriter:
     """
 
     def __init__(self, predictor, rate, streams=1):
-        self.predictor, self.periods = predictor, predictor.sizes['cms_periods']
+        self.predictor, self.periods = predictor, predictor.sizes.cms_periods
         self.rate, self.streams, self.ticks = rate, streams, 0
         self.levels, self.log_rates = [{} for _ in self.periods], {}
         for place, module in predictor.named_modules():
@@ -377,11 +382,13 @@ class CMSWriter:
         """
         gradients = torch.autograd.grad(losses.square().sum() / 2, list(self.weights.values()), retain_graph=retain_graph)
         self.ticks += 1
-        earned = (initial_losses / losses.detach().clamp(min=1e-12)).clamp(max=1).pow(4)  # (L_0 / L)^2
+        # (L_0 / L)^2, L being half of the squared loss.
+        earned = (initial_losses / losses.detach().clamp(min=1e-12)).clamp(max=1).pow(4)
         for name, gradient in zip(self.weights, gradients):
             kept = earned.view(-1, *[1] * (gradient.dim() - 1))
             self.changes[name] = kept * self.changes[name]
-            self.sums[name] = kept * (self.sums[name] + gradient)      # taken at weights of which as much is left
+            # The waiting gradients were taken at weights of which as much is left.
+            self.sums[name] = kept * (self.sums[name] + gradient)
         for i, (level, period) in enumerate(zip(self.levels, self.periods)):
             if self.ticks % period == 0:
                 steps = {name: self.rate / period * self.log_rates[name].exp() * self.sums[name] for name in level}
@@ -417,14 +424,17 @@ class HopeBlock(nn.Module):
 
     def __init__(self, sizes):
         super().__init__()
-        width, mixer = sizes['width'], sizes['mixer']
-        memory = TwoLayerTitanMemory if sizes['memory_hidden'] else TitanMemory
+        width, mixer = sizes.width, sizes.mixer
+        memory = TwoLayerTitanMemory if sizes.memory_hidden else TitanMemory
 
         def norm():
             return nn.LayerNorm(width, eps=1e-6)
-        self.attn_norm, self.attn = (norm(), Attention(width, sizes['heads'])) if mixer != 'titan' else (None, None)
-        self.titan_norm, self.titan = (norm(), memory(sizes)) if mixer != 'attention' else (None, None)
-        self.cms_norm, self.cms = norm(), CMS(width, sizes['cms_hidden'], len(sizes['cms_periods']))
+        self.attn_norm = self.attn = self.titan_norm = self.titan = None
+        if mixer != 'titan':
+            self.attn_norm, self.attn = norm(), Attention(width, sizes.heads)
+        if mixer != 'attention':
+            self.titan_norm, self.titan = norm(), memory(sizes)
+        self.cms_norm, self.cms = norm(), CMS(width, sizes.cms_hidden, len(sizes.cms_periods))
 
     def forward(self, x, rope, memory=None):
         """x (B,T,P,C), rope: see Predictor.rope, memory of this block or None → (B,T,P,C), memory."""
@@ -432,6 +442,32 @@ class HopeBlock(nn.Module):
         if self.attn:
             x = x + self.attn.block_causal(self.attn_norm(x), rope)
         if self.titan:
-            y, new = self.titan(self.titan_norm(x), rope, memory if memory is None else self.titan.hand_over(memory))
+            if memory is not None:
+                memory = self.titan.hand_over(memory)
+            y, new = self.titan(self.titan_norm(x), rope, memory)
             x = x + y
         return x + self.cms(self.cms_norm(x)), new
+
+
+# ---- either predictor --------------------------------------------------------------------------------------------------
+
+def build(sizes):
+    """A ViT-AC or AC-HOPE-ViT with random weights, as its Sizes say."""
+    if sizes.model == 'vit':
+        return Predictor(sizes, Block)
+    return Predictor(sizes, HopeBlock, CMS(sizes.action_dim, 16, len(sizes.cms_periods)))
+
+
+def load(path, device='cpu', **fields):
+    """
+    Read a checkpoint → (predictor in eval mode on device, checkpoint dict); fields: name=type of what else it must hold.
+
+    Raises Refusal where it is missing, damaged, not finite or not a checkpoint.
+    """
+    checkpoint = read_checkpoint(path, device, **fields)
+    try:
+        predictor = build(Sizes(**checkpoint['sizes']))
+        predictor.load_state_dict(checkpoint['predictor'])
+    except (Refusal, *MALFORMED) as error:
+        raise Refusal(f'{path} is not a checkpoint of this code ({" ".join(str(error).split())[:200]})') from None
+    return predictor.to(device).eval(), checkpoint

@@ -24,7 +24,9 @@ import torch.nn.functional as F
 
 import data
 from configurator import Refusal, configure
-from model import load_vjepa2, pick_device
+from model import pick_device
+from support.files import claim, folder_of, intact, parse_manifest, sha256, write_atomically, write_manifest
+from vjepa2 import load_vjepa2
 
 # what to make
 name = 'slide'           # data set: data/<name> beside the code, or a folder if it contains a slash
@@ -119,7 +121,7 @@ def download(repository, path):
     done = os.path.getsize(partial)
     if done < length:
         raise Refusal(f'{url}: the connection ended after {done:,} of {length:,} bytes; the same command goes on')
-    if done > length or data.sha256(partial) != digest:
+    if done > length or sha256(partial) != digest:
         os.remove(partial)
         raise Refusal(f'{url}: what came does not have the sha256 that the server named; try again')
     os.replace(partial, path)
@@ -372,8 +374,8 @@ def first_clip(folders):
 def save(file, write):
     """Write a file of the set atomically by calling write(file object), and note its sha256 in the manifest."""
     path = os.path.join(folder, file)
-    data.write_atomically(path, write)
-    manifest['sha256'][file] = data.sha256(path)
+    write_atomically(path, write)
+    manifest['sha256'][file] = sha256(path)
 
 
 def stored(clips, steps):
@@ -480,7 +482,7 @@ side = round(shape[1] ** 0.5)
 if side ** 2 != shape[1]:
     raise Refusal(f'{shape[1]} patches per step are not a square grid')
 
-folder = data.folder_of(name)
+folder = folder_of(name)
 manifest_path = os.path.join(folder, 'manifest.json')
 made_from = {'source': source, 'split': split, 'encoder': encoder, 'encode': encode, 'weights': weights, 'part': part,
              'seed': seed, 'size': size, 'fps': data.FPS, 'world_m': data.WORLD,
@@ -489,13 +491,13 @@ manifest = {'complete': False, 'made_from': made_from, 'shape': shape, 'dtype': 
             'patch': PATCH, 'sha256': {}, 'splits': {s: {'domain': d, 'shards': []} for s, d in domains.items()}}
 os.makedirs(folder, exist_ok=True)
 leftovers = [f.path for f in os.scandir(folder) if f.name.endswith('.tmp')] if os.path.exists(manifest_path) else []
-data.claim(folder, *(path.removesuffix('.tmp') for path in leftovers))
+claim(folder, *(path.removesuffix('.tmp') for path in leftovers))
 if os.path.exists(manifest_path):
-    found = data.parse_manifest(manifest_path)
+    found = parse_manifest(manifest_path)
     if (found['made_from'], found['shape']) != (made_from, shape):
         raise Refusal(f'{folder} holds a set made with other settings; choose another --name or delete the folder')
     manifest = found
-    damaged = [file for file in manifest['sha256'] if not data.intact(folder, manifest, file)]
+    damaged = [file for file in manifest['sha256'] if not intact(folder, manifest, file)]
     if manifest['complete'] and not damaged:
         print(f'{folder} is complete, every file as it was written; nothing to do')
         sys.exit(0)
@@ -526,7 +528,7 @@ for which, (count, actions, physics, content) in splits.items():
             file = f'{which}_{len(shards):05d}.npy'
             save(file, lambda f: np.save(f, z[:len(kept)]))
             shards.append({'file': file, 'clips': len(kept), 'skipped': sorted(set(range(i - place, i + 1)) - set(kept))})
-            data.write_manifest(folder, manifest)
+            write_manifest(folder, manifest)
     bad = {i for shard in shards for i in shard['skipped']}
     if len(bad) == count:
         raise Refusal(f'split {which}: none of its {count} clips can be read')
@@ -546,6 +548,6 @@ if source == 'physics':
     print(f'z_1 alone explains {explained:.0%} of the displacement (linear read-out, {len(z_1):,} clips left out in turn)')
     draw_pictures()
 manifest['complete'] = True
-data.write_manifest(folder, manifest)
+write_manifest(folder, manifest)
 print(f'done in {time.time() - start:.0f} s' + (f'; pictures: {folder}/clips.png' if source == 'physics' else '')
       + (f'; {skipped} clips skipped' if skip_bad else ''))

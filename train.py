@@ -7,26 +7,31 @@ Train a predictor on phase A: teacher forcing plus a curriculum-weighted jump (o
     torchrun --standalone --nproc_per_node=4 train.py config/hope_jump.py        four GPUs of one machine
 
 The data set is prepared first if it is missing. Writes the checkpoint `out`, and beside it the log as CSV. Ctrl-C or
-SIGTERM stops at the next step with everything saved; a second one stops at once. A resumed run ends as if never stopped.
+SIGTERM stops at the next step with everything saved; a second one stops at once. A resumed run ends as if never stopped;
+its log goes on below the old one, where steps after the checkpoint may stand already: the later row of a step counts.
 """
 import contextlib
 import csv
 import functools
+import importlib.util
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from configurator import ROOT, Refusal, configure
-from data import batch_indices, claim, open_split, read_manifest
-from hope import CMSWriter
-from model import MALFORMED, VERSION, build, jump_loss, load, pick_device, rollout, save, start_from, teacher_forcing_loss
+from data import batch_indices, open_split
+from hope import CMSWriter, build, load
+from model import Sizes, feature_loss, jump_loss, pick_device, rollout, rollout_loss, teacher_forcing_loss
+from support.files import MALFORMED, VERSION, claim, read_manifest, save
+from vjepa2 import start_from
 
 # predictor
 model = 'hope'           # AC-HOPE-ViT or ViT-AC [hope | vit]
@@ -84,345 +89,466 @@ device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or
 compile = False          # torch.compile the predictor; pays off in long runs on a GPU
 wandb = ''               # project name: also log to Weights & Biases
 settings = configure(globals())
-
-# ---- device and processes ------------------------------------------------------------------------------------------
-rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-device = pick_device(device)
-if world > 1:
-    if device == 'cuda':
-        device = f'cuda:{int(os.environ["LOCAL_RANK"])}'
-        torch.cuda.set_device(device)
-    dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
-for name in 'teacher_every', 'stream':
-    if batch_size % (world * accumulation * settings[name]):
-        raise Refusal(f'batch_size = {batch_size} must be a multiple of accumulation x processes x {name} = '
-                      f'{accumulation * world * settings[name]}')
-if stream == 1 and (action_gain or cms_rate):
-    raise Refusal(f'action_gain = {action_gain:g}, cms_rate = {cms_rate:g}: a clip alone teaches nothing; '
-                  'set stream > 1, or both to 0')
-try:
-    periods = tuple(int(word) for word in cms_periods.split(','))
-except ValueError:
-    raise Refusal(f'cms_periods = {cms_periods!r}: must be whole numbers separated by commas') from None
-if min(periods) < 1:
-    raise Refusal(f'cms_periods = {cms_periods!r}: a level cannot be written more often than at every tick (1)')
-if cms_rate and model == 'vit':
-    raise Refusal(f'cms_rate = {cms_rate:g}: a ViT-AC has no CMS levels to write')
-if start_rate > learning_rate:
-    raise Refusal(f'start_rate = {start_rate:g}: the rate rises from it to learning_rate = {learning_rate:g}')
-if wandb:
-    try:
-        import wandb as wandb_library
-    except ImportError:
-        raise Refusal('--wandb needs the package: pip install wandb') from None
-bf16 = device.startswith('cuda') and torch.cuda.is_bf16_supported()
-autocast = torch.autocast('cuda', torch.bfloat16) if bf16 else contextlib.nullcontext()
-torch.backends.cuda.matmul.allow_tf32 = True
-say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
-
-# ---- checkpoint to go on from ----------------------------------------------------------------------------------------
+knobs = SimpleNamespace(**settings)
+# These change no result. The others are the recipe: a resumed run must have the same.
 RUN_KNOBS = {'out', 'resume', 'stop_at', 'eval_interval', 'eval_clips', 'log_interval', 'device', 'compile', 'wandb'}
-recipe = {key: value for key, value in settings.items() if key not in RUN_KNOBS}  # what the result depends on
-first_step, checkpoint = 0, None
-if not os.path.basename(out) or out.endswith('.csv'):
-    raise Refusal(f'out = {out!r}: must name a file, and not the log, whose name is the same but for .csv')
-if resume:
-    predictor, checkpoint = load(out, device, recipe=dict, data=str, version=int, optimizer=dict, random=dict, step=int,
+recipe = {key: value for key, value in settings.items() if key not in RUN_KNOBS}
+
+
+# ---- checks --------------------------------------------------------------------------------------------------------
+
+def check_settings(knobs, processes):
+    """Raise Refusal for knobs that do not go together."""
+    for name in 'teacher_every', 'stream':
+        least = knobs.accumulation * processes * getattr(knobs, name)
+        if knobs.batch_size % least:
+            raise Refusal(f'batch_size = {knobs.batch_size} must be a multiple of accumulation x processes x {name} = '
+                          f'{least}')
+    if knobs.stream == 1 and (knobs.action_gain or knobs.cms_rate):
+        raise Refusal(f'action_gain = {knobs.action_gain:g}, cms_rate = {knobs.cms_rate:g}: a clip alone teaches nothing; '
+                      'set stream > 1, or both to 0')
+    if knobs.cms_rate and knobs.model == 'vit':
+        raise Refusal(f'cms_rate = {knobs.cms_rate:g}: a ViT-AC has no CMS levels to write')
+    if knobs.start_rate > knobs.learning_rate:
+        raise Refusal(f'start_rate = {knobs.start_rate:g}: the rate rises from it to learning_rate = '
+                      f'{knobs.learning_rate:g}')
+    if knobs.wandb and importlib.util.find_spec('wandb') is None:
+        raise Refusal('--wandb needs the package: pip install wandb')
+    if not os.path.basename(knobs.out) or knobs.out.endswith('.csv'):
+        raise Refusal(f'out = {knobs.out!r}: must name a file, and not the log, whose name is the same but for .csv')
+    if os.path.exists(knobs.out) and not knobs.resume:
+        raise Refusal(f'{knobs.out} exists; go on with --resume=True, or name another --out, or delete it')
+
+
+def check_clips(knobs, train_clips, val_clips):
+    """Raise Refusal for clips that do not suit each other or the knobs."""
+    _, T, A = train_clips.actions.shape
+    if val_clips.actions.shape[2] != A:
+        raise Refusal(f'data = {knobs.data}: actions of {knobs.split} have {A} numbers, those of val '
+                      f'{val_clips.actions.shape[2]}')
+    if knobs.jump_last >= T:
+        raise Refusal(f'jump_last = {knobs.jump_last}: the clips have {T} steps, so at most {T - 1} can be jumped to')
+    if knobs.rollout_steps >= T:
+        raise Refusal(f'rollout_steps = {knobs.rollout_steps}: the clips have {T} steps, so at most {T - 1} can be '
+                      'predicted')
+
+
+# ---- log, signals, checkpoints, processes --------------------------------------------------------------------------
+
+def open_log(path, columns, out, resume):
+    """
+    Open the CSV log and keep other runs out. A resumed run appends to it, any other begins it anew.
+
+    Raises Refusal while another run writes there, and for a file that is not such a log, which is left as it is.
+    """
+    file = open(path, 'a+', newline='', encoding='utf-8', errors='replace')
+    claim(path, out)
+    if not resume and os.path.exists(out):
+        # Another run was quicker.
+        raise Refusal(f'{out} exists; go on with --resume=True, or name another --out, or delete it')
+    file.seek(0)
+    header = file.readline(10_000)
+    ours = header == ','.join(columns) + '\r\n' if resume else header.startswith('step,loss,teacher_forcing,')
+    if header and not ours:
+        raise Refusal(f'{path} is not the log of {out}; move it away, or name another --out')
+    if not resume:
+        file.truncate(0)
+    if not resume or not header:
+        csv.writer(file).writerow(columns)
+    elif not (header + file.read()).endswith('\n'):
+        # A full disk cut the last row short.
+        file.write('\r\n')
+    return file
+
+
+def log(file, columns, head, row, tail, wandb_run=None):
+    """
+    Write a row {figure: value} to the CSV and, between head and tail, to the terminal.
+
+    columns: {figure: how the terminal shows it, '' for not at all}. A figure without a column is for the terminal alone.
+    """
+    figures = {name: row[name] for name in columns if name in row}
+    shown = [columns[name].format(value, **row) for name, value in figures.items() if columns[name]]
+    print('  '.join([head, *shown, tail]), flush=True)
+    csv.DictWriter(file, columns).writerow(figures)
+    file.flush()
+    if wandb_run:
+        wandb_run.log(figures, step=row['step'])
+
+
+def note_signals():
+    """Have SIGINT and SIGTERM put their number into the list returned; a second one ends the run at once."""
+    received = []
+
+    def note(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, note)
+    return received
+
+
+def load_checkpoint(path, device, recipe):
+    """The predictor and the checkpoint to go on from; raises Refusal where other settings or other code made it."""
+    predictor, checkpoint = load(path, device, recipe=dict, data=str, version=int, optimizer=dict, random=dict, step=int,
                                  best=float)
     changed = [f'{k} = {recipe[k]!r} (was {v!r})' for k, v in checkpoint['recipe'].items() if recipe.get(k) != v]
     if changed:
-        raise Refusal(f'--resume=True, but {out} was trained with other settings: {", ".join(changed)}')
+        raise Refusal(f'--resume=True, but {path} was trained with other settings: {", ".join(changed)}')
     if checkpoint['version'] != VERSION:
-        raise Refusal(f'--resume=True, but {out} was trained by version {checkpoint["version"]} of this code; this is '
+        raise Refusal(f'--resume=True, but {path} was trained by version {checkpoint["version"]} of this code; this is '
                       f'version {VERSION}, which would go on differently')
-    first_step = checkpoint['step']
-    if first_step >= max_iters:
-        say(f'{out} is finished ({first_step} steps); nothing to do')
-        sys.exit(0)
-elif os.path.exists(out):
-    raise Refusal(f'{out} exists; go on with --resume=True, or name another --out, or delete it')
+    return predictor, checkpoint
 
-# ---- data ----------------------------------------------------------------------------------------------------------
-if data == 'slide' and rank == 0:
-    try:
-        read_manifest(data)
-    except Refusal:  # missing, or left unfinished by an interruption
-        say('preparing data/slide first (built-in physics, nothing is downloaded)')
-        if subprocess.run([sys.executable, os.path.join(ROOT, 'prepare.py')]).returncode:
-            sys.exit(2)
-if world > 1:
-    dist.barrier()
-train_clips, val_clips = open_split(data, split), open_split(data, 'val')
-T, N, D = train_clips.manifest['shape']
-A = train_clips.actions.shape[-1]
-if val_clips.actions.shape[-1] != A:
-    raise Refusal(f'data = {data}: actions of {split} have {A} numbers, those of val {val_clips.actions.shape[-1]}')
-if resume and checkpoint['data'] != train_clips.manifest['checksum']:
-    raise Refusal(f'--resume=True, but {out} was trained on another data set than {data} now is (its manifest differs)')
-if jump_last >= T:
-    raise Refusal(f'jump_last = {jump_last}: the clips have {T} steps, so at most {T - 1} can be jumped to')
-if rollout_steps >= T:
-    raise Refusal(f'rollout_steps = {rollout_steps}: the clips have {T} steps, so at most {T - 1} can be predicted')
 
-# ---- predictor, optimiser, schedules -------------------------------------------------------------------------------
-torch.manual_seed(seed)
-if checkpoint is None:
-    predictor = build(model=model, feature_dim=D, action_dim=A, depth=depth, width=width,
-                      grid=tuple(train_clips.manifest['grid']), heads=heads, mlp_hidden=mlp_hidden,
-                      cms_hidden=cms_hidden, cms_periods=periods, mixer=mixer, conv=conv, memory_hidden=memory_hidden,
-                      adapts=tuple(adapts.split(',')), self_targets=self_targets, surprise=surprise, rule=rule,
-                      rope=rope).to(device)
-    if init_from:
-        new, dropped = start_from(predictor, init_from)
-        say(f'starting from {init_from}')
-        if new:
-            say(f'  of another size, so these start anew: {", ".join(new)}')
-        if dropped:
-            say(f'  without a place in this predictor, so these are dropped: {", ".join(dropped)}')
-predictor.train()
-# Decayed are the matrices of linear maps. Biases, gains, the convolution, and what a memory starts from or retains are
-# not: decay would pull retention, whose bias starts at -4, towards forgetting.
-named = dict(predictor.named_parameters())
-log_rates = {name for name in named if 'log_rates' in name}
-matrices = {f'{name}.weight' for name, module in predictor.named_modules() if isinstance(module, torch.nn.Linear)}
-groups = [{'params': [named[name] for name in named if name in matrices], 'weight_decay': weight_decay},
-          {'params': [named[name] for name in named if name not in matrices | log_rates], 'weight_decay': 0.0}]
-if log_rates:
-    # Logarithms have a longer way to go.
-    groups.append({'params': [named[name] for name in named if name in log_rates], 'weight_decay': 0.0, 'faster': 20})
-optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), fused=True)
-if checkpoint is not None:
+def restore(optimizer, checkpoint, device, path):
+    """
+    Put optimiser and random generators where they were; raises Refusal where that cannot be.
+
+    Only torch's own generators have a state: data order, jump targets and gains follow from seed and step.
+    """
+    random = checkpoint['random']
     try:
         optimizer.load_state_dict(checkpoint['optimizer'])
         for p, state in optimizer.state.items():
             if not all(v.shape in ((), p.shape) and v.isfinite().all() for v in state.values()):
                 raise ValueError('a moment is not finite or has another shape than its weight')
-        torch.set_rng_state(checkpoint['random']['torch'].cpu())       # the only generators with a state: data order, targets
-        if device.startswith('cuda') and checkpoint['random']['cuda'] is not None:  # and gains follow from seed and step
-            torch.cuda.set_rng_state(checkpoint['random']['cuda'].cpu())
+        if not all('lr_scale' in group for group in optimizer.param_groups):
+            raise ValueError('its optimizer has no lr_scale')
+        torch.set_rng_state(random['torch'].cpu())
+        if device.startswith('cuda') and random['cuda'] is not None:
+            torch.cuda.set_rng_state(random['cuda'].cpu())
     except MALFORMED as error:
-        raise Refusal(f'{out} cannot be gone on with: {" ".join(str(error).split())[:200]}') from None
+        raise Refusal(f'{path} cannot be gone on with: {" ".join(str(error).split())[:200]}') from None
+
+
+def save_checkpoint(path, predictor, optimizer, device, **more):
+    """Write the checkpoint with what a resumed run needs to end as if never stopped."""
+    cuda = torch.cuda.get_rng_state() if device.startswith('cuda') else None
+    random = {'torch': torch.get_rng_state(), 'cuda': cuda}
+    save(path, predictor, optimizer=optimizer.state_dict(), **more, random=random, version=VERSION)
+
+
+def average_gradients(predictor, processes, stop):
+    """Average the gradients over all processes in one message → whether any of them was told to stop."""
+    gradients = [p.grad for p in predictor.parameters() if p.grad is not None]
+    flag = gradients[0].new_full((1,), float(stop))
+    together = torch.cat([g.flatten() for g in gradients] + [flag]) / processes
+    dist.all_reduce(together)
+    for g, mean in zip(gradients, together.split([g.numel() for g in gradients] + [1])):
+        g.copy_(mean.view_as(g))
+    return bool(together[-1] > 0)
+
+
+# ---- the run -------------------------------------------------------------------------------------------------------
+device = pick_device(device)
+rank = int(os.environ.get('RANK', 0))
+processes = int(os.environ.get('WORLD_SIZE', 1))
+print0 = functools.partial(print, flush=True) if rank == 0 else lambda text: None
+check_settings(knobs, processes)
+# Refuses sizes that do not fit together, before there is anything to wait for.
+Sizes.from_settings(settings)
+if processes > 1:
+    if device == 'cuda':
+        device = f'cuda:{int(os.environ["LOCAL_RANK"])}'
+        torch.cuda.set_device(device)
+    dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+bf16 = device.startswith('cuda') and torch.cuda.is_bf16_supported()
+autocast = torch.autocast('cuda', torch.bfloat16) if bf16 else contextlib.nullcontext()
+torch.backends.cuda.matmul.allow_tf32 = True
+first_step, best, checkpoint = 0, float('inf'), None
+if resume:
+    predictor, checkpoint = load_checkpoint(out, device, recipe)
+    first_step, best = checkpoint['step'], checkpoint['best']
+    if first_step >= max_iters:
+        print0(f'{out} is finished ({first_step} steps); nothing to do')
+        sys.exit(0)
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+if data == 'slide' and rank == 0:
+    try:
+        read_manifest(data)
+    except Refusal:
+        # Missing, or left unfinished by an interruption.
+        print0('preparing data/slide first (built-in physics, nothing is downloaded)')
+        if subprocess.run([sys.executable, os.path.join(ROOT, 'prepare.py')]).returncode:
+            sys.exit(2)
+if processes > 1:
+    dist.barrier()
+train_clips, val_clips = open_split(data, split), open_split(data, 'val')
+check_clips(knobs, train_clips, val_clips)
+manifest = train_clips.manifest
+if resume and checkpoint['data'] != manifest['checksum']:
+    raise Refusal(f'--resume=True, but {out} was trained on another data set than {data} now is (its manifest differs)')
+T, N, D = manifest['shape']
+
+# ---- predictor -----------------------------------------------------------------------------------------------------
+torch.manual_seed(seed)
+if not resume:
+    sizes = Sizes.from_settings(settings, feature_dim=D, action_dim=train_clips.actions.shape[-1],
+                                grid=tuple(manifest['grid']))
+    predictor = build(sizes).to(device)
+    if init_from:
+        new, dropped = start_from(predictor, init_from)
+        print0(f'starting from {init_from}')
+        if new:
+            print0(f'  of another size, so these start anew: {", ".join(new)}')
+        if dropped:
+            print0(f'  without a place in this predictor, so these are dropped: {", ".join(dropped)}')
+predictor.train()
+
+
+# ---- optimiser and learning rate -----------------------------------------------------------------------------------
+
+def parameter_groups(predictor, weight_decay):
+    """
+    The parameters for AdamW by their role: the matrices of linear maps, which decay, and all others, which do not.
+
+    Decay would pull a memory's retention, whose bias starts at -4, towards forgetting. The log-rates of the CMS are
+    logarithms and have a longer way to go: their learning rate is 20 times as large.
+    """
+    linear = {f'{name}.weight' for name, module in predictor.named_modules() if isinstance(module, torch.nn.Linear)}
+    matrices, others, log_rates = [], [], []
+    for name, p in predictor.named_parameters():
+        if name in linear:
+            matrices.append(p)
+        elif 'log_rates' in name:
+            log_rates.append(p)
+        else:
+            others.append(p)
+    groups = [{'params': matrices, 'weight_decay': weight_decay, 'lr_scale': 1},
+              {'params': others, 'weight_decay': 0.0, 'lr_scale': 1}]
+    if log_rates:
+        groups.append({'params': log_rates, 'weight_decay': 0.0, 'lr_scale': 20})
+    return groups
+
+
+def rate_at(step, steps, start, peak, warmup, decay):
+    """Learning rate at a step: linear warm-up from start to peak, constant, linear decay to 0."""
+    rising = min(1.0, (step + 1) / (warmup * steps + 1))
+    falling = min(1.0, (steps - step) / (decay * steps + 1e-9))
+    return (start + (peak - start) * rising) * falling
+
+
+optimizer = torch.optim.AdamW(parameter_groups(predictor, weight_decay), lr=learning_rate, betas=(0.9, beta2), fused=True)
+if resume:
+    restore(optimizer, checkpoint, device, out)
 if compile:
     predictor.compile()
 
 
-def share(step):
-    """lambda at a step: the weight of the jump (or rollout) loss."""
-    return lambda_start + (lambda_end - lambda_start) * step / max(1, max_iters - 1)
+# ---- losses and evaluation -----------------------------------------------------------------------------------------
+
+def total_loss(first, second, weight):
+    """What is minimised: teacher forcing and the second loss, which has the weight lambda."""
+    return (1 - weight) * first + weight * second
 
 
-def rate(step):
-    """Learning rate at a step: linear warm-up from start_rate, constant, linear decay to 0."""
-    rising = min(1.0, (step + 1) / (warmup * max_iters + 1))
-    falling = min(1.0, (max_iters - step) / (decay * max_iters + 1e-9))
-    return (start_rate + (learning_rate - start_rate) * rising) * falling
+def draw_gains(rng, streams, places, action_gain, known_share):
+    """What the actions of each clip are multiplied by: one gain per stream, 1 in the known share → (streams*places,)."""
+    gains = np.exp(rng.uniform(-action_gain, action_gain, streams)).astype(np.float32)
+    gains[rng.random(streams) < known_share] = 1
+    return torch.from_numpy(gains).repeat_interleave(places)
 
 
-def second_loss(net, z, a, tau, memory):
-    """The jump (or rollout) loss of each clip, predicted from its first step and the memory → (B,)."""
-    if loss == 'jump':
-        return jump_loss(net, z, a, tau, memory)
-    return (rollout(net, z, a, rollout_steps, memory)[:, -1] - z[:, rollout_steps]).abs().mean((1, 2))
+def rollout_to(steps):
+    """rollout_loss over so many steps, to be called like jump_loss."""
+    def second_loss(predictor, z, a, tau, memory=None):
+        return rollout_loss(predictor, z, a, steps, memory)
+    return second_loss
 
 
-def stream_losses(z, a, tau):
+def stream_losses(predictor, second_loss, z, a, targets, cms_rate):
     """
-    Losses along streams: z (n,S,E,T,N,D), a (n,S,E,T,A), tau (n,S,E,K) → teacher forcing (scalar), second loss of each
-    place (S,). n streams of S places; at each, E clips are predicted, each at K target steps, with what the stream has
-    taught so far. Only then is the first of them shown: the CMS levels write by its loss, the Titan memory reads it.
+    Losses along n streams of S clips: z (n,S,T,N,D), a (n,S,T,A) → teacher forcing (scalar), second loss by place (S,).
+
+    Each clip is predicted at every target step, targets (K,) 0-based, with what its stream has taught so far. Only then
+    is it shown: the CMS levels write by its loss, the Titan memory reads it.
     """
-    n, places, E, K = tau.shape
-    memory, shown, later = None, [], []
-    writer = CMSWriter(predictor, cms_rate, n) if cms_rate and places > 1 else None
+    n, places, K = z.shape[0], z.shape[1], len(targets)
+    tau = targets.repeat(n)
+    writer = CMSWriter(predictor, cms_rate, n) if cms_rate else None
     net = writer or predictor
+    memory, first, second = None, [], []
     for place in range(places):
-        handed = memory and [m.repeat_interleave(E * K, 0) for m in memory]
-        z_j, a_j = (x[:, place].flatten(0, 1).repeat_interleave(K, 0) for x in (z, a))              # (n*E*K,T,...)
-        each = second_loss(net, z_j, a_j, tau[:, place].flatten(), handed).view(n, E, K).mean(2)
-        later.append(each.mean())
-        if place == 0 or place < places - 1:                           # nobody learns from the last clip of a stream
-            if writer:
-                with torch.no_grad():
-                    initial = second_loss(predictor, z_j, a_j, tau[:, place].flatten(), handed).view(n, E, K).mean(2)
-                writer.tick(each[:, 0], initial[:, 0], retain_graph=True)
-            teacher, memory = teacher_forcing_loss(net, z[:, place, 0], a[:, place, 0], memory)
-            shown.append(teacher)
-    return torch.stack(shown).mean(), torch.stack(later)
-
-
-def average_gradients():
-    """The mean gradient of all processes, and whether any of them was told to stop, in one message."""
-    gradients = [p.grad for p in predictor.parameters() if p.grad is not None]
-    stop = gradients[0].new_full((1,), float(told_to_stop))
-    together = torch.cat([g.flatten() for g in gradients] + [stop]) / world
-    dist.all_reduce(together)
-    for g, mean in zip(gradients, together.split([g.numel() for g in gradients] + [1])):
-        g.copy_(mean.view_as(g))
-    return together[-1] > 0
+        z_place, a_place = z[:, place], a[:, place]
+        # Every clip K times: (n*K,T,N,D), (n*K,T,A), and its memory with it.
+        batch = z_place.repeat_interleave(K, 0), a_place.repeat_interleave(K, 0), tau
+        handed = memory and [m.repeat_interleave(K, 0) for m in memory]
+        loss = second_loss(net, *batch, handed).view(n, K).mean(1)
+        second.append(loss.mean())
+        if place == places - 1:
+            # Nobody learns from the last clip of a stream.
+            break
+        if writer:
+            with torch.no_grad():
+                unwritten = second_loss(predictor, *batch, handed).view(n, K).mean(1)
+            writer.tick(loss, unwritten, retain_graph=True)
+        teacher, memory = teacher_forcing_loss(net, z_place, a_place, memory)
+        first.append(teacher)
+    return torch.stack(first).mean(), torch.stack(second)
 
 
 @torch.no_grad()
-def evaluate():
-    """Fixed clips of val → (teacher forcing, jump or rollout, copy baseline), jump averaged over its target steps."""
+def evaluate(predictor, clips, count, loss, jump_last, device, autocast):
+    """Losses of the first `count` clips: teacher forcing; jump (or rollout) and copy baseline over the last steps."""
     predictor.eval()
-    sums, clips = np.zeros(3), min(eval_clips, len(val_clips))
-    for start in range(0, clips, 64):
-        z, a = (x.to(device) for x in val_clips[range(start, min(start + 64, clips))])
+    sums, count = np.zeros(3), min(count, len(clips))
+    for start in range(0, count, 64):
+        z, a = (x.to(device) for x in clips[range(start, min(start + 64, count))])
+        T = z.shape[1]
         with autocast:
-            if loss == 'rollout':
-                later = (rollout(predictor, z, a, T - 1)[:, -jump_last:] - z[:, -jump_last:]).abs().mean()
+            if loss == 'jump':
+                taus = [torch.full((len(z),), t, device=device) for t in range(T - jump_last, T)]
+                second = sum(jump_loss(predictor, z, a, tau).mean() for tau in taus) / jump_last
             else:
-                later = sum(jump_loss(predictor, z, a, torch.full((len(z),), t, device=device)).mean()
-                            for t in range(T - jump_last, T)) / jump_last
-            teacher, _ = teacher_forcing_loss(predictor, z, a)
-        copy = (z[:, :1] - z[:, -jump_last:]).abs().mean()
-        sums += len(z) * np.array([teacher.item(), later.item(), copy.item()])
+                z_hat = rollout(predictor, z, a, T - 1)
+                second = feature_loss(z_hat[:, -jump_last:], z[:, -jump_last:]).mean()
+            first, _ = teacher_forcing_loss(predictor, z, a)
+        copy = feature_loss(z[:, :1], z[:, -jump_last:]).mean()
+        sums += len(z) * np.array([first.item(), second.item(), copy.item()])
     predictor.train()
-    return (sums / clips).tolist()
+    return (sums / count).tolist()
 
 
-# ---- log -----------------------------------------------------------------------------------------------------------
+# ---- figures -------------------------------------------------------------------------------------------------------
+# To log another one, name it here and give its value in the loop. Column of the CSV: how the terminal shows it, if it does.
 PLACES = [f'{loss}_{place + 1}' for place in range(stream)] if stream > 1 else []
-LOG_COLUMNS = ['step', 'loss', 'teacher_forcing', loss, *PLACES, 'lambda', 'learning_rate', 'grad_norm', 'clips_per_s',
-               'val_teacher_forcing', f'val_{loss}']
-log_path = os.path.splitext(out)[0] + '.csv'
-
-
-def start_log():
-    """Open the CSV log and keep other runs out; a resumed run cuts off what was logged after its first step."""
-    file = open(log_path, 'a+', newline='', encoding='latin-1')         # a byte is a character, whatever was left there
-    claim(log_path, out)
-    if not resume and os.path.exists(out):                             # another run was quicker
-        raise Refusal(f'{out} exists; go on with --resume=True, or name another --out, or delete it')
-    file.seek(0)
-    header, kept = ','.join(LOG_COLUMNS) + '\r\n', 0
-    if resume and file.readline() == header:
-        kept = len(header)
-        for row in file:
-            step = row.split(',')[0]
-            if not step.isdecimal() or int(step) > first_step or not row.endswith('\n'):
-                break
-            kept += len(row)
-    file.truncate(kept)
-    writer = csv.DictWriter(file, LOG_COLUMNS)
-    if not kept:
-        writer.writeheader()
-    return file, writer
-
-
-def log(**row):
-    if rank == 0:
-        log_writer.writerow(row)
-        log_file.flush()
-        if wandb:
-            wandb_run.log(row, step=row['step'])
-
-
-def save_checkpoint(step):
-    if rank == 0:
-        os.fsync(log_file.fileno())                                    # what is in the checkpoint is in the log
-        random = {'torch': torch.get_rng_state(), 'cuda': torch.cuda.get_rng_state() if device.startswith('cuda') else None}
-        save(out, predictor, optimizer=optimizer.state_dict(), step=step, recipe=recipe, loss=loss, jump_last=jump_last,
-             clip_steps=T, best=best, data=train_clips.manifest['checksum'], random=random, version=VERSION)
-
-
-def stop_soon(number, frame):
-    """Signal handler: the loop saves and stops after this step; a second signal ends the run at once."""
-    global told_to_stop
-    told_to_stop = number
-    signal.signal(number, signal.SIG_DFL)
-
-
+FIGURES = {
+    'step': '',
+    'loss': '',
+    'teacher_forcing': 'tf {:.4f}',
+    loss: loss + ' {along}',
+    **dict.fromkeys(PLACES, ''),
+    'lambda': 'λ {:.2f}',
+    'learning_rate': 'lr {:.0e}',
+    'grad_norm': '|g| {:.1f}',
+    'clips_per_s': '{:.0f} clips/s',
+    'val_teacher_forcing': 'tf {:.4f}',
+    f'val_{loss}': loss + ' {:.4f}',
+}
+log_file, wandb_run = None, None
 if rank == 0:
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-    log_file, log_writer = start_log()
+    log_file = open_log(os.path.splitext(out)[0] + '.csv', FIGURES, out, resume)
     if wandb:
+        import wandb as wandb_library
         wandb_run = wandb_library.init(project=wandb, config=settings)
-best = checkpoint['best'] if checkpoint else float('inf')
-_, val_second, copy = evaluate()
-say(f'{model}: {sum(p.numel() for p in predictor.parameters()):,} parameters, {T * (1 + N)} tokens per clip, '
-    f'{len(train_clips):,} training clips, {device}{", bfloat16" if bf16 else ""}'
-    + (f', {world} processes' if world > 1 else ''))
-say(f'copy baseline ({loss} L1 of predicting z_1 again): {copy:.4f}')
+_, _, copy = evaluate(predictor, val_clips, eval_clips, loss, jump_last, device, autocast)
+print0(f'{model}: {sum(p.numel() for p in predictor.parameters()):,} parameters, {T * (1 + N)} tokens per clip, '
+       f'{len(train_clips):,} training clips, {device}{", bfloat16" if bf16 else ""}'
+       + (f', {processes} processes' if processes > 1 else ''))
+print0(f'copy baseline ({loss} L1 of predicting z_1 again): {copy:.4f}')
 
 # ---- training ------------------------------------------------------------------------------------------------------
-told_to_stop = 0                                                       # number of the signal
-for number in signal.SIGINT, signal.SIGTERM:
-    signal.signal(number, stop_soon)
+second_loss = jump_loss if loss == 'jump' else rollout_to(rollout_steps)
+last_steps = torch.arange(T - jump_last, T, device=device)
+# Clips per process and micro-batch.
+micro = batch_size // (accumulation * processes)
+received = note_signals()
 started = window = time.time()
-micro = batch_size // (accumulation * world)  # clips per process and micro-batch
 for step in range(first_step, max_iters):
+    # Lambda, the weight of the second loss, and the learning rate.
+    weight = lambda_start + (lambda_end - lambda_start) * step / max(1, max_iters - 1)
+    rate = rate_at(step, max_iters, start_rate, learning_rate, warmup, decay)
     for group in optimizer.param_groups:
-        group['lr'] = rate(step) * group.get('faster', 1)
+        group['lr'] = rate * group['lr_scale']
+
+    streaming = stream > 1 and step >= stream_from * max_iters
+    places = stream if streaming else 1
     indices = batch_indices(len(train_clips), batch_size, seed, step)
     rng = np.random.default_rng([seed, 1, step])
-    targets = rng.integers(T - jump_last, T, (batch_size, 1))
+    targets = torch.from_numpy(rng.integers(T - jump_last, T, batch_size))
     gains = torch.ones(batch_size)
-    places, together = 1, teacher_every
-    if stream > 1 and step >= stream_from * max_iters:
-        places, together = stream, 1
-        targets = np.tile(np.arange(T - jump_last, T), (batch_size, 1))
-        drawn = np.exp(rng.uniform(-action_gain, action_gain, batch_size // stream)).astype(np.float32)
-        drawn[rng.random(len(drawn)) < known_share] = 1
-        gains = torch.from_numpy(drawn).repeat_interleave(stream)
-    sums = torch.zeros(1 + places, device=device)                      # teacher forcing, then the second loss of each place
+    if streaming:
+        gains = draw_gains(rng, batch_size // stream, stream, action_gain, known_share)
+    # Teacher forcing, then the second loss at each place of a stream.
+    sums = torch.zeros(1 + places, device=device)
     for part in range(accumulation):
-        mine = slice((rank * accumulation + part) * micro, (rank * accumulation + part + 1) * micro)
+        start = (rank * accumulation + part) * micro
+        mine = slice(start, start + micro)
         z, a = train_clips[indices[mine]]
-        batch = z, a * gains[mine, None, None], torch.from_numpy(targets[mine])
-        z, a, tau = (x.to(device, non_blocking=True).unflatten(0, (-1, places, together)) for x in batch)
+        a = a * gains[mine, None, None]
+        z, a, tau = (x.to(device, non_blocking=True) for x in (z, a, targets[mine]))
         with autocast:
-            teacher, later = stream_losses(z, a, tau)
-            total = (1 - share(step)) * teacher + share(step) * later.mean()
+            if streaming:
+                # (n*S,T,...) → (n,S,T,...)
+                z, a = z.unflatten(0, (-1, stream)), a.unflatten(0, (-1, stream))
+                first, second = stream_losses(predictor, second_loss, z, a, last_steps, cms_rate)
+            else:
+                second = second_loss(predictor, z, a, tau)
+                first, _ = teacher_forcing_loss(predictor, z[::teacher_every], a[::teacher_every])
+            total = total_loss(first, second.mean(), weight)
         (total / accumulation).backward()
-        sums += torch.cat([teacher[None], later]).detach() / accumulation
-    stop = average_gradients() if world > 1 else told_to_stop
+        # `second` holds one loss for each place of a stream, else one for each clip.
+        sums += torch.stack([first, *second.view(places, -1).mean(1)]).detach() / accumulation
+    stop = bool(received)
+    if processes > 1:
+        stop = average_gradients(predictor, processes, stop)
     norm = torch.nn.utils.clip_grad_norm_(predictor.parameters(), grad_clip)
     # One number decides: a non-finite loss makes the gradient norm non-finite too, and the norm is the same everywhere.
     if not torch.isfinite(norm):
         raise Refusal(f'step {step + 1}: the loss or its gradient is not finite (teacher forcing {sums[0].item():.4g}, '
-                      f'{loss} {sums[1:].mean().item():.4g}); the weights were not touched and {out} keeps the last good ones; '
-                      'try a lower --learning_rate')
+                      f'{loss} {sums[1:].mean().item():.4g}); the weights were not touched and {out} keeps the last good '
+                      'ones; try a lower --learning_rate')
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     done = step + 1
     finished = done == max_iters
+    evaluating = finished or done % eval_interval == 0
+    stopping = not finished and (stop or done == stop_at)
 
-    if done % log_interval == 0 or finished:
-        if world > 1:
+    if finished or done % log_interval == 0:
+        if processes > 1:
             dist.all_reduce(sums)
-        teacher, *later = (sums / world).tolist()
+        first, *along = (sums / processes).tolist()
+        second = sum(along) / places
         now = time.time()
         speed = batch_size * ((done - first_step - 1) % log_interval + 1) / (now - window)
         left = (now - started) / (done - first_step) * (max_iters - done)
         window = now
-        along = f'{later[0]:.4f}' + (f'→{later[-1]:.4f}' if places > 1 else '')  # first and last place of a stream
-        say(f'step {done:>5}/{max_iters} {done / max_iters:>4.0%}  tf {teacher:.4f}  {loss} {along}  '
-            f'λ {share(step):.2f}  lr {rate(step):.0e}  |g| {norm.item():.1f}  {speed:.0f} clips/s  '
-            f'{left // 60:.0f}:{left % 60:02.0f} left')
-        mean = sum(later) / places
-        along_stream = dict(zip(PLACES, later)) if places > 1 else {}
-        log(step=done, loss=(1 - share(step)) * teacher + share(step) * mean, teacher_forcing=teacher, **along_stream,
-            **{loss: mean, 'lambda': share(step)}, learning_rate=rate(step), grad_norm=norm.item(), clips_per_s=speed)
-    if done % eval_interval == 0 or finished:
-        val_teacher, val_second, copy = evaluate()
-        if not math.isfinite(val_teacher + val_second):
+        row = {
+            'step': done,
+            'loss': total_loss(first, second, weight),
+            'teacher_forcing': first,
+            loss: second,
+            # In a stream, its first and its last place.
+            'along': f'{along[0]:.4f}→{along[-1]:.4f}' if streaming else f'{second:.4f}',
+            'lambda': weight,
+            'learning_rate': rate,
+            'grad_norm': norm.item(),
+            'clips_per_s': speed,
+        }
+        if streaming:
+            row.update(zip(PLACES, along))
+        if rank == 0:
+            log(log_file, FIGURES, f'step {done:>5}/{max_iters} {done / max_iters:>4.0%}', row,
+                f'{left // 60:.0f}:{left % 60:02.0f} left', wandb_run)
+    if evaluating:
+        val_first, val_second, copy = evaluate(predictor, val_clips, eval_clips, loss, jump_last, device, autocast)
+        if not math.isfinite(val_first + val_second):
             raise Refusal(f'step {done}: the loss on val is not finite; {out} keeps the last good weights; '
                           'try a lower --learning_rate')
         best = min(best, val_second)
-        say(f'  val {done:>6}  tf {val_teacher:.4f}  {loss} {val_second:.4f}  '
-            f'{1 - val_second / copy:.0%} below copy ({copy:.4f})  saved {out}')
-        log(step=done, val_teacher_forcing=val_teacher, **{f'val_{loss}': val_second})
-        save_checkpoint(done)
-        window = time.time() if done % log_interval == 0 else window
-    if not finished and (stop or done == stop_at):                     # unseen by the log: a resumed run has no such step
-        if done % eval_interval:
-            save_checkpoint(done)
-        say(f'stopped at step {done}, saved {out}; --resume=True goes on')
+        row = {'step': done, 'val_teacher_forcing': val_first, f'val_{loss}': val_second}
+        if rank == 0:
+            log(log_file, FIGURES, f'  val {done:>6}', row,
+                f'{1 - val_second / copy:.0%} below copy ({copy:.4f})  saved {out}', wandb_run)
+    if evaluating or stopping:
+        if rank == 0:
+            # What is in the checkpoint is in the log, also after a loss of power.
+            os.fsync(log_file.fileno())
+            save_checkpoint(out, predictor, optimizer, device, step=done, recipe=recipe, loss=loss, jump_last=jump_last,
+                            clip_steps=T, best=best, data=manifest['checksum'])
+        if done % log_interval == 0:
+            window = time.time()
+    if stopping:
+        print0(f'stopped at step {done}, saved {out}; --resume=True goes on')
         break
 else:
-    say(f'finished in {(time.time() - started) / 60:.1f} min; next: python adapt.py --ckpt={out}')
-if world > 1:
+    print0(f'finished in {(time.time() - started) / 60:.1f} min; next: python adapt.py --ckpt={out}')
+if processes > 1:
     dist.destroy_process_group()
-if told_to_stop and done < max_iters:
-    sys.exit(128 + told_to_stop)                                       # as the shell reports a signal
+if received and done < max_iters:
+    # As the shell reports a signal.
+    sys.exit(128 + received[-1])

@@ -130,17 +130,20 @@ def own_clips(folder, splits=('train', 'val', 'test_A', 'test_B'), layout='featu
 
 def official_weights(path, width=768, depth=1, part='target_encoder', version='2'):
     """A file with the keys of an official V-JEPA 2 checkpoint and random weights → its path."""
-    import model
+    import vjepa2
     torch.manual_seed(0)
-    encoder = model.VideoEncoder(width, model.HEADS['encoder'][width], depth, width, version)
+    encoder = vjepa2.VideoEncoder(width, vjepa2.HEADS['encoder'][width], depth, width, version)
     torch.save({part: {f'module.backbone.{k}': v for k, v in encoder.state_dict().items()}}, path)
     return path
 
 
 def official_predictor(path):
     """A file with the keys of an official action-conditioned checkpoint and random weights, of the size of TINY → its path."""
+    import hope
     import model
     torch.manual_seed(0)
-    net = model.build(feature_dim=24, action_dim=7, state_dim=7, grid=None, depth=2, width=24, heads=2, mlp_hidden=32, rope='vjepa2')
+    sizes = model.Sizes(model='vit', feature_dim=24, action_dim=7, state_dim=7, grid=None, depth=2, width=24, heads=2, mlp_hidden=32,
+                        rope='vjepa2')
+    net = hope.build(sizes)
     torch.save({'predictor': {f'module.{k}': v for k, v in net.state_dict().items()}}, path)
     return path

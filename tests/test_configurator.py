@@ -1,4 +1,9 @@
 """Config files and flags: every mistake is one line that says what is wrong and what is allowed."""
+import ast
+import os
+import subprocess
+import sys
+
 import pytest
 from conftest import ROOT, TINY, refused, run
 
@@ -115,3 +120,68 @@ def test_config_files_are_found_from_any_folder(tiny, tmp_path):
     done = run('train.py', 'config/hope_jump.py', *TINY, f'--data={tiny}', '--max_iters=1', '--out=here/x.pt', cwd=tmp_path)
     assert (tmp_path / 'here' / 'x.pt').exists() and 'finished' in done.stdout
     assert ROOT not in str(tmp_path)
+
+
+ENDS = f'''"""Ends as it is told to."""
+import sys
+sys.path.insert(0, {ROOT!r})
+import torch.distributed
+from configurator import Refusal, configure
+what = 'refusal'         # how it ends
+torchrun = False         # whether torchrun has started it
+settings = configure(globals())
+if torchrun:
+    torch.distributed.init_process_group('gloo')
+errors = {{'refusal': Refusal('two\\nlines'), 'disk': OSError(28, 'No space left on device', 'x.pt'), 'stop': KeyboardInterrupt(),
+          'memory': MemoryError(), 'bug': ZeroDivisionError()}}
+raise errors[what]
+'''
+
+
+@pytest.fixture
+def ends(tmp_path):
+    path = tmp_path / 'ends.py'
+    path.write_text(ENDS)
+    return str(path)
+
+
+@pytest.mark.parametrize('what, status, line', [
+    ('refusal', 2, 'ends.py: two lines'),
+    ('disk', 2, 'ends.py: No space left on device: x.pt'),
+    ('memory', 2, 'ends.py: out of memory; use less'),
+    ('stop', 130, 'ends.py: interrupted; what was finished is kept'),
+])
+def test_what_the_user_can_mend_is_one_line(ends, what, status, line):
+    done = subprocess.run([sys.executable, ends, f'--what={what}'], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (status, line + '\n')
+
+
+def test_a_mistake_of_the_code_keeps_its_traceback(ends):
+    done = subprocess.run([sys.executable, ends, '--what=bug'], capture_output=True, text=True)
+    assert done.returncode == 1 and 'ZeroDivisionError' in done.stderr and 'Traceback' in done.stderr
+
+
+@pytest.mark.parametrize('what, line', [('refusal', 'ends.py: two lines'), ('disk', 'ends.py: No space left on device: x.pt')])
+def test_torchrun_shows_the_line_too(ends, what, line):
+    """init_process_group puts an excepthook of its own before ours, which keeps to itself what a hook prints before it exits."""
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=1']
+    done = subprocess.run([*torchrun, ends, f'--what={what}', '--torchrun=True'], capture_output=True, text=True)
+    assert line in done.stderr.splitlines() and 'exitcode  : 2' in done.stderr and 'in <module>\n    raise' not in done.stderr
+
+
+def test_scripts_find_the_project_from_any_folder(tmp_path):
+    """support/ is no installed package: the folder of the script is what counts."""
+    for script in ('prepare.py', 'train.py', 'adapt.py', 'bench.py', 'ablate.py'):
+        done = subprocess.run([sys.executable, os.path.join(ROOT, script), '--help'], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and '--device' in done.stdout, done.stderr
+
+
+def test_imports_run_one_way():
+    """None of these files imports a later one, neither at its top nor in a function."""
+    order = ['configurator', 'support.files', 'data', 'model', 'hope', 'vjepa2']
+    for place, module in enumerate(order):
+        with open(os.path.join(ROOT, *module.split('.')) + '.py', encoding='utf-8') as f:
+            nodes = list(ast.walk(ast.parse(f.read())))
+        imported = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+        imported += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        assert not set(imported) & set(order[place + 1:]), module

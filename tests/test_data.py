@@ -9,6 +9,7 @@ from conftest import refused, run
 
 import data
 from configurator import Refusal
+from support import files
 
 CLIPS = 300
 
@@ -20,7 +21,7 @@ def slid(clips):
 def test_stopping_distance_is_v0_squared_over_2_mu_g():
     impulse, mu, mass = np.array([0.2, 0.5, 1.0]), np.array([0.05, 0.12, 0.3]), np.array([0.5, 1.0, 2.0])
     expected = (impulse / mass) ** 2 / (2 * mu * data.GRAVITY)
-    np.testing.assert_allclose(data.displacement(impulse, mu, mass, 60.0), expected, rtol=1e-12)
+    np.testing.assert_allclose(data.displacement(impulse, data.Physics(mu, mass), 60.0), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize('domain', data.DOMAINS)
@@ -128,9 +129,9 @@ def test_the_whole_basis_keeps_all_energy(tmp_path):
 def test_a_set_on_disk(tiny):
     manifest = json.load(open(os.path.join(tiny, 'manifest.json')))
     assert manifest['complete'] and manifest['shape'] == [8, 4, 24]
-    files = {f for f in os.listdir(tiny) if f.endswith(('.npy', '.npz'))}
-    assert set(manifest['sha256']) == files and 'test_B_physics.npz' in files
-    assert all(data.sha256(os.path.join(tiny, f)) == manifest['sha256'][f] for f in files)
+    arrays = {f for f in os.listdir(tiny) if f.endswith(('.npy', '.npz'))}
+    assert set(manifest['sha256']) == arrays and 'test_B_physics.npz' in arrays
+    assert all(files.sha256(os.path.join(tiny, f)) == manifest['sha256'][f] for f in arrays)
     stored = np.load(os.path.join(tiny, 'test_B_physics.npz'))
     for key, shape in dict(mu=(24,), mass=(24,), impulse=(24, 2), position=(24, data.FRAMES, 2)).items():
         assert stored[key].shape == shape
@@ -163,14 +164,14 @@ def test_prepare_goes_on_where_it_stopped_and_leaves_finished_sets_alone(tiny, t
     manifest = json.load(open(again / 'manifest.json'))
     manifest['complete'] = False                        # as if killed while test_B was written
     manifest['splits']['test_B']['shards'] = []
-    data.write_manifest(str(again), manifest)
+    files.write_manifest(str(again), manifest)
     (again / 'test_B_00000.npy').write_bytes(b'half')
     with pytest.raises(Refusal, match='unfinished'):
         data.open_split(str(again), 'val')
     run('prepare.py', *args)
     for file in os.listdir(tiny):
         if file.endswith('.npy'):
-            assert data.sha256(again / file) == data.sha256(os.path.join(tiny, file)), file
+            assert files.sha256(again / file) == files.sha256(os.path.join(tiny, file)), file
     assert 'nothing to do' in run('prepare.py', *args).stdout
     assert 'other settings' in refused(run('prepare.py', *args, '--seed=2', ok=False))
 

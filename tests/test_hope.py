@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 import hope
 import model
+from configurator import Refusal
 
 # Five tokens a frame: the action and a grid of 2 x 2 patches
 B, H, P, d = 2, 2, 5, 6
@@ -17,7 +18,7 @@ STILL = torch.ones(1, 1, d, d), torch.zeros(1, 1, d, d)
 def memory_layer(seed=0, **variant):
     torch.manual_seed(seed)
     memory = hope.TwoLayerTitanMemory if variant.get('memory_hidden') else hope.TitanMemory
-    layer = memory({**model.SIZES, 'width': H * d, 'heads': H, 'grid': (2, 2), **variant}).double()
+    layer = memory(model.Sizes(**{'width': H * d, 'heads': H, 'grid': (2, 2), **variant})).double()
     with torch.no_grad():
         for p in layer.parameters():
             p.add_(0.3 * torch.randn_like(p))
@@ -234,8 +235,7 @@ def test_the_two_layer_memory_is_well_conditioned(rule):
     at the laptop's width, two clips long. Before its steps were bounded, 1e-8 grew a thousandfold over eight steps.
     """
     torch.manual_seed(0)
-    sizes = {**model.SIZES, 'model': 'hope', 'depth': 1, 'mixer': 'titan', 'memory_hidden': 24, 'rule': rule}
-    net = model.build(**sizes).double()
+    net = hope.build(model.Sizes(model='hope', depth=1, mixer='titan', memory_hidden=24, rule=rule)).double()
     layer, rope = net.predictor_blocks[0].titan, net.rope(16, 1, 16, None, 'cpu')
     x = torch.randn(2, 16, 17, 96).double()
     noise = torch.randn_like(x)
@@ -320,14 +320,14 @@ def test_memories_that_do_not_adapt_stay():
     state = write(layer, fresh(layer), *chunk())
     moved = state.abs().amax((0, 1, 3)) > 0
     assert moved.tolist() == [False] * d + [True] * d + [False] * d + [False, True]
-    with pytest.raises(model.Refusal, match='allowed are k, v'):
+    with pytest.raises(Refusal, match='allowed are k, v'):
         memory_layer(adapts=('key',))
 
 
 @pytest.mark.parametrize('part', [{'adapts': ('mem',)}, {'self_targets': False}], ids=str)
 def test_two_layers_adapt_together_or_not_at_all(part):
     """The memories share the hidden layer: a write of M_mem alone would change M_k. (Without targets eta and alpha stay.)"""
-    with pytest.raises(model.Refusal, match='share the hidden layer'):
+    with pytest.raises(Refusal, match='share the hidden layer'):
         memory_layer(memory_hidden=4, **part)
 
 
@@ -357,7 +357,7 @@ def test_the_gate_opens_with_the_retrieval_error():
 
 def test_a_new_memory_keeps_four_fifths_over_a_clip():
     """Known mistake 2: retention that starts so low that nothing can be remembered."""
-    layer = hope.TitanMemory({**model.SIZES, 'width': H * d, 'heads': H}).double()
+    layer = hope.TitanMemory(model.Sizes(width=H * d, heads=H)).double()
     with torch.no_grad():
         layer.eta_bias.fill_(-40.0)                                    # nothing is written: what is left is retention
     state = start = fresh(layer) + 0.1
@@ -408,7 +408,7 @@ def test_an_idle_token_has_a_finite_gradient():
 def test_a_deep_predictor_with_idle_actions_has_a_finite_gradient():
     """Action tokens are zero after step 1; they must not stay exactly zero through all blocks (LayerNorm's gradient)."""
     torch.manual_seed(0)
-    net = model.build(model='hope', feature_dim=12, grid=(2, 2), depth=12, width=24, heads=2, cms_hidden=32)
+    net = hope.build(model.Sizes(model='hope', feature_dim=12, grid=(2, 2), depth=12, width=24, heads=2, cms_hidden=32))
     z, a = F.layer_norm(torch.randn(4, 8, 4, 12), (12,)), torch.zeros(4, 8, 2)
     a[:, 0] = 1
     model.teacher_forcing_loss(net, z, a)[0].backward()
@@ -418,7 +418,7 @@ def test_a_deep_predictor_with_idle_actions_has_a_finite_gradient():
 
 def test_memory_stays_in_float32_under_bfloat16():
     torch.manual_seed(0)
-    net = model.build(model='hope', feature_dim=12, grid=(2, 2), depth=2, width=24, heads=2, cms_hidden=16)
+    net = hope.build(model.Sizes(model='hope', feature_dim=12, grid=(2, 2), depth=2, width=24, heads=2, cms_hidden=16))
     z, a = F.layer_norm(torch.randn(2, 8, 4, 12), (12,)), torch.randn(2, 8, 2)
     with torch.autocast('cpu', torch.bfloat16):
         low, memory = net(z, a)
@@ -429,7 +429,7 @@ def test_memory_stays_in_float32_under_bfloat16():
 
 def cms_model():
     torch.manual_seed(0)
-    net = model.build(model='hope', feature_dim=12, grid=(2, 2), depth=2, width=24, heads=2, cms_hidden=16).double().eval()
+    net = hope.build(model.Sizes(model='hope', feature_dim=12, grid=(2, 2), depth=2, width=24, heads=2, cms_hidden=16)).double().eval()
     z = F.layer_norm(torch.randn(3, 8, 4, 12).double(), (12,))
     actions = torch.zeros(3, 8, 2).double()
     actions[:, 0] = torch.randn(3, 2)
@@ -445,7 +445,7 @@ def test_cms_levels_write_at_their_own_pace():
         changes = dict(writer.changes)
         value = loss(writer)
         writer.tick(value, value.detach())                             # as good as unwritten: nothing is forgotten
-        for level, period in zip(writer.levels, net.sizes['cms_periods']):
+        for level, period in zip(writer.levels, net.sizes.cms_periods):
             for name in level:
                 assert torch.equal(changes[name], writer.changes[name]) != (tick % period == 0), (tick, name)
     assert all(level['drift'] > 0 and level['write norm'] > 0 for level in writer.diagnostics())
@@ -533,7 +533,7 @@ def test_what_did_worse_than_no_writes_is_forgotten():
 @pytest.mark.parametrize('mixer', ['attention', 'both'])
 def test_mixers(mixer):
     torch.manual_seed(0)
-    net = model.build(model='hope', feature_dim=12, grid=(2, 2), depth=2, width=24, heads=2, cms_hidden=16, mixer=mixer)
+    net = hope.build(model.Sizes(model='hope', feature_dim=12, grid=(2, 2), depth=2, width=24, heads=2, cms_hidden=16, mixer=mixer))
     z, a = F.layer_norm(torch.randn(2, 8, 4, 12), (12,)), torch.randn(2, 8, 2)
     z_hat, memory = net(z, a)
     z2 = z.clone()

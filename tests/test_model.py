@@ -1,13 +1,14 @@
 """The predictors' shared interface: what may influence what, positions, initial values, checkpoints."""
 import math
+import os
 
 import pytest
 import torch
-from conftest import refused, run
+from conftest import ROOT, refused, run
 
 import hope
 import model
-from configurator import Refusal, read_config
+from configurator import Refusal, read_config, read_knobs
 
 SIZES = dict(feature_dim=12, grid=(2, 2), depth=2, width=24, heads=2, mlp_hidden=48, cms_hidden=16)
 B, T, N, D = 3, 5, 4, 12
@@ -15,7 +16,7 @@ B, T, N, D = 3, 5, 4, 12
 
 def predictor(kind, **sizes):
     torch.manual_seed(0)
-    return model.build(model=kind, **{**SIZES, **sizes}).double()
+    return hope.build(model.Sizes(model=kind, **{**SIZES, **sizes})).double()
 
 
 def clips(batch=B):
@@ -130,8 +131,7 @@ def test_a_jump_is_made_before_its_clip_is_shown(kind):
     z, a = clips()
     tau = torch.tensor([2, 3, 4])
     z.requires_grad_()
-    prediction = z[torch.arange(B), tau].detach() * 0
-    (model.jump_loss(net, z, a, tau).sum() + prediction.sum()).backward()
+    model.jump_loss(net, z, a, tau).sum().backward()
     touched = z.grad.abs().sum((2, 3)) > 0
     target = torch.zeros(B, T, dtype=torch.bool)
     target[torch.arange(B), tau] = True                  # the loss compares with this step ...
@@ -221,25 +221,47 @@ def test_state_token():
                                             (('hope_full', 'vit_full'), dict(feature_dim=1024, grid=(16, 16)))])
 def test_compared_configs_have_the_same_number_of_parameters(pair, features):
     """Within 5 %, for the laptop and for the user's 24 layers, 384 wide, 16 heads."""
-    hope, vit = ({k: v for k, v in read_config(f'config/{name}.py').items() if k in model.SIZES} for name in pair)
-    with torch.device('meta'):
-        hope, vit = (sum(p.numel() for p in model.build(**sizes, **features).parameters()) for sizes in (hope, vit))
-    assert abs(hope / vit - 1) < 0.05
+    counts = []
+    for name in pair:
+        sizes = model.Sizes.from_settings(read_config(f'config/{name}.py'), **features)
+        with torch.device('meta'):
+            counts.append(sum(p.numel() for p in hope.build(sizes).parameters()))
+    assert abs(counts[0] / counts[1] - 1) < 0.05
     if features['feature_dim'] == 1024:
-        assert 43e6 < vit < 44e6
+        assert 43e6 < counts[1] < 44e6
 
 
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(Refusal, match='multiple of heads'):
-        model.build(width=25)
-    with pytest.raises(Refusal, match='colour'):
-        model.build(colour=1)
+        model.Sizes(width=25)
+    with pytest.raises(Refusal, match="cms_periods = '1,x': must be whole numbers"):
+        model.Sizes(cms_periods='1,x')
+    with pytest.raises(Refusal, match='at every tick'):
+        model.Sizes(cms_periods=(1, 0))
+    with pytest.raises(TypeError, match='colour'):
+        model.Sizes(colour=1)
+
+
+def test_a_config_may_give_periods_and_memories_as_text():
+    """bench.py once built three levels of '1,4', one for each character."""
+    sizes = model.Sizes.from_settings({'cms_periods': '1,4', 'adapts': 'k,mem', 'learning_rate': 1e-3}, grid=(2, 2))
+    assert sizes.cms_periods == (1, 4) and sizes.adapts == ('k', 'mem') and sizes.grid == (2, 2)
+    assert len(hope.build(sizes).predictor_blocks[0].cms.levels) == 2
+
+
+def test_the_knobs_of_train_have_the_defaults_of_sizes():
+    """--help reads train.py's knobs as literals, so the defaults stand twice; here they are held together."""
+    knobs = {name: default for name, default, *_ in read_knobs(os.path.join(ROOT, 'train.py'))}
+    sizes = vars(model.Sizes())
+    data_decide = {'feature_dim', 'action_dim', 'state_dim', 'grid', 'normed_output'}
+    assert set(sizes) - set(knobs) == data_decide
+    assert vars(model.Sizes.from_settings(knobs)) == sizes
 
 
 def test_load_returns_what_was_saved(trained, tiny):
     for kind, path in trained.items():
-        net, checkpoint = model.load(path)
-        assert not net.training and checkpoint['step'] == 6 and net.sizes['model'] == kind
+        net, checkpoint = hope.load(path)
+        assert not net.training and checkpoint['step'] == 6 and net.sizes.model == kind
         assert all(torch.equal(p, checkpoint['predictor'][n]) for n, p in net.state_dict().items())
 
 
@@ -250,5 +272,5 @@ def test_files_that_are_no_checkpoints_are_refused(trained, tmp_path):
     torch.save({'a': 1}, tmp_path / 'other.pt')
     for file in ('text.pt', 'short.pt', 'other.pt'):
         with pytest.raises(Refusal, match=file):
-            model.load(str(tmp_path / file))
+            hope.load(str(tmp_path / file))
     assert 'no checkpoint at' in refused(run('adapt.py', f'--ckpt={tmp_path}/missing.pt', ok=False))

@@ -6,108 +6,69 @@ import pytest
 import torch
 from conftest import TINY, refused, run
 
-import model
+STREAMS = ['--stream=4', '--stream_from=0.4', '--action_gain=0.5', '--cms_rate=5']
+TWO_PROCESSES = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+
+
+def content(path):
+    """What a checkpoint holds."""
+    return torch.load(path, weights_only=True)
 
 
 def weights(path):
-    return torch.load(path, weights_only=True)['predictor']
+    return content(path)['predictor']
 
 
-def same(a, b, **tolerance):
+def same(a, b):
+    """Whether the weights of two checkpoints are the same to the last bit."""
     a, b = weights(a), weights(b)
     assert a.keys() == b.keys()
-    return all(torch.allclose(a[k], b[k], **tolerance) if tolerance else torch.equal(a[k], b[k]) for k in a)
+    return all(torch.equal(a[name], b[name]) for name in a)
 
+
+def close(a, b, atol):
+    """Whether the weights of two checkpoints differ by no more than atol."""
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    return all(torch.allclose(a[name], b[name], atol=atol) for name in a)
+
+
+def training_rows(path):
+    """The rows that a log has of training steps, not of evaluations."""
+    with open(path, newline='') as f:
+        return [row for row in csv.DictReader(f) if row['loss']]
+
+
+def last_of_each_step(path):
+    """{step: what is the same in every run} of a log; where a step stands twice, the later row counts."""
+    return {row['step']: (row['loss'], row['grad_norm']) for row in training_rows(path)}
+
+
+# ---- one seed, one result ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('kind', ['hope', 'vit'])
 def test_same_seed_same_result_and_resume_is_exact(kind, tiny, trained, tmp_path):
-    args = [*TINY, f'--model={kind}', f'--data={tiny}']
-    out = tmp_path / 'resumed.pt'
-    assert 'stopped at step 4' in run('train.py', *args, f'--out={out}', '--stop_at=4').stdout
-    assert 'exists' in refused(run('train.py', *args, f'--out={out}', ok=False))
-    run('train.py', *args, f'--out={out}', '--resume=True')
-    assert same(out, trained[kind])
-    columns = 'step', 'loss', 'grad_norm'
-    logs = [[[row[c] for c in columns] for row in csv.DictReader(open(path))]
-            for path in (tmp_path / 'resumed.csv', trained[kind].replace('.pt', '.csv'))]
-    assert [r for r in logs[0] if r[1]] == [r for r in logs[1] if r[1]] and len(logs[1]) == 8
-    done = run('train.py', *args, f'--out={out}', '--resume=True')
-    assert 'is finished (6 steps)' in done.stdout
-    assert 'max_iters' in refused(run('train.py', *args, f'--out={out}', '--resume=True', '--max_iters=9', ok=False))
-
-
-STREAMS = ['--stream=4', '--stream_from=0.4', '--action_gain=0.5', '--cms_rate=5']
-
-
-def test_streams_resume_exactly(tiny, tmp_path):
-    """Streams begin in mid-run, carry a memory and write the CMS; stopping between and within changes nothing."""
-    args = [*TINY, f'--data={tiny}', *STREAMS]
-    run('train.py', *args, f'--out={tmp_path}/whole.pt')
-    for stop in ('--stop_at=5', '--stop_at=0'):
-        run('train.py', *args, f'--out={tmp_path}/parts.pt', f'--resume={(tmp_path / "parts.pt").exists()}', stop)
-    assert same(tmp_path / 'whole.pt', tmp_path / 'parts.pt')
-    with open(tmp_path / 'whole.csv', newline='') as f:
-        rows = [row for row in csv.DictReader(f) if row['loss']]
-    places = [f'jump_{i}' for i in (1, 2, 3, 4)]
-    assert [all(row[p] for p in places) for row in rows] == [False] * 3 + [True] * 3
-    assert sum(float(rows[-1][p]) for p in places) / 4 == pytest.approx(float(rows[-1]['jump']))
-    trained_rates = [v for k, v in weights(tmp_path / 'whole.pt').items() if k.endswith('levels.0.log_rates.gain')]
-    assert all(v != 0 for v in trained_rates)                          # the rates of the writes are learned, too
-
-
-def test_streams_on_processes_and_micro_batches(tiny, tmp_path):
-    args = [*TINY, f'--data={tiny}', *STREAMS, '--stream_from=0', '--stream=2', '--max_iters=2', '--seed=3']
-    run('train.py', *args, f'--out={tmp_path}/one.pt', '--accumulation=2')
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    run('train.py', *args, f'--out={tmp_path}/ddp.pt', launcher=torchrun)
-    assert same(tmp_path / 'one.pt', tmp_path / 'ddp.pt', atol=2e-4)
-
-
-def test_bad_streams_are_one_line(tiny, tmp_path):
-    args = [*TINY, f'--data={tiny}', f'--out={tmp_path}/x.pt']
-    assert 'set stream > 1' in refused(run('train.py', *args, '--action_gain=0.5', ok=False))
-    assert 'multiple of' in refused(run('train.py', *args, '--stream=3', ok=False))
-    assert 'no CMS levels' in refused(run('train.py', *args, '--model=vit', '--stream=2', '--cms_rate=1', ok=False))
-    assert 'whole numbers' in refused(run('train.py', *args, '--cms_periods=1,x', ok=False))
-    assert 'more often' in refused(run('train.py', *args, '--cms_periods=0,4', ok=False))
-    assert 'adapts' in refused(run('train.py', *args, '--adapts=key', ok=False))
-
-
-def test_only_matrices_decay(tiny, tmp_path):
-    """Known mistake 14: decay by role. With no gradient to speak of, decay alone moves the matrices and nothing else."""
-    args = [*TINY, f'--data={tiny}', '--max_iters=1', '--warmup=0', '--decay=0', '--learning_rate=0.5']
-    run('train.py', *args, '--weight_decay=0', f'--out={tmp_path}/without.pt')
-    run('train.py', *args, '--weight_decay=1', f'--out={tmp_path}/with.pt')
-    plain, decayed = weights(tmp_path / 'without.pt'), weights(tmp_path / 'with.pt')
-    moved = {name for name in plain if not torch.equal(plain[name], decayed[name])}
-    linear = {name for name, w in plain.items() if w.dim() == 2 and name.endswith('.weight')}
-    assert moved == linear
-    assert {f'predictor_blocks.0.titan.{name}' for name in ('alpha_bias', 'eta_bias', 'memory', 'conv.weight')} <= set(plain) - moved
-
-
-def test_the_rate_rises_from_its_start_stays_and_falls_to_zero(tiny, tmp_path):
-    run('train.py', *TINY, f'--data={tiny}', '--max_iters=20', '--start_rate=1e-4', '--learning_rate=1e-3', '--warmup=0.25',
-        '--decay=0.25', f'--out={tmp_path}/x.pt')
-    with open(tmp_path / 'x.csv', newline='') as f:
-        rates = [float(row['learning_rate']) for row in csv.DictReader(f) if row['learning_rate']]
-    steps = [1e-4 + 9e-4 * (i + 1) / 6 for i in range(5)]
-    assert rates == pytest.approx(steps + [1e-3] * 11 + [8e-4, 6e-4, 4e-4, 2e-4])
-    args = [*TINY, f'--data={tiny}', f'--out={tmp_path}/y.pt', '--start_rate=0.1']
-    assert 'learning_rate' in refused(run('train.py', *args, ok=False))
-
-
-def test_starting_from_another_checkpoint(tiny, trained, tmp_path):
-    run('train.py', *TINY, f'--data={tiny}', '--max_iters=1', f'--init_from={trained["hope"]}', '--learning_rate=1e-9',
-        '--split=fit_B', f'--out={tmp_path}/x.pt')
-    assert same(tmp_path / 'x.pt', trained['hope'], atol=1e-6)
-    line = refused(run('train.py', *TINY, f'--data={tiny}', '--model=vit', f'--init_from={trained["hope"]}',
-                       f'--out={tmp_path}/y.pt', ok=False))
-    assert 'init_from' in line
+    args = [*TINY, f'--model={kind}', f'--data={tiny}', f'--out={tmp_path}/resumed.pt']
+    assert 'stopped at step 4' in run('train.py', *args, '--stop_at=4').stdout
+    assert 'exists' in refused(run('train.py', *args, ok=False))
+    run('train.py', *args, '--resume=True')
+    assert same(tmp_path / 'resumed.pt', trained[kind])
+    assert 'is finished (6 steps)' in run('train.py', *args, '--resume=True').stdout
+    assert 'max_iters' in refused(run('train.py', *args, '--resume=True', '--max_iters=9', ok=False))
 
 
 def test_another_seed_gives_another_result(tiny, trained, tmp_path):
     run('train.py', *TINY, f'--data={tiny}', f'--out={tmp_path}/x.pt', '--seed=2')
-    assert not same(tmp_path / 'x.pt', trained['hope'], atol=1e-3)
+    assert not close(tmp_path / 'x.pt', trained['hope'], atol=1e-3)
+
+
+def test_starting_from_another_checkpoint(tiny, trained, tmp_path):
+    start = f'--init_from={trained["hope"]}'
+    run('train.py', *TINY, f'--data={tiny}', start, '--max_iters=1', '--learning_rate=1e-9', '--split=fit_B',
+        f'--out={tmp_path}/x.pt')
+    assert close(tmp_path / 'x.pt', trained['hope'], atol=1e-6)
+    line = refused(run('train.py', *TINY, f'--data={tiny}', start, '--model=vit', f'--out={tmp_path}/y.pt', ok=False))
+    assert 'init_from' in line
 
 
 def test_accumulation_and_processes_change_nothing(tiny, tmp_path):
@@ -115,27 +76,89 @@ def test_accumulation_and_processes_change_nothing(tiny, tmp_path):
     args = [*TINY, f'--data={tiny}', '--model=vit', '--max_iters=3']
     run('train.py', *args, f'--out={tmp_path}/one.pt')
     run('train.py', *args, f'--out={tmp_path}/two.pt', '--accumulation=2')
-    assert same(tmp_path / 'one.pt', tmp_path / 'two.pt', atol=2e-4)
+    assert close(tmp_path / 'one.pt', tmp_path / 'two.pt', atol=2e-4)
     args.append(f'--out={tmp_path}/ddp.pt')
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    assert '2 processes' in run('train.py', *args, '--stop_at=2', launcher=torchrun).stdout
-    assert run('train.py', *args, '--resume=True', launcher=torchrun).stdout.count('finished') == 1
-    assert same(tmp_path / 'one.pt', tmp_path / 'ddp.pt', atol=2e-4)
-    assert 'multiple of' in refused(run('train.py', *args, f'--out={tmp_path}/x.pt', '--accumulation=3', ok=False))
+    assert '2 processes' in run('train.py', *args, '--stop_at=2', launcher=TWO_PROCESSES).stdout
+    assert run('train.py', *args, '--resume=True', launcher=TWO_PROCESSES).stdout.count('finished') == 1
+    assert close(tmp_path / 'one.pt', tmp_path / 'ddp.pt', atol=2e-4)
 
 
-def test_the_log_says_what_runs(tiny, tmp_path):
-    out = run('train.py', *TINY, f'--data={tiny}', '--out=x.pt', cwd=tmp_path).stdout
-    for words in ('parameters', '40 tokens per clip', '48 training clips', 'cpu', 'copy baseline', 'λ 0.20', 'λ 0.80',
-                  'clips/s', 'left', 'below copy', 'finished'):
-        assert words in out, words
-    assert max(map(len, out.splitlines())) <= 100
-
+# ---- losses ------------------------------------------------------------------------------------------------------------
 
 def test_rollout_is_the_other_second_loss(tiny, tmp_path):
     out = run('train.py', *TINY, f'--data={tiny}', '--loss=rollout', f'--out={tmp_path}/x.pt').stdout
     assert 'rollout' in out and 'jump' not in out
-    assert model.load(str(tmp_path / 'x.pt'))[1]['loss'] == 'rollout'
+    assert content(tmp_path / 'x.pt')['loss'] == 'rollout'
+
+
+def test_the_loss_is_the_two_terms_weighted_by_lambda(tiny, tmp_path):
+    """With lambda = 0 the second loss moves no weight, with lambda = 1 teacher forcing moves none."""
+    args = [*TINY, f'--data={tiny}', '--model=vit', '--max_iters=2']
+    for name, lam, more in (('tf_1', 0, '--jump_last=1'), ('tf_3', 0, '--jump_last=3'),
+                            ('jump_1', 1, '--teacher_every=1'), ('jump_2', 1, '--teacher_every=2')):
+        run('train.py', *args, f'--lambda_start={lam}', f'--lambda_end={lam}', more, f'--out={tmp_path}/{name}.pt')
+        column = 'jump' if lam else 'teacher_forcing'
+        assert all(float(row['loss']) == float(row[column]) for row in training_rows(tmp_path / f'{name}.csv'))
+    assert same(tmp_path / 'tf_1.pt', tmp_path / 'tf_3.pt')
+    assert same(tmp_path / 'jump_1.pt', tmp_path / 'jump_2.pt')
+    assert not close(tmp_path / 'tf_1.pt', tmp_path / 'jump_1.pt', atol=1e-4)
+
+
+# ---- streams -----------------------------------------------------------------------------------------------------------
+
+def test_streams_resume_exactly(tiny, tmp_path):
+    """Streams begin in mid-run, carry a memory and write the CMS; stopping within them changes nothing."""
+    args = [*TINY, f'--data={tiny}', *STREAMS]
+    run('train.py', *args, f'--out={tmp_path}/whole.pt')
+    run('train.py', *args, f'--out={tmp_path}/parts.pt', '--stop_at=5')
+    run('train.py', *args, f'--out={tmp_path}/parts.pt', '--resume=True')
+    assert same(tmp_path / 'whole.pt', tmp_path / 'parts.pt')
+    # The rates of the CMS levels' writes are trained, too.
+    rates = [tensor for name, tensor in weights(tmp_path / 'whole.pt').items() if name.endswith('levels.0.log_rates.gain')]
+    assert rates and all(tensor != 0 for tensor in rates)
+
+
+def test_the_loss_at_each_place_of_a_stream_is_logged(tiny, tmp_path):
+    run('train.py', *TINY, f'--data={tiny}', *STREAMS, f'--out={tmp_path}/x.pt')
+    rows = training_rows(tmp_path / 'x.csv')
+    places = [[row[f'jump_{place}'] for place in (1, 2, 3, 4)] for row in rows]
+    assert places[:3] == [[''] * 4] * 3
+    for row, losses in zip(rows[3:], places[3:]):
+        assert sum(map(float, losses)) / 4 == pytest.approx(float(row['jump']))
+
+
+def test_streams_on_processes_and_micro_batches(tiny, tmp_path):
+    args = [*TINY, f'--data={tiny}', *STREAMS, '--stream_from=0', '--stream=2', '--max_iters=2', '--seed=3']
+    run('train.py', *args, f'--out={tmp_path}/one.pt', '--accumulation=2')
+    run('train.py', *args, f'--out={tmp_path}/ddp.pt', launcher=TWO_PROCESSES)
+    assert close(tmp_path / 'one.pt', tmp_path / 'ddp.pt', atol=2e-4)
+
+
+# ---- optimiser ---------------------------------------------------------------------------------------------------------
+
+def test_only_matrices_decay(tiny, tmp_path):
+    """Known mistake 14: decay by role. Decay alone moves the matrices of linear maps and nothing else."""
+    args = [*TINY, f'--data={tiny}', '--max_iters=1', '--warmup=0', '--decay=0', '--learning_rate=0.5']
+    run('train.py', *args, '--weight_decay=0', f'--out={tmp_path}/without.pt')
+    run('train.py', *args, '--weight_decay=1', f'--out={tmp_path}/with.pt')
+    plain, decayed = weights(tmp_path / 'without.pt'), weights(tmp_path / 'with.pt')
+    moved = {name for name in plain if not torch.equal(plain[name], decayed[name])}
+    linear = {name for name, tensor in plain.items() if tensor.dim() == 2 and name.endswith('.weight')}
+    assert moved == linear
+    for name in 'alpha_bias', 'eta_bias', 'memory', 'conv.weight':
+        assert f'predictor_blocks.0.titan.{name}' in set(plain) - moved
+
+
+def test_the_rate_rises_from_its_start_stays_and_falls_to_zero(tiny, tmp_path):
+    args = [*TINY, f'--data={tiny}']
+    run('train.py', *args, '--max_iters=20', '--start_rate=1e-4', '--learning_rate=1e-3', '--warmup=0.25', '--decay=0.25',
+        f'--out={tmp_path}/x.pt')
+    rates = [float(row['learning_rate']) for row in training_rows(tmp_path / 'x.csv')]
+    rising = [1e-4 + 9e-4 * (i + 1) / 6 for i in range(5)]
+    assert rates == pytest.approx(rising + [1e-3] * 11 + [8e-4, 6e-4, 4e-4, 2e-4])
+    # The rates of the CMS levels' writes learn 20 times as fast.
+    scales = [group['lr'] / rates[-1] for group in content(tmp_path / 'x.pt')['optimizer']['param_groups']]
+    assert scales == pytest.approx([1, 1, 20])
 
 
 def test_a_non_finite_step_stops_before_the_optimiser(tiny, tmp_path):
@@ -147,12 +170,79 @@ def test_a_non_finite_step_stops_before_the_optimiser(tiny, tmp_path):
     assert (tmp_path / 'x.pt').read_bytes() == before
 
 
-def test_bad_requests_are_one_line(tiny, tmp_path):
+# ---- log ---------------------------------------------------------------------------------------------------------------
+
+def test_the_terminal_says_what_runs(tiny, tmp_path):
+    out = run('train.py', *TINY, f'--data={tiny}', '--out=x.pt', cwd=tmp_path).stdout
+    for words in ('parameters', '40 tokens per clip', '48 training clips', 'cpu', 'copy baseline', 'λ 0.20', 'λ 0.80',
+                  'clips/s', 'left', 'below copy', 'finished'):
+        assert words in out, words
+    assert max(map(len, out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize('left_behind', ['4,9,9\r\n', '4,9'], ids=['whole row', 'cut row'])
+def test_a_resumed_run_appends_to_its_log(left_behind, tiny, trained, tmp_path):
+    """What a killed run logged after its checkpoint stays there, even half a row; the later row of a step counts."""
     args = [*TINY, f'--data={tiny}', f'--out={tmp_path}/x.pt']
-    assert 'at most 7' in refused(run('train.py', *args, '--jump_last=8', ok=False))
-    assert 'no data set at' in refused(run('train.py', *args, f'--data={tmp_path}/none', ok=False))
-    assert 'multiple of heads' in refused(run('train.py', *args, '--width=25', ok=False))
-    if not torch.cuda.is_available():
-        assert 'no such device' in refused(run('train.py', *args, '--device=cuda', ok=False))
-    assert 'allowed are auto' in refused(run('train.py', *args, '--device=tpu', ok=False))
+    run('train.py', *args, '--stop_at=3')
+    log = tmp_path / 'x.csv'
+    with open(log, 'a', newline='') as f:
+        f.write(left_behind)
+    before = log.read_bytes()
+    run('train.py', *args, '--resume=True')
+    assert log.read_bytes().startswith(before)
+    assert [row['step'] for row in training_rows(log)] == ['1', '2', '3', '4', '4', '5', '6']
+    assert last_of_each_step(log) == last_of_each_step(trained['hope'].replace('.pt', '.csv'))
+
+
+def test_a_log_without_a_checkpoint_is_begun_anew(tiny, trained, tmp_path):
+    (tmp_path / 'x.csv').write_text('step,loss,teacher_forcing,rollout\r\n1,9,9,9\r\n', newline='')
+    run('train.py', *TINY, f'--data={tiny}', f'--out={tmp_path}/x.pt')
+    rows = training_rows(tmp_path / 'x.csv')
+    assert [row['step'] for row in rows] == ['1', '2', '3', '4', '5', '6'] and 'jump' in rows[0]
+
+
+def test_a_file_that_is_not_its_log_is_left_alone(tiny, tmp_path):
+    args = [*TINY, f'--data={tiny}', f'--out={tmp_path}/x.pt']
+    log = tmp_path / 'x.csv'
+    log.write_text('my notes\n')
+    assert f'{log} is not the log' in refused(run('train.py', *args, ok=False))
+    assert log.read_text() == 'my notes\n' and not (tmp_path / 'x.pt').exists()
+    log.unlink()
+    run('train.py', *args, '--stop_at=3')
+    before = (tmp_path / 'x.pt').read_bytes()
+    log.write_text('step,loss,teacher_forcing,another figure\r\n')
+    assert f'{log} is not the log' in refused(run('train.py', *args, '--resume=True', ok=False))
+    assert 'another figure' in log.read_text() and (tmp_path / 'x.pt').read_bytes() == before
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    '--jump_last=8': 'at most 7',
+    '--loss=rollout --rollout_steps=8': 'at most 7',
+    '--data=./none': 'no data set at',
+    '--width=25': 'multiple of heads',
+    '--device=tpu': 'allowed are auto',
+    '--start_rate=0.1': 'learning_rate',
+    '--accumulation=3': 'multiple of',
+    '--stream=3': 'multiple of',
+    '--action_gain=0.5': 'set stream > 1',
+    '--model=vit --stream=2 --cms_rate=1': 'no CMS levels',
+    '--cms_periods=1,x': 'whole numbers',
+    '--cms_periods=0,4': 'more often',
+    '--adapts=key': 'adapts',
+}
+
+
+@pytest.mark.parametrize('flags', REFUSED)
+def test_bad_requests_are_one_line(flags, tiny, tmp_path):
+    done = run('train.py', *TINY, f'--data={tiny}', f'--out={tmp_path}/x.pt', *flags.split(), ok=False, cwd=tmp_path)
+    assert REFUSED[flags] in refused(done)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_a_device_that_is_not_here_is_one_line(tiny, tmp_path):
+    done = run('train.py', *TINY, f'--data={tiny}', f'--out={tmp_path}/x.pt', '--device=cuda', ok=False)
+    assert 'no such device' in refused(done)

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, official_predictor, refused, run
 
+import hope
 import model
+import vjepa2
 from configurator import Refusal, read_config
 
 PARTS = pytest.mark.parametrize('part', ['encoder', 'target_encoder'])
@@ -29,13 +31,13 @@ def official(tmp_path, file='vjepa2_encoder_tiny.pt', change=lambda checkpoint: 
 @PARTS
 def test_encoder_agrees_with_the_published_code(part, tmp_path):
     reference = golden('vjepa2_encoder_tiny.pt')
-    encoder = model.load_vjepa2(official(tmp_path), part, heads=2)
+    encoder = vjepa2.load_vjepa2(official(tmp_path), part, heads=2)
     assert not encoder.training
     torch.testing.assert_close(encoder(reference['video']), reference[f'{part}_out'], atol=5e-5, rtol=0)
 
 
 def test_one_frame_is_doubled_and_none_is_refused(tmp_path):
-    encoder, video = model.load_vjepa2(official(tmp_path), heads=2), golden('vjepa2_encoder_tiny.pt')['video']
+    encoder, video = vjepa2.load_vjepa2(official(tmp_path), heads=2), golden('vjepa2_encoder_tiny.pt')['video']
     frame = video[:, :, :1]
     assert torch.equal(encoder(frame), encoder(torch.cat([frame, frame], dim=2)))
     with pytest.raises(ValueError, match='no frames'):
@@ -46,19 +48,19 @@ def test_one_frame_is_doubled_and_none_is_refused(tmp_path):
 def test_predictor_agrees_with_the_published_code(steps, tmp_path):
     """The action-conditioned predictor with its state token, as it is and with what our losses see, layer-normed."""
     reference = golden('vjepa2_ac_tiny.pt')
-    predictor = model.load_vjepa2(official(tmp_path, 'vjepa2_ac_tiny.pt'), 'predictor', heads=2)
+    predictor = vjepa2.load_vjepa2(official(tmp_path, 'vjepa2_ac_tiny.pt'), 'predictor', heads=2)
     z, a, s = (reference[key][:, :steps] for key in ('z', 'actions', 'states'))
     expected = reference['out_4_frames' if steps == 4 else 'out_1_frame']
     z_hat, memory = predictor(z, a, states=s)
     assert memory is None and not predictor.training
     torch.testing.assert_close(z_hat, expected, atol=5e-5, rtol=0)
-    predictor.sizes['normed_output'] = True
+    predictor.sizes.normed_output = True
     torch.testing.assert_close(predictor(z, a, states=s)[0], F.layer_norm(expected, (48,)), atol=5e-5, rtol=0)
 
 
 def test_a_jump_of_the_published_form_is_teacher_forcing_by_one(tmp_path):
     reference = golden('vjepa2_ac_tiny.pt')
-    predictor = model.load_vjepa2(official(tmp_path, 'vjepa2_ac_tiny.pt'), 'predictor', heads=2)
+    predictor = vjepa2.load_vjepa2(official(tmp_path, 'vjepa2_ac_tiny.pt'), 'predictor', heads=2)
     z, a, s = (reference[key][:, :1] for key in ('z', 'actions', 'states'))
     one, three = (predictor(z, a, tau=torch.full((len(z),), t), states=s)[0] for t in (1, 3))
     torch.testing.assert_close(one, predictor(z, a, states=s)[0][:, 0], atol=1e-6, rtol=0)
@@ -70,15 +72,16 @@ def test_true_sizes():
     def count(net):
         return sum(p.numel() for p in net.parameters())
     with torch.device('meta'):
-        assert count(model.VideoEncoder(1024, 16, 24, 4096)) == 303_885_312
-        assert count(model.VideoEncoder(1408, 22, 40, 6144)) == 1_012_173_952
-        assert count(model.build(feature_dim=1408, action_dim=7, state_dim=7, depth=24, width=1024, heads=16, mlp_hidden=4096,
-                                 grid=None, rope='vjepa2')) == 305_220_992
+        assert count(vjepa2.VideoEncoder(1024, 16, 24, 4096)) == 303_885_312
+        assert count(vjepa2.VideoEncoder(1408, 22, 40, 6144)) == 1_012_173_952
+        sizes = model.Sizes(model='vit', feature_dim=1408, action_dim=7, state_dim=7, depth=24, width=1024, heads=16,
+                            mlp_hidden=4096, grid=None, rope='vjepa2')
+        assert count(hope.build(sizes)) == 305_220_992
 
 
 def test_features_of_low_variance_feel_the_eps(tmp_path):
     """LayerNorm's eps is 1e-6: 1e-5 would shift what a nearly flat video gives by far more than rounding."""
-    encoder = model.load_vjepa2(official(tmp_path), heads=2)
+    encoder = vjepa2.load_vjepa2(official(tmp_path), heads=2)
     flat = 1e-3 * golden('vjepa2_encoder_tiny.pt')['video']
     with torch.no_grad():
         encoder.patch_embed['proj'].bias.zero_()
@@ -107,7 +110,7 @@ def test_the_tiled_rotation_by_hand():
 
 
 def test_non_square_grids_are_scaled_as_published():
-    net = model.build(feature_dim=8, width=24, heads=2, depth=1, mlp_hidden=16, grid=(2, 4), rope='vjepa2')
+    net = hope.build(model.Sizes(model='vit', feature_dim=8, width=24, heads=2, depth=1, mlp_hidden=16, grid=(2, 4), rope='vjepa2'))
     (cos, _), _ = net.rope(1, 1, 8, None, 'cpu')
     angle = model.rope_angles(torch.tensor([[0, 1, 3 * 2 / 4]]), 12, 'vjepa2')
     torch.testing.assert_close(cos[0, 0, 1 + 7], angle[0].cos())      # row 1, column 3 of a 2 x 4 grid; the action is first
@@ -179,7 +182,7 @@ def test_grids_and_extrinsics_agree_with_a_reference(rows, columns, camera, tmp_
     w = {name.removeprefix('module.'): v.double() for name, v in golden('vjepa2_ac_tiny.pt')['checkpoint']['predictor'].items()}
     generator = torch.Generator().manual_seed(0)
     z, a, s, e = (torch.randn(2, 3, *shape, generator=generator) for shape in ((rows * columns, 48), (7,), (7,), (6,)))
-    predictor = model.load_vjepa2(path, 'predictor', heads=2, grid=(rows, columns))
+    predictor = vjepa2.load_vjepa2(path, 'predictor', heads=2, grid=(rows, columns))
     z_hat, _ = predictor(z, a, states=s, **{'extrinsics': e} if camera else {})
     for b in range(2):
         conditions = {'action_encoder': a[b].double(), 'state_encoder': s[b].double()}
@@ -190,7 +193,7 @@ def test_grids_and_extrinsics_agree_with_a_reference(rows, columns, camera, tmp_
 
 
 def test_extrinsics_need_their_encoder():
-    net = model.build(feature_dim=8, width=24, heads=2, depth=1, mlp_hidden=16, grid=(1, 2))
+    net = hope.build(model.Sizes(model='vit', feature_dim=8, width=24, heads=2, depth=1, mlp_hidden=16, grid=(1, 2)))
     with pytest.raises(ValueError, match='no extrinsics_encoder'):
         net(torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 2), extrinsics=torch.zeros(1, 1, 1))
 
@@ -198,11 +201,11 @@ def test_extrinsics_need_their_encoder():
 def test_patches_that_are_not_the_grid_are_refused(tmp_path):
     path, a = official(tmp_path, 'vjepa2_ac_tiny.pt'), torch.zeros(1, 1, 7)
     with pytest.raises(ValueError, match='z has 9 patches per step, which is not a grid of 2 x 3'):
-        model.load_vjepa2(path, 'predictor', heads=2, grid=(2, 3))(torch.zeros(1, 1, 9, 48), a, states=a)
+        vjepa2.load_vjepa2(path, 'predictor', heads=2, grid=(2, 3))(torch.zeros(1, 1, 9, 48), a, states=a)
     with pytest.raises(ValueError, match='z has 6 patches per step, which is not a square; name it with grid='):
-        model.load_vjepa2(path, 'predictor', heads=2)(torch.zeros(1, 1, 6, 48), a, states=a)
+        vjepa2.load_vjepa2(path, 'predictor', heads=2)(torch.zeros(1, 1, 6, 48), a, states=a)
     with pytest.raises(ValueError, match='grid belongs to the predictor'):
-        model.load_vjepa2(official(tmp_path), heads=2, grid=(2, 3))
+        vjepa2.load_vjepa2(official(tmp_path), heads=2, grid=(2, 3))
 
 
 # ---- V-JEPA 2.1 --------------------------------------------------------------------------------------------------------
@@ -253,7 +256,7 @@ def published_2_1(w, video):
 def test_encoder_2_1_agrees_with_a_reference(shape, part, tmp_path):
     """Clips and single frames, square and not, frames and pixels that fill no patch."""
     w = weights_2_1()
-    encoder = model.load_vjepa2(official_2_1(tmp_path, w, part), part, heads=2)
+    encoder = vjepa2.load_vjepa2(official_2_1(tmp_path, w, part), part, heads=2)
     video = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(1))
     expected = torch.stack([published_2_1({name: v.double() for name, v in w.items()}, clip.double()) for clip in video])
     torch.testing.assert_close(encoder(video).double(), expected, atol=5e-5, rtol=0)
@@ -261,12 +264,12 @@ def test_encoder_2_1_agrees_with_a_reference(shape, part, tmp_path):
 
 
 def test_encoder_2_1_refuses_a_single_row_or_column(tmp_path):
-    encoder = model.load_vjepa2(official_2_1(tmp_path, weights_2_1()), heads=2)
+    encoder = vjepa2.load_vjepa2(official_2_1(tmp_path, weights_2_1()), heads=2)
     for height, width, words in ((16, 32, '1 x 2'), (32, 16, '2 x 1')):
         with pytest.raises(ValueError, match=f'two rows and two columns of patches, not {words}'):
             encoder(torch.zeros(1, 3, 2, height, width))
     with pytest.raises(ValueError, match="version '3'"):
-        model.VideoEncoder(48, 2, 1, 48, '3')
+        vjepa2.VideoEncoder(48, 2, 1, 48, '3')
 
 
 @pytest.mark.parametrize('change, words', [
@@ -283,7 +286,7 @@ def test_files_of_2_1_are_strict_too(change, words, tmp_path):
     w = weights_2_1()
     change(w)
     with pytest.raises(Refusal, match=words):
-        model.load_vjepa2(official_2_1(tmp_path, w), heads=2)
+        vjepa2.load_vjepa2(official_2_1(tmp_path, w), heads=2)
 
 
 # ---- wrong files -----------------------------------------------------------------------------------------------------
@@ -308,7 +311,7 @@ def put(key, value):
 ])
 def test_what_is_missing_unexpected_or_misshapen_is_named(change, words, tmp_path):
     with pytest.raises(Refusal) as refusal:
-        model.load_vjepa2(official(tmp_path, change=change), heads=2)
+        vjepa2.load_vjepa2(official(tmp_path, change=change), heads=2)
     assert all(word in str(refusal.value) for word in words), refusal.value
     assert '\n' not in str(refusal.value)
 
@@ -316,20 +319,20 @@ def test_what_is_missing_unexpected_or_misshapen_is_named(change, words, tmp_pat
 def test_a_stray_position_table_is_tolerated_and_heads_are_asked_for(tmp_path):
     reference = golden('vjepa2_encoder_tiny.pt')
     path = official(tmp_path, change=put('pos_embed', torch.zeros(1, 18, 48)))
-    torch.testing.assert_close(model.load_vjepa2(path, heads=2)(reference['video']), reference['target_encoder_out'], atol=5e-5, rtol=0)
+    torch.testing.assert_close(vjepa2.load_vjepa2(path, heads=2)(reference['video']), reference['target_encoder_out'], atol=5e-5, rtol=0)
     for arguments, words in ((dict(), 'heads='), (dict(heads=5), 'not a multiple'), (dict(part='decoder'), 'target_encoder')):
         with pytest.raises(Refusal, match=words):
-            model.load_vjepa2(path, **arguments)
+            vjepa2.load_vjepa2(path, **arguments)
     with pytest.raises(Refusal, match="no part 'predictor'"):
-        model.load_vjepa2(path, 'predictor', heads=2)
+        vjepa2.load_vjepa2(path, 'predictor', heads=2)
     with pytest.raises(Refusal, match='no V-JEPA 2 weights at'):
-        model.load_vjepa2(str(tmp_path / 'none.pt'))
+        vjepa2.load_vjepa2(str(tmp_path / 'none.pt'))
     (tmp_path / 'text.pt').write_text('hello')
     with pytest.raises(Refusal, match='not a file of weights'):
-        model.load_vjepa2(str(tmp_path / 'text.pt'))
+        vjepa2.load_vjepa2(str(tmp_path / 'text.pt'))
     (tmp_path / 'folder').mkdir()
     with pytest.raises(Refusal, match='has none'):
-        model.load_vjepa2(str(tmp_path / 'folder'))
+        vjepa2.load_vjepa2(str(tmp_path / 'folder'))
 
 
 def test_weights_never_run_code(tmp_path):
@@ -338,7 +341,7 @@ def test_weights_never_run_code(tmp_path):
             return os.mkdir, (str(tmp_path / 'pwned'),)
     torch.save({'target_encoder': {'module.norm.weight': Evil()}}, tmp_path / 'evil.pt')
     with pytest.raises(Refusal, match='not a file of weights'):
-        model.load_vjepa2(str(tmp_path / 'evil.pt'))
+        vjepa2.load_vjepa2(str(tmp_path / 'evil.pt'))
     assert not (tmp_path / 'pwned').exists()
 
 
@@ -367,7 +370,7 @@ def hugging_face(tmp_path, frames=4, side=32, **more):
 def test_encoder_agrees_with_transformers(shape, more, tmp_path):
     """Sizes, longer and non-square clips, a single frame, frames and pixels that fill no patch, and the gradients."""
     theirs, folder = hugging_face(tmp_path, side=shape[1], **more)
-    ours = model.load_vjepa2(folder)
+    ours = vjepa2.load_vjepa2(folder)
     steps = max(1, shape[0] // 2)
     used = min(2 * steps, shape[0])
     if shape[1] != shape[2]:                                           # transformers counts rows and columns on a square crop
@@ -392,21 +395,21 @@ def test_hugging_face_files_are_strict_too(tmp_path):
     from safetensors.torch import load_file, save_file
     file = os.path.join(folder, 'model.safetensors')
     with pytest.raises(Refusal, match='vjepa2-ac-vitg.pt'):
-        model.load_vjepa2(folder, 'predictor')
+        vjepa2.load_vjepa2(folder, 'predictor')
     state = load_file(file)
-    one = model.load_vjepa2(file, heads=2)                             # the file alone does not tell the heads
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), model.load_vjepa2(folder).parameters()))
+    one = vjepa2.load_vjepa2(file, heads=2)                             # the file alone does not tell the heads
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), vjepa2.load_vjepa2(folder).parameters()))
     removed = state.pop('encoder.layer.1.attention.key.weight')
     save_file(state, file)
     with pytest.raises(Refusal, match='blocks.1.attn.qkv.weight'):
-        model.load_vjepa2(folder)
+        vjepa2.load_vjepa2(folder)
     save_file({**state, 'encoder.layer.1.attention.key.weight': removed, 'encoder.layer.1.extra.bias': removed.clone()}, file)
     with pytest.raises(Refusal, match='blocks.1.extra.bias'):
-        model.load_vjepa2(folder)
+        vjepa2.load_vjepa2(folder)
     with open(file, 'wb') as f:
         f.write(b'no tensors')
     with pytest.raises(Refusal, match='not a file of weights'):
-        model.load_vjepa2(folder)
+        vjepa2.load_vjepa2(folder)
     assert json.load(open(os.path.join(folder, 'config.json')))['num_attention_heads'] == 2
 
 
@@ -429,7 +432,7 @@ def test_official_weights_are_fine_tuned_on_own_data(tiny, tmp_path):
     assert anew.split(': ')[1] == 'action_encoder.weight'
     assert set(dropped.split(': ')[1].split(', ')) == {f'{name}_encoder.{part}' for name in ('state', 'extrinsics')
                                                        for part in ('weight', 'bias')}
-    net, _ = model.load(str(tmp_path / 'x.pt'))
+    net, _ = hope.load(str(tmp_path / 'x.pt'))
     for name, tensor in published.items():
         if name.split('.')[1] not in ('action_encoder', 'state_encoder', 'extrinsics_encoder'):
             torch.testing.assert_close(net.get_parameter(name.removeprefix('module.')).data, tensor, atol=1e-6, rtol=0)
