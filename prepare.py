@@ -51,19 +51,27 @@ device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or
 batch = 32               # clips encoded at once [1..]
 settings = configure(globals()) if __name__ == '__main__' else {}
 
-PATCH = 16                   # pixels per patch side, as in ViT-L/16
-SHARD_BYTES = 128 * 2**20    # an interrupted run loses at most one shard
-TOKENS = 2**14               # tokens that V-JEPA 2 encodes at once: what bounds its memory, whatever the batch
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as V-JEPA 2 was trained
+# Pixels per patch side, as in ViT-L/16.
+PATCH = 16
+# An interrupted run loses at most one shard.
+SHARD_BYTES = 128 * 2**20
+# Tokens that V-JEPA 2 encodes at once. They bound its memory, whatever the batch.
+TOKENS = 2**14
+# Of the colours of ImageNet, as V-JEPA 2 was trained.
+MEAN = 0.485, 0.456, 0.406
+STD = 0.229, 0.224, 0.225
 
 
 # ---- official weights --------------------------------------------------------------------------------------------------
 
 class Official(NamedTuple):
     """An official encoder: where its weights are published, and what it was trained on."""
-    repository: str          # on Hugging Face, or None: published as a file only
-    file: str                # official checkpoint, and the part of it to use
+    # On Hugging Face; None where the official file is all there is.
+    repository: str | None
+    # The official file, and the part of it that is the published encoder.
+    file: str
     part: str
+    # Side of a picture.
     pixels: int
 
 
@@ -83,7 +91,7 @@ MODELS = {
 
 
 def official_weights(encoder):
-    """Path of an official encoder's weights, downloaded once into torch's cache; raises Refusal where that cannot be done."""
+    """Path of an official encoder's weights, downloaded once into torch's cache. Raises Refusal where there are none."""
     official = MODELS[encoder]
     address = f'{OFFICIAL}/{official.file}'
     if not official.repository:
@@ -111,7 +119,8 @@ def download(encoder, repository, address, path):
     try:
         digest, length = ask_for_checksum(url)
         fetch(url, partial, length, f'downloading {encoder}')
-    except (OSError, http.client.HTTPException) as error:              # URLError, a timeout, a full disk
+    # URLError, a timeout and a full disk are OSErrors.
+    except (OSError, http.client.HTTPException) as error:
         raise Refusal(f'--encoder={encoder}: cannot download ({error}); get model.safetensors from '
                       f'https://huggingface.co/{repository} or {address} and name it with --weights') from None
     done = os.path.getsize(partial)
@@ -167,7 +176,8 @@ def fetch(url, path, length, label):
 def cosines(n):
     """The orthonormal cosine basis (DCT-II) of n samples → (n,n) float64, a row per frequency."""
     k, i = np.arange(n)[:, None], np.arange(n)[None]
-    return np.cos(np.pi * k * (2 * i + 1) / (2 * n)) * np.where(k == 0, 1, np.sqrt(2)) / np.sqrt(n)
+    scale = np.where(k == 0, 1, np.sqrt(2))
+    return np.cos(np.pi * k * (2 * i + 1) / (2 * n)) * scale / np.sqrt(n)
 
 
 def cosine_basis(dim):
@@ -176,40 +186,46 @@ def cosine_basis(dim):
     rising frequency in cycles, each once for every colour.
     """
     shape = data.TUBELET, PATCH, PATCH
-    basis = np.einsum('ai,bj,ck->abcijk', *map(cosines, shape))        # (t,y,x frequencies, t,y,x pixels)
-    basis = basis.reshape(np.prod(shape), np.prod(shape))              # (frequencies, pixels)
-    cycles = [k / n for k, n in zip(np.indices(shape), shape)]
-    frequency = sum(c ** 2 for c in cycles).ravel()
-    lowest = np.argsort(frequency, kind='stable')[:math.ceil(dim / 3)]
+    size = math.prod(shape)
+    basis = np.einsum('ai,bj,ck->abcijk', *map(cosines, shape))        # (frequencies t,y,x, pixels t,y,x)
+    basis = basis.reshape(size, size)                                  # (frequencies, pixels)
+    t, y, x = np.indices(shape)
+    frequency = (t / shape[0]) ** 2 + (y / shape[1]) ** 2 + (x / shape[2]) ** 2
+    lowest = np.argsort(frequency.ravel(), kind='stable')[:math.ceil(dim / 3)]
     coloured = np.kron(basis[lowest].T, np.eye(3))                     # (pixels*3, frequencies*3)
     return torch.from_numpy(coloured[:, :dim].astype(np.float32))
 
 
 def patch_encode(frames, basis):
     """Patch encoder: lowest frequencies of every tubelet, (n,T,N,dim); no step sees another's frames."""
-    # The pixels of a tubelet in the order in which they lie, (n,T,N,512*3): nothing is moved.
-    blocks = data.tubelets(frames, PATCH).mT.flatten(-2)
+    blocks = data.tubelets(frames, PATCH).mT.flatten(-2)               # (n,T,N,512*3)
     return blocks @ basis
 
 
 @torch.inference_mode()
 def vjepa2_encode(frames, net, encode):
     """V-JEPA 2: (n,T,N,D), each step's frames encoded alone (encode='step') or the whole clip at once ('clip')."""
-    n, F, height, width, _ = frames.shape
-    steps, patches = F // data.TUBELET, (height // PATCH) * (width // PATCH)
-    mean, std = (torch.tensor(x, device=frames.device).view(3, 1, 1, 1) for x in (MEAN, STD))
-    video = (frames.permute(0, 4, 1, 2, 3).float() / 255 - mean) / std                  # (n,3,F,H,W)
+    n, count, height, width, _ = frames.shape
+    steps = count // data.TUBELET
+    patches = (height // PATCH) * (width // PATCH)
+    mean = torch.tensor(MEAN, device=frames.device).view(3, 1, 1, 1)
+    std = torch.tensor(STD, device=frames.device).view(3, 1, 1, 1)
+    video = frames.permute(0, 4, 1, 2, 3).float()                      # (n,3,F,H,W)
+    video = (video / 255 - mean) / std
     if encode == 'step':
-        video = video.unflatten(2, (steps, data.TUBELET)).movedim(2, 1).flatten(0, 1)   # (n*T,3,t,H,W)
+        video = video.unflatten(2, (steps, data.TUBELET))              # (n,3,T,t,H,W)
+        video = video.movedim(2, 1).flatten(0, 1)                      # (n*T,3,t,H,W)
     tokens = video.shape[2] // data.TUBELET * patches
     at_once = max(1, TOKENS // tokens)
+    encoded = []
     with torch.autocast('cuda', torch.bfloat16, enabled=frames.device.type == 'cuda'):
-        z = torch.cat([net(videos).float() for videos in video.split(at_once)])         # (n*T,N,D) or (n,T*N,D)
-    return z.view(n, steps, patches, -1)
+        for videos in video.split(at_once):
+            encoded.append(net(videos).float())                        # (b,N,D), or (b,T*N,D) for 'clip'
+    return torch.cat(encoded).view(n, steps, patches, -1)
 
 
 def as_they_are(features):
-    """Own features (n,T,N,D) need no encoder."""
+    """Features (n,T,N,D) that were imported need no encoder."""
     return features
 
 
@@ -288,10 +304,12 @@ def take_over(folder, manifest):
     """
     path = os.path.join(folder, 'manifest.json')
     os.makedirs(folder, exist_ok=True)
-    leftovers = [f.path for f in os.scandir(folder) if f.name.endswith('.tmp')] if os.path.exists(path) else []
-    data.claim(folder, *(leftover.removesuffix('.tmp') for leftover in leftovers))
     if not os.path.exists(path):
+        data.claim(folder)
         return manifest
+    # What a killed run left half-written is removed.
+    half_written = [f.path.removesuffix('.tmp') for f in os.scandir(folder) if f.name.endswith('.tmp')]
+    data.claim(folder, *half_written)
     found = data.parse_manifest(path)
     if (found['made_from'], found['shape']) != (manifest['made_from'], manifest['shape']):
         raise Refusal(f'{folder} holds a set made with other settings; choose another --name or delete the folder')
@@ -300,7 +318,8 @@ def take_over(folder, manifest):
         return found
     found['complete'] = False
     for entry in found['splits'].values():
-        entry['shards'] = list(itertools.takewhile(lambda shard: shard['file'] not in damaged, entry['shards']))
+        whole = itertools.takewhile(lambda shard: shard['file'] not in damaged, entry['shards'])
+        entry['shards'] = list(whole)
     if damaged:
         print(f'{", ".join(damaged)}: damaged or missing, made again')
     return found
@@ -315,12 +334,14 @@ def write_split(folder, manifest, split, source, encode_clips, batch, shard_clip
     """
     shards = manifest['splits'][split]['shards']
     done = min(source.count, len(shards) * shard_clips)
+    # The bar counts a clip as done when it is asked for the next.
     bar = data.progress(range(done, source.count), split)
     next(bar, None)
     for shard_start in range(done, source.count, shard_clips):
         shard_end = min(shard_start + shard_clips, source.count)
         # One array, filled: small ones kept between the encoder's large ones would pin gigabytes of freed memory.
-        z, kept = np.empty((shard_end - shard_start, *manifest['shape']), np.float16), []
+        z = np.empty((shard_end - shard_start, *manifest['shape']), np.float16)
+        kept = []
         for start in range(shard_start, shard_end, batch):
             end = min(start + batch, shard_end)
             content, readable = source.content(start, end)
@@ -328,7 +349,6 @@ def write_split(folder, manifest, split, source, encode_clips, batch, shard_clip
                 z[len(kept):len(kept) + len(readable)] = encode_clips(content).half().cpu().numpy()
             kept += readable
             for _ in range(start, end):
-                # The bar takes a clip as done when it is asked for the next.
                 next(bar, None)
         file = f'{split}_{len(shards):05d}.npy'
         save(folder, manifest, file, lambda f: np.save(f, z[:len(kept)]))
@@ -407,10 +427,12 @@ def draw_pictures(folder, clips, seed):
         print('no pictures: pip install matplotlib')
         return
     rows = {}
-    for domain, (mu, mass, camera) in data.DOMAINS.items():
+    for domain, physics in data.DOMAINS.items():
         # The same draws in every row: only the physics differs.
         drawn = data.simulate(domain, 8, seed, 'test_A')
-        label = f'{domain}\nμ {mu}, {mass} kg' + (f', {camera}°' if camera else '')
+        mu, mass, camera = physics[:3]
+        turned = f', {camera}°' if camera else ''
+        label = f'{domain}\nμ {mu}, {mass} kg{turned}'
         rows[label] = data.render(drawn, 128).float().div(255).numpy()
     plots.draw_domains(os.path.join(folder, 'clips.png'), rows)
     slid = {}
@@ -432,8 +454,11 @@ def check_settings(size, source, split):
 
 def code_of_set(encoder, source):
     """The functions and classes that the files of a set depend on; data.py's world is followed from them by name."""
-    encoders = {'none': [], 'patch': [cosine_basis, patch_encode, fit_decoder]}
-    return [type(source), *encoders.get(encoder, [vjepa2_encode, VideoEncoder, fit_decoder])]
+    if encoder == 'none':
+        return [type(source)]
+    if encoder == 'patch':
+        return [type(source), cosine_basis, patch_encode, fit_decoder]
+    return [type(source), vjepa2_encode, VideoEncoder, fit_decoder]
 
 
 def new_manifest(shape, sources, made_from):
@@ -488,11 +513,12 @@ if __name__ == '__main__':
     shape = list(encode_clips(example).shape[1:])                      # T, N, D
 
     # The set, and what is already there of it. A set that was made from anything else is refused.
-    counts = {which: clips_of.count for which, clips_of in sources.items()}
+    counts = {key: sources[key].count for key in sources}
     made_from = {'source': source, 'split': split, 'encoder': encoder, 'encode': encode, 'weights': weights, 'part': part,
                  'seed': seed, 'size': size, 'skip_bad': skip_bad, 'clips': counts,
                  **depends_on(code_of_set(encoder, sources['train']))}
-    made_from = json.loads(json.dumps(made_from))                      # as it will be read back: tuples become lists
+    # As it will be read back: tuples become lists.
+    made_from = json.loads(json.dumps(made_from))
     manifest = new_manifest(shape, sources, made_from)
     folder = data.folder_of(name)
     manifest = take_over(folder, manifest)
@@ -508,5 +534,9 @@ if __name__ == '__main__':
         draw_pictures(folder, clips, seed)
     manifest['complete'] = True
     data.write_manifest(folder, manifest)
-    print(f'done in {time.time() - began:.0f} s' + (f'; pictures: {folder}/clips.png' if source == 'physics' else '')
-          + (f'; {skipped} clips skipped' if skip_bad else ''))
+    said = f'done in {time.time() - began:.0f} s'
+    if source == 'physics':
+        said += f'; pictures: {folder}/clips.png'
+    if skip_bad:
+        said += f'; {skipped} clips skipped'
+    print(said)

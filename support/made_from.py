@@ -1,4 +1,4 @@
-"""What a data set is made from, as far as it is code: so that a set made by other code is told from one that is up to date."""
+"""The code that a data set is made from: prepare.py refuses to go on with a set that other code has made."""
 import ast
 import hashlib
 import inspect
@@ -65,7 +65,8 @@ def depends_on(functions):
             if is_ours(value):
                 waiting.append(value)
             elif name.isupper() and isinstance(value, (int, float, str, tuple, list, dict)):
-                # A script's own module is called __main__, or by its name where a test imports it; its file is always the same.
-                constants[f'{inspect.getmodulename(module.__file__)}.{name}'] = value
+                # By its file: a script that runs is called __main__.
+                place = inspect.getmodulename(module.__file__)
+                constants[f'{place}.{name}'] = value
     text = '\n'.join(sorted(code.values()))
     return {'constants': constants, 'code': hashlib.sha256(text.encode()).hexdigest()}

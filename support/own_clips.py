@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from configurator import Refusal
 
 VIDEOS = '.mp4', '.avi', '.mov', '.mkv', '.webm'
-PATCHES = 256                # patches per step of features that are stored as (T*PATCHES,D)
+# Patches per step of features that are stored as (T*PATCHES,D).
+PATCHES = 256
 
 
 # ---- files -------------------------------------------------------------------------------------------------------------
@@ -116,9 +117,11 @@ def read_features(path):
 @dataclass
 class Crop:
     """How own pictures become square: the short side is resized to `short` pixels, then the middle is cut out."""
-    size: int                # pixels a side that are left
-    short: int               # pixels of the short side before
-    tubelet: int             # frames per time step
+    # Pixels a side that are left.
+    size: int
+    short: int
+    # Frames per time step.
+    tubelet: int
 
 
 def resized(height, width, short):
@@ -176,14 +179,17 @@ def read_actions(folder, steps):
 class Clip:
     """One clip, read."""
     folder: str
-    content: torch.Tensor    # (T,N,D) float16 features, or (F,size,size,3) uint8 frames
-    actions: np.ndarray      # (T,A) float32
+    # Features (T,N,D) float16, or frames (F,size,size,3) uint8.
+    content: torch.Tensor
+    # (T,A) float32
+    actions: np.ndarray
 
 
 class OwnClips:
     """A Source (see prepare.py) of clips that lie in folders. skip_bad: leave out what cannot be read, and name it."""
 
-    physics = {}             # unknown
+    # Unknown.
+    physics = {}
 
     def __init__(self, folders, domain, first, crop, skip_bad, device):
         self.folders, self.domain, self.first = folders, domain, first
@@ -201,7 +207,8 @@ class OwnClips:
 
     def content(self, start, end):
         """Frames or features of the readable ones among clips start..end-1, and the indices of these."""
-        clips, readable = [], []
+        clips = []
+        readable = []
         for index in range(start, end):
             try:
                 clips.append(self.read(self.folders[index]))
@@ -220,7 +227,8 @@ class OwnClips:
         steps, numbers = first.actions.shape
         clip = read_content(folder, self.crop)
         if clip.shape != first.content.shape:
-            raise Refusal(f'{folder}: shape {tuple(clip.shape)} differs from {tuple(first.content.shape)} of {first.folder}')
+            shapes = f'shape {tuple(clip.shape)} differs from {tuple(first.content.shape)}'
+            raise Refusal(f'{folder}: {shapes} of {first.folder}')
         if read_actions(folder, steps).shape != first.actions.shape:
             raise Refusal(f'{folder}: its actions do not have the {numbers} numbers of {first.folder}')
         return clip
@@ -245,7 +253,7 @@ def clips_by_folder(source):
 
 
 def parse_ranges(ranges):
-    """'train:17000-21999,B:22000-22999' → [(the range as written, name, numbers), ...]; raises Refusal where two overlap."""
+    """'train:17000-21999,B:22000-22999' → [(range as written, name, numbers), ...]; raises Refusal where two overlap."""
     parsed, taken = [], set()
     for word in ranges.split(','):
         match = re.fullmatch(r'(\w+):(\d+)-(\d+)', word.strip())
@@ -261,14 +269,18 @@ def parse_ranges(ranges):
 
 def split_called(name):
     """The split that a range's name means: train, val and fit_... as they are, a phase of adapt.py is test_<phase>."""
-    if name in ('A1', 'A2'):                                           # the world of A
+    # A1 and A2 are both the world of A.
+    if name in ('A1', 'A2'):
         return 'test_A'
-    return name if re.fullmatch('train|val|(fit|test)_.*', name) else f'test_{name}'
+    if re.fullmatch('train|val|(fit|test)_.*', name):
+        return name
+    return f'test_{name}'
 
 
 def clips_by_number(source, ranges, skip_bad):
     """<source>/<clip> and the ranges of --split → {split: [folder, ...]}."""
-    numbered, found = numbered_clips(source), {}
+    numbered = numbered_clips(source)
+    found = {}
     for written, name, numbers in parse_ranges(ranges):
         missing = [os.path.join(source, f'clip_{number:05d}') for number in numbers if number not in numbered]
         if missing and not skip_bad:
@@ -303,7 +315,9 @@ def first_clip(source, folders, crop, skip_bad):
     for folder in folders:
         try:
             content = read_content(folder, crop)
-            steps = len(content) if content.dtype != torch.uint8 else len(content) // crop.tubelet
+            steps = len(content)
+            if content.dtype == torch.uint8:
+                steps //= crop.tubelet
             return Clip(folder, content, read_actions(folder, steps))
         except Refusal:
             if not skip_bad:

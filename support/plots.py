@@ -1,4 +1,4 @@
-"""Everything that is drawn, one function per picture. Each gets its numbers handed in, and the path of the file to write."""
+"""Everything that is drawn, one function per picture: the numbers come in as parameters, the file goes to a path."""
 import numpy as np
 
 

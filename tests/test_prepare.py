@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import threading
 
 import numpy as np
@@ -87,12 +88,11 @@ def test_code_is_followed_by_name(old, new, same, tmp_path, monkeypatch):
     monkeypatch.setattr(made_from, 'FOLDERS', (str(tmp_path),))
     found = []
     for name, text in (('before', WORLD), ('after', WORLD.replace(old, new))):
-        (tmp_path / name).mkdir(exist_ok=True)
         path = tmp_path / f'{name}_world.py'
         path.write_text(text)
         spec = importlib.util.spec_from_file_location('world', path)
         module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(made_from.sys.modules, 'world', module)
+        monkeypatch.setitem(sys.modules, 'world', module)
         spec.loader.exec_module(module)
         depends = made_from.depends_on([module.made])
         constants = {constant.rpartition('.')[2]: value for constant, value in depends['constants'].items()}
@@ -136,7 +136,7 @@ def test_shards_of_any_size_hold_the_same(tmp_path):
     assert write().tobytes() == z.tobytes()
 
 
-# ---- own clips -------------------------------------------------------------------------------------------------------------
+# ---- own clips ---------------------------------------------------------------------------------------------------------
 
 
 def test_features_are_imported_byte_for_byte(tmp_path):
@@ -224,7 +224,8 @@ def npy(array):
 
 
 FEATURES = np.zeros((2048, 1024), np.float16)
-BAD_CLIPS = [                # layout, file of clip_00001, what it holds instead (None: it is gone), words of the refusal
+# Layout, file of clip_00001, what it holds instead (None: it is gone), words of the refusal.
+BAD_CLIPS = [
     ('features', MAPS, npy(FEATURES[:1000]), 'must be (T*256,D)'),
     ('features', MAPS, npy(FEATURES[:1024]), 'differs from'),
     ('features', MAPS, npy(FEATURES * np.float16(np.nan)), 'not finite'),
