@@ -6,8 +6,9 @@ Prepare features: simulate or import clips, encode them with a frozen encoder, w
     python prepare.py --name=mine --source=clips                                           your own clips (README)
     python prepare.py --name=slide_vitl --encoder=vitl --clips=1000       with V-JEPA 2; downloads its weights once
 
-Interrupted, the same command goes on where it stopped; a finished set is left alone. data/<name>/clips.png shows clips
-of each domain, data/<name>/displacement.png how far objects slide in A and B.
+Interrupted, the same command goes on where it stopped; a finished set is left alone. A set that was made with other
+settings, or by other code for the world or the encoder, is refused. data/<name>/clips.png shows clips of each domain,
+data/<name>/displacement.png how far objects slide in A and B.
 """
 import functools
 import http.client
@@ -49,6 +50,7 @@ encode = 'step'          # V-JEPA 2: each step's own frames, or all at once (the
 # where
 device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
 batch = 32               # clips encoded at once [1..]
+# Imported, as the tests do, the knobs keep their defaults and nothing is done.
 settings = configure(globals()) if __name__ == '__main__' else {}
 
 # Pixels per patch side, as in ViT-L/16.
