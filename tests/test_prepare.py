@@ -103,8 +103,9 @@ def test_code_is_followed_by_name(old, new, same, tmp_path, monkeypatch):
 
 
 def test_the_world_counts_as_a_whole():
-    """Every constant of the world is found, without a list of them."""
-    world = made_from.depends_on(prepare.code_of_set('patch', prepare.PhysicsClips('train', 'A', 1, 1, 16, 'cpu')))
+    """Every constant of the world is found by following the code; prepare.py has no list of them."""
+    source = prepare.PhysicsClips('train', 'A', count=1, seed=1, size=16, device='cpu')
+    world = made_from.depends_on(prepare.code_of_set('patch', source))
     for name in ('GRAVITY', 'FPS', 'FRAMES', 'TUBELET', 'WORLD', 'IMPULSE', 'RADIUS', 'CORNERS', 'BACKGROUND', 'DOMAINS'):
         assert world['constants'][f'data.{name}'] == getattr(data, name)
 
@@ -115,8 +116,9 @@ def test_shards_of_any_size_hold_the_same(tmp_path):
     for i in range(3, 7):
         own_clip(source / f'clip_{i:05d}', i + 1, 'video')
     (source / 'clip_00004' / 'video.npy').write_bytes(b'no array')
-    clips = own.open_sources(str(source.parent), '', CROP, True, 'cpu')['val']
-    clips.folders, clips.count = sorted(map(str, source.iterdir())), 7
+    folders = sorted(map(str, source.iterdir()))
+    first = own.first_clip(str(source), folders, CROP, False)
+    clips = own.OwnClips(folders, 'train', first, CROP, True, 'cpu')
     encode = functools.partial(prepare.patch_encode, basis=prepare.cosine_basis(24))
     whole, readable = clips.content(0, 7)
     assert readable == [0, 1, 2, 3, 5, 6]
