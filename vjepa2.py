@@ -1,5 +1,6 @@
 """
-Official V-JEPA 2 weights: the frozen video encoder, reading the published files, starting a predictor from them.
+Official V-JEPA 2 weights: the frozen video encoder, reading the published files, starting a predictor from them, and
+their download.
 
     encoder = load_vjepa2('vitl.pt')                    # V-JEPA 2 or 2.1, as the weights are
     predictor = load_vjepa2('vjepa2-ac-vitg.pt', 'predictor')
@@ -7,17 +8,23 @@ Official V-JEPA 2 weights: the frozen video encoder, reading the published files
 
 Sources: V-JEPA 2 (Assran et al., 2025) and V-JEPA 2.1 (official repository, app/vjepa_2_1).
 """
+import http.client
 import json
+import math
 import os
 import re
+import urllib.error
+import urllib.request
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
+import data
 from configurator import Refusal
 from hope import load
 from model import Block, Predictor, Sizes, rope_angles
-from support.files import peek
+from support.files import peek, sha256
 
 
 # ---- the video encoder -----------------------------------------------------------------------------------------------
@@ -293,3 +300,112 @@ def official_start(predictor, path):
             state[name] = mine[name]
             new.append(name)
     return state, new, dropped
+
+
+# ---- download ----------------------------------------------------------------------------------------------------------
+
+class Official(NamedTuple):
+    """An official encoder: where its weights are published, and what it was trained on."""
+    # On Hugging Face; None where the official file is all there is.
+    repository: str | None
+    # The official file, and the part of it that is the published encoder.
+    file: str
+    part: str
+    # Side of a picture.
+    pixels: int
+
+
+OFFICIAL = 'https://dl.fbaipublicfiles.com/vjepa2'
+MODELS = {
+    # On Hugging Face: 1.3, 2.6, 4.1 and 4.1 GB.
+    'vitl': Official('facebook/vjepa2-vitl-fpc64-256', 'vitl.pt', 'target_encoder', 256),
+    'vith': Official('facebook/vjepa2-vith-fpc64-256', 'vith.pt', 'target_encoder', 256),
+    'vitg': Official('facebook/vjepa2-vitg-fpc64-256', 'vitg.pt', 'target_encoder', 256),
+    'vitg384': Official('facebook/vjepa2-vitg-fpc64-384', 'vitg-384.pt', 'target_encoder', 384),
+    # V-JEPA 2.1: official files only. The first two were distilled from the last.
+    'vitb2.1': Official(None, 'vjepa2_1_vitb_dist_vitG_384.pt', 'ema_encoder', 384),
+    'vitl2.1': Official(None, 'vjepa2_1_vitl_dist_vitG_384.pt', 'ema_encoder', 384),
+    'vitg2.1': Official(None, 'vjepa2_1_vitg_384.pt', 'target_encoder', 384),
+    'vitG2.1': Official(None, 'vjepa2_1_vitG_384.pt', 'target_encoder', 384),
+}
+
+
+def official_weights(encoder):
+    """Path of an official encoder's weights, downloaded once into torch's cache. Raises Refusal where there are none."""
+    official = MODELS[encoder]
+    address = f'{OFFICIAL}/{official.file}'
+    if not official.repository:
+        raise Refusal(f'--encoder={encoder}: get {address} and name it with --weights')
+    path = os.path.join(torch.hub.get_dir(), 'checkpoints', f'vjepa2-{encoder}.safetensors')
+    if not os.path.exists(path):
+        download(encoder, official.repository, address, path)
+    return path
+
+
+def download(encoder, repository, address, path):
+    """
+    The official weights of a Hugging Face repository, into path. An interrupted download goes on where it stopped; size
+    and sha256 are compared with the server's before the file gets its name. Raises Refusal without network, which names
+    the encoder and the address of the same weights elsewhere.
+    """
+    try:
+        # Before a gigabyte is fetched that could not be read.
+        import safetensors  # noqa: F401
+    except ImportError:
+        raise Refusal(f'--encoder={encoder}: official weights need the package: pip install safetensors') from None
+    url = f'{os.environ.get("HF_ENDPOINT", "https://huggingface.co")}/{repository}/resolve/main/model.safetensors'
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    partial = path + '.part'
+    try:
+        digest, length = ask_for_checksum(url)
+        fetch(url, partial, length, f'downloading {encoder}')
+    # URLError, a timeout and a full disk are OSErrors.
+    except (OSError, http.client.HTTPException) as error:
+        raise Refusal(f'--encoder={encoder}: cannot download ({error}); get model.safetensors from '
+                      f'https://huggingface.co/{repository} or {address} and name it with --weights') from None
+    done = os.path.getsize(partial)
+    if done < length:
+        raise Refusal(f'{url}: the connection ended after {done:,} of {length:,} bytes; the same command goes on')
+    if done > length or sha256(partial) != digest:
+        os.remove(partial)
+        raise Refusal(f'{url}: what came does not have the sha256 that the server named; try again')
+    os.replace(partial, path)
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """The first answer of the server carries the size and sha256 of a file; where it sends us does not."""
+
+    def redirect_request(self, *args):
+        return None
+
+
+def ask_for_checksum(url):
+    """The sha256 and the size in bytes that Hugging Face names for a file."""
+    request = urllib.request.Request(url, method='HEAD')
+    try:
+        answer = urllib.request.build_opener(NoRedirect).open(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if not 300 <= error.code < 400:
+            raise
+        answer = error
+    digest = (answer.headers.get('X-Linked-Etag') or '').strip('"')
+    length = int(answer.headers.get('X-Linked-Size') or 0)
+    if not re.fullmatch('[0-9a-f]{64}', digest) or not length:
+        raise Refusal(f'{url}: the server names no size and sha256 to check a download by')
+    return digest, length
+
+
+def fetch(url, path, length, label):
+    """Append to path what is missing of the `length` bytes at url, until the connection ends."""
+    done = os.path.getsize(path) if os.path.exists(path) else 0
+    if done >= length:
+        return
+    request = urllib.request.Request(url, headers={'Range': f'bytes={done}-'})
+    with urllib.request.urlopen(request, timeout=30) as body, open(path, 'ab') as f:
+        if body.status != 206:
+            # The server starts from the beginning.
+            done = 0
+            f.truncate(done)
+        mebibytes = math.ceil((length - done) / 2**20)
+        for _ in data.progress(range(mebibytes), label, 'MiB'):
+            f.write(body.read(2**20))

@@ -1,10 +1,18 @@
-"""Own clips and official encoders: every layout in, byte for byte; every bad clip refused or skipped by name; downloads."""
-import ast
+"""
+Preparing: what a set is made from; own clips in every layout, byte for byte, and every bad one refused or skipped by name;
+official encoders and their download.
+"""
+import functools
+import glob
 import hashlib
 import http.server
+import importlib.util
+import io
 import json
 import os
+import re
 import shutil
+import sys
 import threading
 
 import numpy as np
@@ -14,22 +22,136 @@ import torch.nn.functional as F
 from conftest import ROOT, official_weights, own_clip, own_clips, refused, run
 
 import data
+import prepare
+from configurator import Refusal
+from support import files
+from support import made_from, own_clips as own
+
+MAPS = 'feature_maps/vjepa2_vitl16.npy'
+ACTIONS = 'actions_states/actions.npy'
+CROP = own.Crop(size=32, short=32, tubelet=data.TUBELET)
 
 
-def maps(clip):
-    return clip / 'feature_maps' / 'vjepa2_vitl16.npy'
+# ---- what a set is made from ---------------------------------------------------------------------------------------------
+
+def test_a_changed_world_is_another_set(tmp_path):
+    """A set made with another gravity, or before a set knew the code it was made from, is not taken for up to date."""
+    code, folder = tmp_path / 'code', tmp_path / 'set'
+    shutil.copytree(os.path.join(ROOT, 'support'), code / 'support')
+    for script in glob.glob(os.path.join(ROOT, '*.py')):
+        shutil.copy(script, code)
+    args = code / 'prepare.py', f'--name={folder}', '--size=16', '--dim=6', '--clips=4', '--test_clips=2'
+    run(*args)
+    world = (code / 'data.py').read_text(encoding='utf-8')
+    assert 'GRAVITY = 9.81' in world
+    (code / 'data.py').write_text(world + '\n# A comment.\n', encoding='utf-8')
+    assert 'nothing to do' in run(*args).stdout
+    (code / 'data.py').write_text(world.replace('GRAVITY = 9.81', 'GRAVITY = 1.62'), encoding='utf-8')
+    assert 'made with other settings' in refused(run(*args, ok=False))
+
+    (code / 'data.py').write_text(world, encoding='utf-8')
+    manifest = json.load(open(folder / 'manifest.json'))
+    del manifest['made_from']['code'], manifest['made_from']['constants']
+    files.write_manifest(str(folder), manifest)
+    assert 'made with other settings' in refused(run(*args, ok=False))
+
+
+WORLD = '''
+RATE = 2
+LIMITS = {'low': (0, 1)}
+
+def helper(x):
+    return x * RATE
+
+def made(x):
+    """What is made."""
+    if x < 0:
+        raise ValueError('negative')
+    return [helper(x), LIMITS]
+
+def other():
+    return 1
+'''
+
+
+@pytest.mark.parametrize('old, new, same', [
+    ('RATE = 2', 'RATE = 3', False),
+    ("'low': (0, 1)", "'low': (0, 2)", False),
+    ('x * RATE', 'x + RATE', False),
+    ('[helper(x), LIMITS]', '[LIMITS, helper(x)]', False),
+    ('"""What is made."""', '"""What comes out."""', True),
+    ("'negative'", "'below zero'", True),
+    ('return x * RATE', 'return x * RATE  # per second', True),
+    ('return 1', 'return 2', True),
+])
+def test_code_is_followed_by_name(old, new, same, tmp_path, monkeypatch):
+    """A constant or a function that is used counts; a comment, a docstring, a refusal or what is not used does not."""
+    monkeypatch.setattr(made_from, 'FOLDERS', (str(tmp_path),))
+    found = []
+    for name, text in (('before', WORLD), ('after', WORLD.replace(old, new))):
+        path = tmp_path / f'{name}_world.py'
+        path.write_text(text)
+        spec = importlib.util.spec_from_file_location('world', path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, 'world', module)
+        spec.loader.exec_module(module)
+        depends = made_from.depends_on([module.made])
+        constants = {constant.rpartition('.')[2]: value for constant, value in depends['constants'].items()}
+        assert set(constants) == {'RATE', 'LIMITS'}
+        found.append((constants, depends['code']))
+    assert WORLD != WORLD.replace(old, new)
+    assert (found[0] == found[1]) == same
+
+
+def test_the_world_counts_as_a_whole():
+    """Every constant of the world is found by following the code; prepare.py has no list of them."""
+    source = prepare.PhysicsClips('train', 'A', count=1, seed=1, size=16, device='cpu')
+    world = made_from.depends_on(prepare.code_of_set('patch', source))
+    for name in ('GRAVITY', 'FPS', 'FRAMES', 'TUBELET', 'WORLD', 'IMPULSE', 'RADIUS', 'CORNERS', 'BACKGROUND', 'DOMAINS'):
+        assert world['constants'][f'data.{name}'] == getattr(data, name)
+
+
+def test_shards_of_any_size_hold_the_same(tmp_path):
+    """Seven clips, one of them bad, in shards of 3 and batches of 2; what an interruption left is gone on from."""
+    source = own_clips(tmp_path / 'clips', ('train',), 'video') / 'train'
+    for i in range(3, 7):
+        own_clip(source / f'clip_{i:05d}', i + 1, 'video')
+    (source / 'clip_00004' / 'video.npy').write_bytes(b'no array')
+    folders = sorted(map(str, source.iterdir()))
+    first = own.first_clip(str(source), folders, CROP, False)
+    clips = own.OwnClips(folders, 'train', first, CROP, True, 'cpu')
+    encode = functools.partial(prepare.patch_encode, basis=prepare.cosine_basis(24))
+    whole, readable = clips.content(0, 7)
+    assert readable == [0, 1, 2, 3, 5, 6]
+    manifest = prepare.new_manifest([8, 4, 24], {'train': clips}, {})
+
+    def write():
+        assert prepare.write_split(str(tmp_path), manifest, 'train', clips, encode, batch=2, shard_clips=3) == 1
+        shards = manifest['splits']['train']['shards']
+        assert [shard['clips'] for shard in shards] == [3, 2, 1]
+        assert [shard['skipped'] for shard in shards] == [[], [4], []]
+        return np.concatenate([np.load(tmp_path / shard['file']) for shard in shards])
+    z = write()
+    np.testing.assert_allclose(z, encode(whole).half(), atol=2e-3)
+    assert np.load(tmp_path / 'train_actions.npy')[:, 0, 0].tolist() == [1, 2, 3, 4, 6, 7]
+    (tmp_path / 'train_00001.npy').write_bytes(b'half')
+    del manifest['splits']['train']['shards'][1:]
+    assert write().tobytes() == z.tobytes()
+
+
+# ---- own clips ---------------------------------------------------------------------------------------------------------
 
 
 def test_features_are_imported_byte_for_byte(tmp_path):
     source = own_clips(tmp_path / 'clips')
     again = source / 'train' / 'clip_00001'                            # the other published shapes of the same
-    np.save(maps(again), np.load(maps(again)).reshape(8, 256, 1024))
+    np.save(again / MAPS, np.load(again / MAPS).reshape(8, 256, 1024))
     np.save(again / 'actions_states' / 'actions.npy', np.array([[0, 0], [2, -1]] + [[0, 0]] * 5, np.float32))
     run('prepare.py', f'--name={tmp_path}/set', f'--source={source}')
     for split in ('train', 'test_B'):
         stored = np.load(tmp_path / 'set' / f'{split}_00000.npy')
         for i in range(3):
-            assert stored[i].tobytes() == np.load(maps(source / split / f'clip_{i:05d}')).tobytes()
+            assert stored[i].tobytes() == np.load(source / split / f'clip_{i:05d}' / MAPS).tobytes()
     z, a = data.open_split(str(tmp_path / 'set'), 'train')[[0, 1, 2]]
     assert z.shape == (3, 8, 256, 1024) and a.shape == (3, 8, 2)
     assert a[:, 0].tolist() == [[1, -1], [2, -1], [3, -1]] and (a[:, 1:] == 0).all()  # the push acts at step 1
@@ -47,17 +169,28 @@ def test_clips_by_their_numbers(tmp_path):
     assert {s: e['domain'] for s, e in manifest['splits'].items()} == {'train': 'train', 'val': 'val', 'test_B': 'B', 'test_A': 'A'}
     pushes = {s: data.open_split(str(tmp_path / 'set'), s).actions[:, 0, 0].tolist() for s in manifest['splits']}
     assert pushes == {'train': [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12], 'val': [10], 'test_B': [13, 14], 'test_A': [15, 16, 17]}
-
-    def bad(split):
-        return refused(run('prepare.py', f'--name={tmp_path}/x', *args, f'--split={split}', ok=False))
-    assert 'clip_17012: clip is missing (1 of' in bad('train:17000-17012')
-    assert 'another range' in bad('train:17000-17005,B:17005-17006')
-    assert 'is not name:first-last' in bad('train=1-2') and 'is not name:first-last' in bad('train:9-2')
-    assert 'split train has no clips' in bad('B:22000-22001')
     out = run('prepare.py', f'--name={tmp_path}/y', *args, '--split=train:17000-17012,B:22000-22001', '--skip_bad=True').stdout
     assert 'skipped: 1 clips' in out and len(data.open_split(f'{tmp_path}/y', 'test_B')) == 2
-    own_clip(source / 'clip_5', 1, 'video')
-    assert 'two clips with one number' in bad('train:17000-17001')
+
+
+@pytest.mark.parametrize('ranges, words', [
+    ('train:1-4', 'clip_00004: clip is missing (1 of train:1-4)'),
+    ('train:1-3,B:3-5', 'another range'),
+    ('train:1-99999999', 'more than ten million'),
+    ('train=1-2', 'is not name:first-last'),
+    ('train:3-1', 'is not name:first-last'),
+    ('B:1-2', 'split train has no clips'),
+    ('', 'split train has no clips'),
+])
+def test_bad_ranges(ranges, words, tmp_path):
+    for number in (1, 2, 3):
+        (tmp_path / f'clip_{number:05d}').mkdir()
+    with pytest.raises(Refusal, match=re.escape(words)):
+        own.find_clips(str(tmp_path), ranges, False)
+    (tmp_path / 'clip_2').mkdir()
+    if ranges:
+        with pytest.raises(Refusal, match='two clips with one number'):
+            own.find_clips(str(tmp_path), 'train:1-2', False)
 
 
 def test_pictures_arrays_and_videos_are_the_same_clip(tmp_path):
@@ -86,86 +219,78 @@ def test_pictures_arrays_and_videos_are_the_same_clip(tmp_path):
     assert z.shape == (3, 8, 4, 24) and np.ptp(z) > 1
 
 
-def spoil(clip, how):
-    """Break one clip in one way → words of the refusal."""
-    features = np.load(maps(clip))
-    if how == 'shape':
-        np.save(maps(clip), features[:1000])
-        return 'must be (T*256,D)'
-    if how == 'steps':
-        np.save(maps(clip), features[:1024])
-        return 'differs from'
-    if how == 'nan':
-        features[7, 7] = np.nan
-        np.save(maps(clip), features)
-        return 'not finite'
-    if how == 'overflow':
-        np.save(maps(clip), np.full((2048, 1024), 1e6, np.float32))
-        return 'not finite'
-    if how == 'truncated':
-        maps(clip).write_bytes(maps(clip).read_bytes()[:-100])
-        return 'not a readable .npy'
-    if how == 'pickled':
-        np.save(maps(clip), np.array([{}]), allow_pickle=True)
-        return 'not a readable .npy'
-    if how == 'two':
-        shutil.copy(maps(clip), maps(clip).with_name('other.npy'))
-        return 'it must be one'
-    if how == 'empty':
-        shutil.rmtree(clip / 'feature_maps')
-        return 'it must be one'
-    if how == 'no actions':
-        os.remove(clip / 'actions_states' / 'actions.npy')
-        return 'actions.npy'
-    if how == 'actions':
-        np.save(clip / 'actions_states' / 'actions.npy', np.full((16, 2), np.inf))
-        return 'must be finite numbers'
-    np.save(clip / 'actions_states' / 'actions.npy', np.ones((16, 3)))
-    return 'do not have the 2 numbers'
+def npy(array):
+    """The bytes of a .npy file."""
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=True)
+    return file.getvalue()
 
 
-@pytest.mark.parametrize('how', ['shape', 'steps', 'nan', 'overflow', 'truncated', 'pickled', 'two', 'empty', 'no actions',
-                                 'actions', 'more actions'])
-def test_a_bad_clip_is_named(how, tmp_path):
+FEATURES = np.zeros((2048, 1024), np.float16)
+# Layout, file of clip_00001, what it holds instead (None: it is gone), words of the refusal.
+BAD_CLIPS = [
+    ('features', MAPS, npy(FEATURES[:1000]), 'must be (T*256,D)'),
+    ('features', MAPS, npy(FEATURES[:1024]), 'differs from'),
+    ('features', MAPS, npy(FEATURES * np.float16(np.nan)), 'not finite'),
+    ('features', MAPS, npy(FEATURES + np.float32(1e6)), 'not finite'),
+    ('features', MAPS, npy(FEATURES)[:-100], 'not a readable .npy'),
+    ('features', MAPS, npy(np.array([{}])), 'not a readable .npy'),
+    ('features', 'feature_maps/other.npy', npy(FEATURES), 'it must be one'),
+    ('features', MAPS, None, 'it must be one'),
+    ('features', ACTIONS, None, 'actions.npy'),
+    ('features', ACTIONS, npy(np.full((16, 2), np.inf)), 'must be finite numbers'),
+    ('features', ACTIONS, npy(np.ones((16, 3))), 'do not have the 2 numbers'),
+    ('video', 'video.npy', npy(np.zeros((16, 40, 48))), 'must be (frames'),
+    ('video', 'video.npy', npy(np.zeros((12, 40, 48, 3), np.uint8)), 'differs from'),
+    ('video', 'video.npy', npy(np.zeros((15, 40, 48, 3), np.uint8)), 'must be even'),
+    ('video', 'video.npy', None, 'it must be one'),
+    ('pictures', 'rgb/frame_00004.png', b'no picture', 'frame_00004.png: not a readable picture'),
+    ('pictures', 'rgb/frame_00004.png', None, 'no unbroken row'),
+]
+
+
+def put(path, content):
+    """Write bytes to a path, or remove what is there."""
+    if content is None:
+        os.remove(path)
+    else:
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize('layout, file, content, words', BAD_CLIPS, ids=[f'{case[1]}-{case[3]}' for case in BAD_CLIPS])
+def test_a_bad_clip_is_named(layout, file, content, words, tmp_path):
+    source = own_clips(tmp_path / 'clips', ('train', 'val'), layout)
+    put(source / 'train' / 'clip_00001' / file, content)
+    train = own.open_sources(str(source), '', CROP, False, 'cpu')['train']
+    with pytest.raises(Refusal, match=re.escape(words)) as refusal:
+        train.content(0, 3)
+    assert 'clip_00001' in str(refusal.value)
+
+
+def test_bad_clips_in_a_run(tmp_path):
+    """One line that names the first; with skip_bad, all are named and counted, and the others are there."""
     source = own_clips(tmp_path / 'clips', ('train', 'val'))
-    words = spoil(source / 'train' / 'clip_00001', how)
-    line = refused(run('prepare.py', f'--name={tmp_path}/set', f'--source={source}', ok=False))
-    assert 'clip_00001' in line and words in line, line
-    if how in ('nan', 'actions'):                                      # one of each kind of file
-        spoil(source / 'val' / 'clip_00000', 'steps')
-        out = run('prepare.py', f'--name={tmp_path}/set', f'--source={source}', '--skip_bad=True').stdout
-        assert out.count('skipped:') == 2 and '2 clips skipped' in out
-        clips = data.open_split(f'{tmp_path}/set', 'train')
-        assert clips.actions[:, 0, 0].tolist() == [1, 3] and len(clips[[0, 1]][0]) == 2
-        assert np.load(tmp_path / 'set' / 'train_00000.npy')[1].tobytes() == np.load(maps(source / 'train' / 'clip_00002')).tobytes()
+    put(source / 'train' / 'clip_00001' / MAPS, npy(FEATURES[:1024]))
+    put(source / 'val' / 'clip_00000' / ACTIONS, npy(np.full((16, 2), np.nan)))
+    args = f'--name={tmp_path}/set', f'--source={source}'
+    assert 'train/clip_00001: shape' in refused(run('prepare.py', *args, ok=False))
+    shutil.rmtree(tmp_path / 'set')
+    out = run('prepare.py', *args, '--skip_bad=True').stdout
+    assert out.count('skipped:') == 2 and '2 clips skipped' in out
+    clips = data.open_split(f'{tmp_path}/set', 'train')
+    assert clips.actions[:, 0, 0].tolist() == [1, 3] and len(clips[[0, 1]][0]) == 2
+    stored = np.load(tmp_path / 'set' / 'train_00000.npy')
+    assert stored[1].tobytes() == np.load(source / 'train' / 'clip_00002' / MAPS).tobytes()
 
 
-def test_bad_videos_are_named(tmp_path):
-    source = own_clips(tmp_path / 'clips', ('train', 'val'), 'video')
-    bad, args = source / 'val' / 'clip_00001', [f'--source={source}', f'--name={tmp_path}/set', '--size=32', '--dim=24']
-    for array, words in ((np.zeros((16, 40, 48)), 'must be (frames'), (np.zeros((12, 40, 48, 3), np.uint8), 'differs from'),
-                         (np.zeros((15, 40, 48, 3), np.uint8), 'must be even')):
-        np.save(bad / 'video.npy', array)
-        line = refused(run('prepare.py', *args, ok=False))
-        assert 'clip_00001' in line and words in line
-    os.remove(bad / 'video.npy')
-    shutil.rmtree(bad)
-    own_clip(bad, 2, 'pictures')
-    (bad / 'rgb' / 'frame_00004.png').write_bytes(b'no picture')
-    assert 'frame_00004.png: not a readable picture' in refused(run('prepare.py', *args, ok=False))
-    os.remove(bad / 'rgb' / 'frame_00004.png')
-    assert 'no unbroken row' in refused(run('prepare.py', *args, ok=False))
-    assert 'neither "physics" nor a folder' in refused(run('prepare.py', '--source=nowhere', ok=False))
-    assert 'name their folder with --source' in refused(run('prepare.py', '--split=train:1-2', ok=False))
-
-
-def resized(height, width, short):
-    """prepare.py's function of this name; the script itself would run at an import."""
-    with open(os.path.join(ROOT, 'prepare.py'), encoding='utf-8') as f:
-        body = [node for node in ast.parse(f.read()).body if getattr(node, 'name', None) == 'resized']
-    scope = {}
-    exec(compile(ast.Module(body, []), 'prepare.py', 'exec'), scope)
-    return scope['resized'](height, width, short)
+@pytest.mark.parametrize('args, words', [
+    (['--source=nowhere'], 'neither "physics" nor a folder'),
+    (['--split=train:1-2'], 'name their folder with --source'),
+    (['--size=33'], 'must be a multiple of 16'),
+])
+def test_settings_that_do_not_go_together(args, words, tmp_path):
+    assert words in refused(run('prepare.py', *args, f'--name={tmp_path}/set', ok=False))
+    assert not (tmp_path / 'set').exists()
 
 
 SIZES = [                    # height, width, short side → height, width, by hand
@@ -184,7 +309,7 @@ SIZES = [                    # height, width, short side → height, width, by h
 
 @pytest.mark.parametrize('height, width, short, high, wide', SIZES)
 def test_the_long_side_is_rounded_down(height, width, short, high, wide):
-    assert resized(height, width, short) == (high, wide)
+    assert own.resized(height, width, short) == (high, wide)
 
 
 def test_sizes_are_those_of_transformers():
@@ -192,7 +317,7 @@ def test_sizes_are_those_of_transformers():
     rng = np.random.default_rng(0)
     sizes = [size[:3] for size in SIZES] + [rng.integers(16, 3000, 3).tolist() for _ in range(300)]
     for height, width, short in sizes:
-        assert resized(height, width, short) == image_transforms.get_size_with_aspect_ratio((height, width), short)
+        assert own.resized(height, width, short) == image_transforms.get_size_with_aspect_ratio((height, width), short)
 
 
 @pytest.mark.parametrize('height, width, high, wide', [(54, 96, 32, 56), (96, 54, 56, 32), (20, 28, 32, 44)])
@@ -343,4 +468,3 @@ def test_no_weights_and_no_network_is_one_sentence(tmp_path, monkeypatch):
     assert 'cannot download' in line and 'vitl.pt' in line and 'facebook/vjepa2-vitl-fpc64-256' in line and '--weights' in line
     assert not (tmp_path / 'x').exists()
     assert 'no V-JEPA 2 weights at' in refused(run('prepare.py', '--encoder=vitl', '--weights=none.pt', ok=False))
-    assert os.path.exists(os.path.join(ROOT, 'prepare.py'))

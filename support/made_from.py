@@ -1,0 +1,72 @@
+"""The code that a data set is made from: prepare.py refuses to go on with a set that other code has made."""
+import ast
+import hashlib
+import inspect
+import os
+import sys
+import textwrap
+
+from configurator import ROOT
+
+FOLDERS = ROOT, os.path.join(ROOT, 'support')
+
+
+def is_ours(value):
+    """Whether this is a function or a class of the project; exceptions do not count, no result depends on them."""
+    if not inspect.isfunction(value) and not inspect.isclass(value):
+        return False
+    if inspect.isclass(value) and issubclass(value, BaseException):
+        return False
+    file = getattr(sys.modules.get(value.__module__), '__file__', None)
+    return file is not None and os.path.dirname(os.path.abspath(file)) in FOLDERS
+
+
+def changes_a_result(statement):
+    """False for a docstring and for a refusal."""
+    docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    return not docstring and not isinstance(statement, ast.Raise)
+
+
+def code_of(function):
+    """The syntax tree of a function or class, without comments, docstrings and refusals."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    for node in ast.walk(tree):
+        if isinstance(getattr(node, 'body', None), list):
+            node.body = [statement for statement in node.body if changes_a_result(statement)]
+    return tree
+
+
+def names_in(tree, module):
+    """The names that code of a module uses → (module, name) pairs; `data.GRAVITY` belongs to the module data."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield module, node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            other = getattr(module, node.value.id, None)
+            if inspect.ismodule(other):
+                yield other, node.attr
+
+
+def depends_on(functions):
+    """
+    What the results of functions (or classes) depend on → {'constants': {'data.GRAVITY': 9.81, ...}, 'code': sha256}.
+
+    The functions and classes of the project that they name are followed, and so on; a constant is a name in capitals.
+    """
+    constants, code, waiting = {}, {}, list(functions)
+    while waiting:
+        function = waiting.pop()
+        if function in code:
+            continue
+        tree = code_of(function)
+        code[function] = ast.unparse(tree)
+        for module, name in names_in(tree, sys.modules[function.__module__]):
+            value = getattr(module, name, None)
+            if is_ours(value):
+                waiting.append(value)
+            elif name.isupper() and isinstance(value, (int, float, str, tuple, list, dict)):
+                # By its file: a script that runs is called __main__.
+                place = inspect.getmodulename(module.__file__)
+                constants[f'{place}.{name}'] = value
+    text = '\n'.join(sorted(code.values()))
+    return {'constants': constants, 'code': hashlib.sha256(text.encode()).hexdigest()}

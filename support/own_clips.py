@@ -1,0 +1,335 @@
+"""
+Own clips: the folders and files that they come in. Everything is read without executing anything, and refused by name.
+
+    <clip>/actions_states/actions.npy, or <clip>/actions.npy   (rows,A), the impulse in its first non-zero row
+    <clip>/feature_maps/<any>.npy                              features, (T*256,D) or (T,N,D), float16 or float32
+    <clip>/rgb/frame_00001.png, ...                            or an unbroken row of pictures
+    <clip>/<any>.npy                                           or pictures, (frames,height,width,3) uint8
+    <clip>/<any>.mp4, .avi, .mov, .mkv or .webm                or a video file
+
+Which clip belongs to which split is told by folders, <source>/<split>/<clip>, or by the numbers at the end of the clips'
+names. To add a layout, change read_content; to read actions that come in another way, change read_actions.
+"""
+import os
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from configurator import Refusal
+
+VIDEOS = '.mp4', '.avi', '.mov', '.mkv', '.webm'
+# Patches per step of features that are stored as (T*PATCHES,D).
+PATCHES = 256
+
+
+# ---- files -------------------------------------------------------------------------------------------------------------
+
+def number_of(path):
+    """The number at the end of a name (clip_00017 → 17), or None."""
+    digits = re.search(r'(\d+)$', os.path.splitext(os.path.basename(path))[0])
+    return int(digits[1]) if digits else None
+
+
+def only(folder, files, what):
+    """The one of these files that a clip's folder has; raises Refusal by name where there are none or several."""
+    if len(files) != 1:
+        raise Refusal(f'{folder}: has {len(files) or "no"} {what}')
+    return os.path.join(folder, files[0])
+
+
+def read_array(path):
+    """A .npy file, memory-mapped; raises Refusal by name."""
+    try:
+        return np.load(path, mmap_mode='r', allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise Refusal(f'{path}: not a readable .npy file ({error})') from None
+
+
+def read_picture(path):
+    """A .png file → (H,W,3) uint8; raises Refusal by name."""
+    from PIL import Image  # comes with matplotlib
+    try:
+        with Image.open(path, formats=['PNG']) as picture:
+            return np.asarray(picture.convert('RGB'))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise Refusal(f'{path}: not a readable picture ({error})') from None
+
+
+def read_pictures(folder):
+    """A folder of pictures with consecutive numbers → frames (F,H,W,3) uint8."""
+    names = sorted((f for f in os.listdir(folder) if f.endswith('.png')), key=number_of)
+    numbers = [number_of(name) for name in names]
+    if not names or None in numbers or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+        raise Refusal(f'{folder}: holds no unbroken row of numbered pictures (frame_00001.png, frame_00002.png, ...)')
+    frames = []
+    for name in names:
+        path = os.path.join(folder, name)
+        frames.append(read_picture(path))
+        if frames[-1].shape != frames[0].shape:
+            raise Refusal(f'{path}: its size differs from that of {names[0]}')
+    return np.stack(frames)
+
+
+def read_video_file(path):
+    """A video file → frames (F,H,W,3) uint8."""
+    try:
+        import av
+    except ImportError:
+        raise Refusal(f'{path}: video files need the package: pip install av') from None
+    try:
+        with av.open(path) as container:
+            return np.stack([frame.to_ndarray(format='rgb24') for frame in container.decode(video=0)])
+    except (av.error.FFmpegError, ValueError, IndexError) as error:
+        raise Refusal(f'{path}: not a readable video ({error})') from None
+
+
+def read_frames(path):
+    """Frames (F,H,W,3) uint8 of a .npy array, a folder of numbered pictures, or a video file."""
+    if os.path.isdir(path):
+        return read_pictures(path)
+    if not path.endswith('.npy'):
+        return read_video_file(path)
+    frames = read_array(path)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+        raise Refusal(f'{path}: must be (frames,height,width,3) uint8, not {frames.shape} {frames.dtype}')
+    return np.array(frames)
+
+
+def read_features(path):
+    """A .npy file of features, (T*256,D) or (T,N,D), float16 or float32 → (T,N,D) float16."""
+    z = read_array(path)
+    whole_steps = z.ndim == 3 or z.ndim == 2 and len(z) % PATCHES == 0
+    if z.dtype not in (np.float16, np.float32) or 0 in z.shape or not whole_steps:
+        raise Refusal(f'{path}: must be (T*256,D) or (T,N,D), float16 or float32, not {z.shape} {z.dtype}')
+    if z.ndim == 2:
+        z = z.reshape(-1, PATCHES, z.shape[-1])                        # (T,N,D)
+    z = torch.from_numpy(np.array(z)).half()
+    if not torch.isfinite(z).all():
+        raise Refusal(f'{path}: has values that are not finite in float16')
+    return z
+
+
+# ---- one clip ----------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Crop:
+    """How own pictures become square: the short side is resized to `short` pixels, then the middle is cut out."""
+    # Pixels a side that are left.
+    size: int
+    short: int
+    # Frames per time step.
+    tubelet: int
+
+
+def resized(height, width, short):
+    """Size of a picture whose short side becomes `short` pixels; the long side is rounded down, as V-JEPA 2 was trained."""
+    least = min(height, width)
+    return short * height // least, short * width // least
+
+
+def resize_and_crop(frames, size, short):
+    """Frames (F,H,W,3) uint8 of any size → (F,size,size,3) uint8, the middle of the picture."""
+    x = torch.from_numpy(frames).permute(0, 3, 1, 2).float()           # (F,3,H,W)
+    x = F.interpolate(x, resized(*x.shape[-2:], short), mode='bilinear', antialias=True)
+    top, left = (x.shape[-2] - size) // 2, (x.shape[-1] - size) // 2
+    x = x[..., top:top + size, left:left + size]
+    return x.clamp(0, 255).round().byte().permute(0, 2, 3, 1)          # (F,size,size,3)
+
+
+def read_content(folder, crop):
+    """What a clip's folder shows: features (T,N,D) float16, or frames (F,size,size,3) uint8."""
+    if not os.path.isdir(folder):
+        raise Refusal(f'{folder}: there is no such clip')
+    maps = os.path.join(folder, 'feature_maps')
+    if os.path.isdir(maps):
+        arrays = [f for f in os.listdir(maps) if f.endswith('.npy')]
+        return read_features(only(maps, arrays, '.npy files of features; it must be one'))
+    files = []
+    for file in os.listdir(folder):
+        is_array = file.endswith('.npy') and file != 'actions.npy'
+        if file == 'rgb' or is_array or file.endswith(VIDEOS):
+            files.append(file)
+    path = only(folder, files, 'of feature_maps/, rgb/, a .npy array and a video file; it must be one')
+    frames = read_frames(path)
+    if len(frames) % crop.tubelet:
+        raise Refusal(f'{path}: has {len(frames)} frames; a step is {crop.tubelet}, so their number must be even')
+    return resize_and_crop(frames, crop.size, crop.short)
+
+
+def read_actions(folder, steps):
+    """Actions (steps,A) from actions_states/actions.npy or actions.npy (rows,A): its first non-zero row, at step 1."""
+    path = os.path.join(folder, 'actions_states', 'actions.npy')
+    beside = os.path.join(folder, 'actions.npy')
+    if os.path.exists(beside) and not os.path.exists(path):
+        path = beside
+    rows = read_array(path)
+    if rows.ndim != 2 or 0 in rows.shape or rows.dtype.kind not in 'fiu' or not np.isfinite(rows).all():
+        raise Refusal(f'{path}: actions must be finite numbers, (rows,A), not {rows.shape} {rows.dtype}')
+    actions = np.zeros((steps, rows.shape[1]), np.float32)
+    actions[0] = rows[np.argmax(rows.any(1))]
+    return actions
+
+
+# ---- splits ------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Clip:
+    """One clip, read."""
+    folder: str
+    # Features (T,N,D) float16, or frames (F,size,size,3) uint8.
+    content: torch.Tensor
+    # (T,A) float32
+    actions: np.ndarray
+
+
+class OwnClips:
+    """A Source (see prepare.py) of clips that lie in folders. skip_bad: leave out what cannot be read, and name it."""
+
+    # Unknown.
+    physics = {}
+
+    def __init__(self, folders, domain, first, crop, skip_bad, device):
+        self.folders, self.domain, self.first = folders, domain, first
+        self.crop, self.skip_bad, self.device = crop, skip_bad, device
+        self.count = len(folders)
+
+    def example(self):
+        """The content of the clip that all others must be shaped like."""
+        return self.first.content[None].to(self.device)
+
+    def actions(self, indices):
+        """Actions (n,T,A) of these clips."""
+        steps = len(self.first.actions)
+        return np.stack([read_actions(self.folders[i], steps) for i in indices])
+
+    def content(self, start, end):
+        """Frames or features of the readable ones among clips start..end-1, and the indices of these."""
+        clips = []
+        readable = []
+        for index in range(start, end):
+            try:
+                clips.append(self.read(self.folders[index]))
+                readable.append(index)
+            except Refusal as refusal:
+                if not self.skip_bad:
+                    raise
+                print(f'skipped: {refusal}')
+        if not clips:
+            return torch.empty(0, *self.first.content.shape, dtype=self.first.content.dtype), []
+        return torch.stack(clips).to(self.device), readable
+
+    def read(self, folder):
+        """The content of one clip; raises Refusal where it is not shaped like the first."""
+        first = self.first
+        steps, numbers = first.actions.shape
+        clip = read_content(folder, self.crop)
+        if clip.shape != first.content.shape:
+            shapes = f'shape {tuple(clip.shape)} differs from {tuple(first.content.shape)}'
+            raise Refusal(f'{folder}: {shapes} of {first.folder}')
+        if read_actions(folder, steps).shape != first.actions.shape:
+            raise Refusal(f'{folder}: its actions do not have the {numbers} numbers of {first.folder}')
+        return clip
+
+
+def numbered_clips(parent):
+    """The clip folders in a folder, by their number or, without one, their name → {key: path}, in order of name."""
+    numbered = {}
+    for path in sorted(f.path for f in os.scandir(parent) if f.is_dir()):
+        number = number_of(path)
+        key = os.path.basename(path) if number is None else number
+        if key in numbered:
+            raise Refusal(f'{path} and {numbered[key]} are two clips with one number')
+        numbered[key] = path
+    return numbered
+
+
+def clips_by_folder(source):
+    """<source>/<split>/<clip> → {split: [folder, ...]}."""
+    names = sorted(f.name for f in os.scandir(source) if f.is_dir() and not f.name.startswith('.'))
+    return {name: list(numbered_clips(os.path.join(source, name)).values()) for name in names}
+
+
+def parse_ranges(ranges):
+    """'train:17000-21999,B:22000-22999' → [(range as written, name, numbers), ...]; raises Refusal where two overlap."""
+    parsed, taken = [], set()
+    for word in ranges.split(','):
+        match = re.fullmatch(r'(\w+):(\d+)-(\d+)', word.strip())
+        if not match or int(match[2]) > int(match[3]):
+            raise Refusal(f'--split={ranges}: {word!r} is not name:first-last, such as train:17000-21999')
+        numbers = range(int(match[2]), int(match[3]) + 1)
+        if len(numbers) > 10**7 or taken.intersection(numbers):
+            raise Refusal(f'--split={ranges}: {word!r} has clips of another range, or more than ten million')
+        taken.update(numbers)
+        parsed.append((word.strip(), match[1], numbers))
+    return parsed
+
+
+def split_called(name):
+    """The split that a range's name means: train, val and fit_... as they are, a phase of adapt.py is test_<phase>."""
+    # A1 and A2 are both the world of A.
+    if name in ('A1', 'A2'):
+        return 'test_A'
+    if re.fullmatch('train|val|(fit|test)_.*', name):
+        return name
+    return f'test_{name}'
+
+
+def clips_by_number(source, ranges, skip_bad):
+    """<source>/<clip> and the ranges of --split → {split: [folder, ...]}."""
+    numbered = numbered_clips(source)
+    found = {}
+    for written, name, numbers in parse_ranges(ranges):
+        missing = [os.path.join(source, f'clip_{number:05d}') for number in numbers if number not in numbered]
+        if missing and not skip_bad:
+            raise Refusal(f'{missing[0]}: clip is missing ({len(missing)} of {written})')
+        present = [numbered[number] for number in numbers if number in numbered]
+        found.setdefault(split_called(name), []).extend(present)
+        if missing:
+            print(f'skipped: {len(missing)} clips of {written} are missing, the first is {missing[0]}')
+    return found
+
+
+def find_clips(source, ranges, skip_bad):
+    """The folders of own clips → {split: [folder, ...]}; without a val, every tenth clip of train is held out as one."""
+    if not os.path.isdir(source):
+        raise Refusal(f'--source={source}: neither "physics" nor a folder')
+    found = clips_by_number(source, ranges, skip_bad) if ranges else clips_by_folder(source)
+    for split in ('train', *found):
+        if not found.get(split):
+            raise Refusal(f'--source={source}: split {split} has no clips; they belong into '
+                          f'{os.path.join(source, split)}/<clip>/ or into a range of --split')
+    if 'val' not in found:
+        train = found['train']
+        found['val'] = train[9::10] or train[-1:]
+        held_out = set(found['val'])
+        found['train'] = [folder for folder in train if folder not in held_out] or found['val']
+        print(f"no split val: {len(found['val'])} of the clips of train, every tenth, are held out as val")
+    return found
+
+
+def first_clip(source, folders, crop, skip_bad):
+    """The first clip of train that can be read: the one that all others must be shaped like."""
+    for folder in folders:
+        try:
+            content = read_content(folder, crop)
+            steps = len(content)
+            if content.dtype == torch.uint8:
+                steps //= crop.tubelet
+            return Clip(folder, content, read_actions(folder, steps))
+        except Refusal:
+            if not skip_bad:
+                raise
+    raise Refusal(f'--source={source}: not one of {len(folders)} clips of train can be read')
+
+
+def open_sources(source, ranges, crop, skip_bad, device):
+    """Every split of own clips → {split: OwnClips}. ranges: which numbers are which split ('' = by folder)."""
+    found = find_clips(source, ranges, skip_bad)
+    first = first_clip(source, found['train'], crop, skip_bad)
+    sources = {}
+    for split, folders in found.items():
+        sources[split] = OwnClips(folders, split.removeprefix('test_'), first, crop, skip_bad, device)
+    return sources
