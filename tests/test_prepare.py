@@ -24,8 +24,7 @@ from conftest import ROOT, official_weights, own_clip, own_clips, refused, run
 import data
 import prepare
 from configurator import Refusal
-from support import files
-from support import made_from, own_clips as own
+from support import files, made_from, own_clips as own
 
 MAPS = 'feature_maps/vjepa2_vitl16.npy'
 ACTIONS = 'actions_states/actions.npy'
