@@ -424,6 +424,11 @@ def build(**sizes):
 
 # ---- losses: L1 on layer-normed features ---------------------------------------------------------------------------
 
+def feature_loss(z_hat, z):
+    """The loss of predicted features: mean L1 per clip (V-JEPA 2, Eq. 2). z_hat and z (B,...) → (B,)."""
+    return (z_hat - z).abs().flatten(1).mean(1)
+
+
 def teacher_forcing_loss(predictor, z, a, memory=None):
     """
     Mean L1 of every one-step prediction (V-JEPA 2, Eq. 2): z (B,T,N,D), a (B,T,A) → scalar, memory after the clips.
