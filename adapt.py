@@ -69,11 +69,12 @@ def predict_targets(net, loss, targets, z, a, memory=None):
     z (B,T,N,D), a (B,T,A), targets (K,) 0-based; the memory of one clip is shared by all. → z_hat (B,K,N,D).
     """
     B, K = len(z), len(targets)
-    rows = B if loss == 'rollout' else B * K
     if memory is not None:
+        rows = B if loss == 'rollout' else B * K
         memory = [m.expand(rows, *m.shape[1:]) for m in memory]
     if loss == 'rollout':
         return rollout(net, z, a, int(targets.max()), memory)[:, targets - 1]
+    # One row for each clip and target step.
     first = z[:, :1].repeat_interleave(K, 0)                           # (B*K,1,N,D)
     push = a[:, :1].repeat_interleave(K, 0)                            # (B*K,1,A)
     z_hat, _ = net(first, push, tau=targets.repeat(B), memory=memory)
@@ -84,18 +85,22 @@ class Method:
     """
     What the methods have in common: a copy of the checkpoint's predictor to adapt, and how a clip is predicted.
 
-    A method adds what it adapts, the rates that it is tuned on, which predictors it fits, and how it looks back:
+    To add a method, write a class with these members and add its line to METHODS:
 
         rates            the learning rates that are tried; () = it has none
-        fits(sizes)      whether it can run on a predictor of these sizes
         adapts(net)      the parameters of net that change along the stream
         look_back(z, a)  learn from the clip that was predicted last, z (1,T,N,D) and a (1,T,A)
 
-    carries names what state() hands to a later run, which gets it as `start`. tuned_as names the method whose tuned
-    rate is taken; None = its own.
+    carries: what state() hands to a later run, which gets it as `start`. tuned_as: the method whose tuned rate is taken;
+    None = its own.
     """
     carries = ()
     tuned_as = None
+
+    @staticmethod
+    def fits(sizes):
+        """Whether the method can run on a predictor of these sizes."""
+        return True
 
     def __init__(self, checkpoint, rate=None, start=None):
         self.loss, self.targets = checkpoint.loss, checkpoint.targets
@@ -126,10 +131,6 @@ class Frozen(Method):
     rates = ()
 
     @staticmethod
-    def fits(sizes):
-        return True
-
-    @staticmethod
     def adapts(net):
         return []
 
@@ -154,10 +155,6 @@ class TTA(Method):
 class LNTTA(TTA):
     """TTA of every LayerNorm's gain and bias."""
     rates = 1e-3, 3e-3, 1e-2, 3e-2
-
-    @staticmethod
-    def fits(sizes):
-        return True
 
     @staticmethod
     def adapts(net):
@@ -271,7 +268,10 @@ class MemoryAndCMS(CMS, Memory):
     rates = CMS.rates
     carries = 'memory', 'cms'
     tuned_as = 'CMS'
-    fits = Memory.fits
+
+    @staticmethod
+    def fits(sizes):
+        return Memory.fits(sizes)
 
     def look_back(self, z, a):
         CMS.look_back(self, z, a)
@@ -328,18 +328,21 @@ def run_stream(method, stream, probes=None, probe_at=(), shown=(), label=None):
     {clip: prediction of the last step (N,D)}, state of the method at the end.
     """
     z, a = stream
-    notes = {'loss': [], 'seconds': [], 'probes': {name: [] for name in probes or {}}, 'diagnostics': [], 'shown': {}}
+    probes = probes or {}
+    notes = {'loss': [], 'seconds': [], 'probes': {name: [] for name in probes}, 'diagnostics': [], 'shown': {}}
     score_probes(method, probes, 0, notes)
-    for i in progress(range(len(z)), label) if label else range(len(z)):
+    numbers = range(len(z))
+    for i in progress(numbers, label) if label else numbers:
         started = time.perf_counter()
         z_i, a_i = z[i:i + 1], a[i:i + 1]
         z_hat = method.predict(z_i, a_i)
         loss = feature_loss(z_hat, z_i[:, method.targets]).item()
-        # Scored; only now is the clip shown.
+        # The clip has been scored. Only now is it shown.
         method.look_back(z_i, a_i)
         notes['seconds'].append(time.perf_counter() - started)
         notes['loss'].append(loss)
-        notes['diagnostics'].append({'surprise': loss / copy_loss(z_i, method.targets), **method.diagnostics()})
+        surprise = loss / copy_loss(z_i, method.targets)
+        notes['diagnostics'].append({'surprise': surprise, **method.diagnostics()})
         if i in shown:
             notes['shown'][i] = z_hat[0, -1].detach()
         if i + 1 in probe_at:
@@ -354,7 +357,7 @@ def copy_loss(z, targets):
 
 def score_probes(method, probes, seen, notes):
     """Note the mean loss of each probe set after `seen` clips of the stream."""
-    for name, (z, a) in (probes or {}).items():
+    for name, (z, a) in probes.items():
         with torch.no_grad():
             loss = feature_loss(method.predict(z, a), z[:, method.targets])
         notes['probes'][name].append((seen, loss.mean().item()))
@@ -367,6 +370,17 @@ def tune(checkpoint, name, streams):
         losses = [run_stream(METHODS[name](checkpoint, rate), stream)['loss'] for stream in streams]
         tried[rate] = float(np.mean(np.concatenate(losses)))
     return tried
+
+
+def tuned_rate(checkpoint, name, streams, kept, unfinished):
+    """The best of a method's rates on the tuning streams. They are tried once: see run_checkpoint for `kept`."""
+    name = METHODS[name].tuned_as or name
+    key = f'{checkpoint.name} {name}'
+    if key not in kept['tried']:
+        kept['tried'][key] = tune(checkpoint, name, streams)
+        write_sealed(unfinished, kept)
+    tried = kept['tried'][key]
+    return min(tried, key=tried.get)
 
 
 def plan(checkpoint, chosen, untuned_rate, tuning):
@@ -397,21 +411,18 @@ def run_checkpoint(checkpoint, planned, experiment, kept, unfinished, start=None
 
     kept: what is finished already (see resume), written to the file `unfinished` after every row.
     """
-    print(f'{checkpoint.name}: {checkpoint.path}, {sum(p.numel() for p in checkpoint.predictor.parameters()):,} parameters, '
-          f'{checkpoint.step} steps of training', flush=True)
+    parameters = sum(p.numel() for p in checkpoint.predictor.parameters())
+    print(f'{checkpoint.name}: {checkpoint.path}, {parameters:,} parameters, {checkpoint.step} steps of training',
+          flush=True)
     rows = []
     for name, rate in planned:
         if rate == 'tuned':
-            tuned_as = METHODS[name].tuned_as or name
-            tuned = f'{checkpoint.name} {tuned_as}'
-            if tuned not in kept['tried']:
-                kept['tried'][tuned] = tune(checkpoint, tuned_as, experiment.tuning)
-                write_sealed(unfinished, kept)
-            rate = min(kept['tried'][tuned], key=kept['tried'][tuned].get)
+            rate = tuned_rate(checkpoint, name, experiment.tuning, kept, unfinished)
         row = {'model': checkpoint.name, 'method': name, 'rate': rate}
         if title(row) not in kept['finished']:
             method = METHODS[name](checkpoint, rate, start)
-            result = run_stream(method, experiment.stream, experiment.probes, experiment.probe_at, experiment.shown, title(row))
+            result = run_stream(method, experiment.stream, experiment.probes, experiment.probe_at, experiment.shown,
+                                label=title(row))
             if not keep_state:
                 del result['state']
             kept['finished'][title(row)] = result
@@ -424,13 +435,22 @@ def guesses(stream, targets, empty):
     """
     The rows of two predictions that know nothing of motion: the first step again, and an empty scene (N,D).
 
-    A method that only learns to paint over what it cannot place comes down to `blank`: lower is better than that.
+    A method that only learns to erase the object scores like `blank`, so a method has to be better than that.
     """
     z, _ = stream
     rows = []
     for name, guess in (('copy', z[:, :1]), ('blank', empty)):
-        rows.append({'model': '', 'method': name, 'rate': None, 'seconds': [0.0], 'diagnostics': [], 'probes': {},
-                     'shown': {}, 'state': {'memory': None}, 'loss': feature_loss(guess, z[:, targets]).tolist()})
+        rows.append({
+            'model': '',
+            'method': name,
+            'rate': None,
+            'seconds': [0.0],
+            'diagnostics': [],
+            'probes': {},
+            'shown': {},
+            'state': {'memory': None},
+            'loss': feature_loss(guess, z[:, targets]).tolist(),
+        })
     return rows
 
 
@@ -463,16 +483,18 @@ def read_checkpoints(paths, oracle_path, where):
     return found
 
 
-def check_clips(checkpoint, split, name):
-    """Raises Refusal unless a split of the data set `name` has the clips that a checkpoint was trained on."""
-    (T, N, D), A = split.manifest['shape'], split.actions.shape[-1]
-    grid, sizes = split.manifest['grid'], checkpoint.predictor.sizes
-    if (checkpoint.clip_steps, sizes['action_dim']) != (T, A):
-        raise Refusal(f'{checkpoint.path} was trained on clips of {checkpoint.clip_steps} steps with actions of '
-                      f'{sizes["action_dim"]} numbers, but data set {name} has {T} steps and {A} numbers')
-    if (sizes['feature_dim'], list(sizes['grid'])) != (D, grid):
-        raise Refusal(f'{checkpoint.path} was trained on features of size {sizes["feature_dim"]} on a grid '
-                      f'{sizes["grid"]}, but data set {name} has {D} on {tuple(grid)}')
+def check_clips(checkpoints, manifest, numbers, name):
+    """Raises Refusal unless the checkpoints fit the data set `name`, whose actions have so many numbers."""
+    steps, _, size = manifest['shape']
+    grid = manifest['grid']
+    for checkpoint in checkpoints:
+        sizes = checkpoint.predictor.sizes
+        if (checkpoint.clip_steps, sizes['action_dim']) != (steps, numbers):
+            raise Refusal(f'{checkpoint.path} was trained on clips of {checkpoint.clip_steps} steps with actions of '
+                          f'{sizes["action_dim"]} numbers, but data set {name} has {steps} steps and {numbers} numbers')
+        if (sizes['feature_dim'], list(sizes['grid'])) != (size, grid):
+            raise Refusal(f'{checkpoint.path} was trained on features of size {sizes["feature_dim"]} on a grid '
+                          f'{sizes["grid"]}, but data set {name} has {size} on {tuple(grid)}')
 
 
 def check_lengths(knobs, splits):
@@ -624,18 +646,25 @@ def figures(row, rows, beyond):
     beyond (n,): which of the n clips of B slide further than any training clip of A, or None.
     """
     a1, b, a2 = np.split(np.array(row['loss']), 3)
-    found = {'A1': a1.mean(), 'B': b.mean(), 'B_first': b[:EARLY].mean(), 'B_last': b[-EARLY:].mean(),
-             'A2': a2.mean(), 'A2_first': a2[:EARLY].mean(), 'ms_per_clip': 1e3 * np.median(row['seconds'])}
-    if beyond is not None:
-        for name, part in (('B_within', b[~beyond]), ('B_beyond', b[beyond])):
-            if len(part):
-                found[name] = part.mean()
+    found = {
+        'A1': a1.mean(),
+        'B': b.mean(),
+        'B_first': b[:EARLY].mean(),
+        'B_last': b[-EARLY:].mean(),
+        'A2': a2.mean(),
+        'A2_first': a2[:EARLY].mean(),
+        'ms_per_clip': 1e3 * np.median(row['seconds']),
+    }
+    if beyond is not None and not beyond.all():
+        found['B_within'] = b[~beyond].mean()
+    if beyond is not None and beyond.any():
+        found['B_beyond'] = b[beyond].mean()
     if row['probes']:
         found['forgetting'] = forgetting(row['probes']['A'], len(b))
-    frozen, bound = frozen_row(rows, row['model']), frozen_row(rows, 'oracle')
+    frozen = frozen_row(rows, row['model'])
     if frozen and row is not frozen:
-        found |= against_frozen(row, frozen, bound)
-    return {name: value if value is None or isinstance(value, int) else float(value) for name, value in found.items()}
+        found |= against_frozen(row, frozen, frozen_row(rows, 'oracle'))
+    return found
 
 
 def forgetting(probes, n):
@@ -646,15 +675,16 @@ def forgetting(probes, n):
 
 
 def against_frozen(row, frozen, bound):
-    """What a row gains over the model's own frozen row, and how much of the way to the oracle's frozen row that is."""
+    """The figures that compare a row with the model's own frozen row and with the oracle's, `bound`, or None."""
     _, b, a2 = np.split(np.array(row['loss']), 3)
     _, frozen_b, frozen_a2 = np.split(np.array(frozen['loss']), 3)
-    smooth = running_mean(frozen_b - b)
-    final = smooth[-EARLY:].mean()
-    reached = np.flatnonzero(smooth >= 0.5 * final)
-    # Half of next to nothing is reached at once.
-    worth = final > 0.01 * frozen_b.mean()
-    found = {'t50': int(reached[0]) + 1 if worth and len(reached) else None}
+    gain = running_mean(frozen_b - b)
+    final = gain[-EARLY:].mean()
+    reached = np.flatnonzero(gain >= 0.5 * final)
+    found = {'t50': None}
+    # Half of a gain of nearly nothing would be reached with the first clip.
+    if final > 0.01 * frozen_b.mean() and len(reached):
+        found['t50'] = int(reached[0]) + 1
     if bound:
         _, bound_b, _ = np.split(np.array(bound['loss']), 3)
         gap = (frozen_b - bound_b).mean()
@@ -676,7 +706,7 @@ def format_table(rows, tried, shifts, loss, targets, n):
     """
     The text of table.txt.
 
-    tried: {model and method: {rate: loss}}, tuned on the domains `shifts`; loss, targets: of the checkpoints; n clips a phase.
+    tried: {model and method: {rate: loss}}, tuned on the domains `shifts`. loss, targets: the checkpoints'. n: clips a phase.
     """
     columns = [column for column in COLUMNS if any(column[0] in row['figures'] for row in rows)]
     lines = [f'{"loss on the stream":<24}' + ''.join(f'{heading:>7}' for _, heading, _ in columns)]
@@ -746,19 +776,27 @@ def drawn_rows(rows, checkpoints):
     kinds = {c.name: c.predictor.sizes['model'] for c in checkpoints if c.name != 'oracle'}
     drawn = []
     for row in rows:
+        # The two guesses are no methods and drawn like frozen predictors.
         method = METHODS.get(row['method'], Frozen)
         if 'vit' in kinds.values() and kinds.get(row['model']) == 'hope' and issubclass(method, TTA):
             continue
-        drawn.append({'title': title(row), 'loss': running_mean(row['loss']), 'probes': row['probes'], 'shown': row['shown'],
-                      'bold': 'memory' in method.carries, 'dotted': not row['model']})
+        drawn.append({
+            'title': title(row),
+            'loss': running_mean(row['loss']),
+            'probes': row['probes'],
+            'shown': row['shown'],
+            'bold': 'memory' in method.carries,
+            'dotted': row['model'] == '',
+        })
     return drawn
 
 
 def diagnosed_row(rows, n):
     """
-    The diagnostics to draw: of the last row of a method that has its own → (title, {name: values (3n,)}, what the
-    surprise is relative to), or None. The surprise is relative to a model of the phase where there is one: how far an
-    object moves then cancels better.
+    What the last row with diagnostics of its own has to draw → (title, {name: values (3n,)}, reference), or None.
+
+    The surprise is the loss over that of copying. Where there is a model of each phase, its loss is a better reference,
+    because it also depends on how far the object moves.
     """
     row = next((row for row in reversed(rows) if row['diagnostics'] and len(row['diagnostics'][0]) > 1), None)
     if row is None:
@@ -773,32 +811,40 @@ def diagnosed_row(rows, n):
     return title(row), seen, 'that of a model of the phase'
 
 
-def draw(folder, rows, drawn, experiment, loss, decoder, manifest):
-    """results.png and, where the data set has a decoder, predictions.png. Raises ImportError without matplotlib."""
-    n = len(experiment.stream[0]) // 3
-
-    def draw_results(file):
-        plots.draw_stream(file, drawn, n, f'{loss} L1, mean of 10 clips', diagnosed_row(rows, n))
-    write_atomically(os.path.join(folder, 'results.png'), draw_results)
-    if decoder is None:
-        return
-    seen = experiment.stream[0][experiment.shown].cpu()
-    columns = {'step 1': seen[:, 0], f'step {seen.shape[1]}': seen[:, -1]}
+def predictions(drawn, experiment, decoder, manifest):
+    """The columns of predictions.png, {heading: pictures (clips,H,W,3)}: first and last step, what each row predicted."""
+    z = experiment.stream[0][experiment.shown].cpu()
+    columns = {'step 1': z[:, 0], f'step {z.shape[1]}': z[:, -1]}
     for row in drawn:
         if row['shown']:
-            columns[row['title'].replace(' ', '\n', 1)] = torch.stack([row['shown'][i] for i in experiment.shown]).cpu()
+            heading = row['title'].replace(' ', '\n', 1)
+            columns[heading] = torch.stack([row['shown'][clip] for clip in experiment.shown]).cpu()
     for heading, features in columns.items():
         columns[heading] = pictures(features, decoder, manifest['grid'], manifest['patch']).numpy()
+    return columns
+
+
+def draw(folder, rows, checkpoints, experiment, decoder, manifest):
+    """results.png and, where the data set has a decoder, predictions.png. Raises ImportError without matplotlib."""
+    n = len(experiment.stream[0]) // 3
+    drawn = drawn_rows(rows, checkpoints)
+    label = f'{checkpoints[0].loss} L1, mean of 10 clips'
+
+    def draw_results(file):
+        plots.draw_stream(file, drawn, n, label, diagnosed_row(rows, n))
 
     def draw_predictions(file):
-        plots.draw_predictions(file, columns)
-    write_atomically(os.path.join(folder, 'predictions.png'), draw_predictions)
+        plots.draw_predictions(file, predictions(drawn, experiment, decoder, manifest))
+
+    write_atomically(os.path.join(folder, 'results.png'), draw_results)
+    if decoder is not None:
+        write_atomically(os.path.join(folder, 'predictions.png'), draw_predictions)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 def listed(text):
-    """'a, b' → ['a', 'b']"""
+    """The items of a list separated by commas: 'a, b' → ['a', 'b']."""
     return [item.strip() for item in text.split(',') if item.strip()]
 
 
@@ -808,8 +854,8 @@ def check_settings(knobs, table):
     if set(listed(knobs['methods'])) - set(table):
         raise Refusal(f'--methods={knobs["methods"]}: allowed are {", ".join(table)}')
     if {'A', 'B'} & set(listed(knobs['tune_on'])):
-        raise Refusal(f'--tune_on={knobs["tune_on"]}: rates tuned on the domains under test would prove nothing; name other '
-                      'shifts')
+        raise Refusal(f'--tune_on={knobs["tune_on"]}: rates tuned on the domains under test would prove nothing; '
+                      'name other shifts')
     kept, given = knobs['memory_out'], knobs['memory_in']
     if kept and given and os.path.realpath(kept) == os.path.realpath(given):
         raise Refusal(f'--memory_out={kept}: is --memory_in too; name another file, so that the run can be run again')
@@ -817,8 +863,8 @@ def check_settings(knobs, table):
 
 def check_memory_out(knobs, plans):
     """Raises Refusal where a memory is to be kept and no planned method has one."""
-    planned = {name for rows in plans for name, rate in rows}
-    if knobs['memory_out'] and not any('memory' in METHODS[name].carries for name in planned):
+    carrying = ['memory' in METHODS[name].carries for rows in plans for name, rate in rows]
+    if knobs['memory_out'] and not any(carrying):
         raise Refusal(f'--memory_out={knobs["memory_out"]}: none of --methods={knobs["methods"]} of {knobs["ckpt"]} has a '
                       'memory to keep')
 
@@ -831,7 +877,7 @@ def keep_memory(path, checkpoint, rows):
 
 
 def run_key(knobs, where, checksum, checkpoints):
-    """What the rows of a run depend on, as text: knobs, device, data set, code, checkpoints and the memory to start from."""
+    """What the rows of a run depend on, as text: knobs, device, data set, code, checkpoints, memory to start from."""
     files = [os.path.join(ROOT, file) for file in ('adapt.py', 'data.py', 'hope.py', 'model.py')]
     files += [checkpoint.path for checkpoint in checkpoints]
     if knobs['memory_in']:
@@ -839,12 +885,11 @@ def run_key(knobs, where, checksum, checkpoints):
     return json.dumps([{**knobs, 'out': ''}, where, checksum, *map(sha256, files)])
 
 
-def write_results(folder, texts):
-    """Write {file: text} into a folder."""
-    for file, text in texts.items():
-        def write(f):
-            f.write(text.encode())
-        write_atomically(os.path.join(folder, file), write)
+def write_text(path, text):
+    """Write a text file atomically."""
+    def write(file):
+        file.write(text.encode())
+    write_atomically(path, write)
 
 
 def main():
@@ -853,12 +898,12 @@ def main():
     where = pick_device(device)
     shifts = listed(tune_on)
     checkpoints = read_checkpoints(ckpt, oracle, where)
-    names = ['test_A', 'test_B', 'val', 'train'] + [f'test_{shift}' for shift in shifts]
-    splits = {name: open_split(data, name) for name in names}
-    manifest = splits['test_A'].manifest
-    for checkpoint in checkpoints:
-        check_clips(checkpoint, splits['test_A'], data)
+    splits = {name: open_split(data, name) for name in ('test_A', 'test_B', 'val')}
+    check_clips(checkpoints, splits['test_A'].manifest, splits['test_A'].actions.shape[-1], data)
     check_lengths(settings, splits)
+    for name in ['train'] + [f'test_{shift}' for shift in shifts]:
+        splits[name] = open_split(data, name)
+    manifest = splits['test_A'].manifest
     experiment = build_experiment(settings, splits, shifts, where)
     plans = [plan(checkpoint, listed(methods) or METHODS, ln_rate, bool(shifts)) for checkpoint in checkpoints]
     check_memory_out(settings, plans)
@@ -882,11 +927,11 @@ def main():
         row['figures'] = figures(row, rows, beyond)
     table = format_table(rows, kept['tried'], shifts, checkpoints[0].loss, targets, clips)
     print('\n' + table)
-    write_results(out, {'table.txt': table,
-                        'results.json': results_json(settings, checkpoints, kept['tried'], rows),
-                        'results.csv': results_csv(rows, beyond, clips)})
+    write_text(os.path.join(out, 'table.txt'), table)
+    write_text(os.path.join(out, 'results.json'), results_json(settings, checkpoints, kept['tried'], rows))
+    write_text(os.path.join(out, 'results.csv'), results_csv(rows, beyond, clips))
     try:
-        draw(out, rows, drawn_rows(rows, checkpoints), experiment, checkpoints[0].loss, decoder, manifest)
+        draw(out, rows, checkpoints, experiment, decoder, manifest)
     except ImportError:
         print('no pictures: pip install matplotlib')
     if os.path.exists(unfinished):

@@ -29,7 +29,8 @@ def experiment(tiny):
     return adapt.build_experiment(knobs, splits, ['C'], 'cpu')
 
 
-LEARNING = [('LN-TTA', 1e-2), ('action TTA', 1e-2), ('full TTA', 1e-2), ('memory', None), ('CMS', 1.0), ('memory + CMS', 1.0)]
+LEARNING = [('LN-TTA', 1e-2), ('action TTA', 1e-2), ('full TTA', 1e-2),
+            ('memory', None), ('CMS', 1.0), ('memory + CMS', 1.0)]
 
 
 def streamed(checkpoint, method, rate, stream, **more):
@@ -126,7 +127,12 @@ def test_a_run_leaves_the_checkpoint_untouched(hope, experiment):
     assert all(p.requires_grad for p in hope.predictor.parameters())
 
 
-@pytest.mark.parametrize('method, part', [('LN-TTA', 'norm'), ('action TTA', 'action_encoder'), ('full TTA', ''), ('CMS', 'levels')])
+@pytest.mark.parametrize('method, part', [
+    ('LN-TTA', 'norm'),
+    ('action TTA', 'action_encoder'),
+    ('full TTA', ''),
+    ('CMS', 'levels'),
+])
 def test_a_method_adapts_what_it_says(hope, method, part):
     adapted = {id(p) for p in adapt.METHODS[method].adapts(hope.predictor)}
     names = {name for name, p in hope.predictor.named_parameters() if id(p) in adapted}
@@ -160,10 +166,6 @@ def test_tuning_never_touches_b(tiny):
 
 class Half(adapt.Method):
     """A method that lacks its rates and its look-back."""
-
-    @staticmethod
-    def fits(sizes):
-        return True
 
     @staticmethod
     def adapts(net):
@@ -202,10 +204,6 @@ def test_a_method_is_one_class_and_one_line(hope, monkeypatch):
     class OutputTTA(adapt.TTA):
         """TTA of the last linear layer."""
         rates = 1e-3, 1e-2
-
-        @staticmethod
-        def fits(sizes):
-            return True
 
         @staticmethod
         def adapts(net):
