@@ -16,14 +16,16 @@ import io
 import json
 import os
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-import data as clip_data
 from configurator import ROOT, Refusal, configure
-from hope import CMSWriter, load
-from model import pick_device, rollout, teacher_forcing_loss
+from data import TUBELET, open_split, pictures, progress
+from hope import CMSWriter, Level, load
+from model import feature_loss, pick_device, rollout, teacher_forcing_loss
+from support import plots
 from support.files import MALFORMED, claim, folder_of, read_sealed, sha256, verify, write_atomically, write_sealed
 
 # what to run
@@ -43,483 +45,899 @@ memory_out = ''          # keep HOPE's memory and CMS, as they are at the end of
 probe_clips = 200        # clips of the held-out probe sets of A and of B [1..]
 probe_every = 100        # clips of the stream between two probes [1..]
 device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
-settings = configure(globals())
-device = pick_device(device)
-
-GRIDS = {                        # learning rates tried for each method
-    'LN-TTA': (1e-3, 3e-3, 1e-2, 3e-2),
-    'full TTA': (1e-5, 3e-5, 1e-4, 3e-4),
-    'action TTA': (1e-3, 3e-3, 1e-2, 3e-2),
-    'CMS': (3.0, 10.0, 20.0, 40.0),                                    # of memory + CMS too
-}
-METHODS = 'frozen', 'LN-TTA', 'action TTA', 'full TTA', 'memory', 'CMS', 'memory + CMS'
-chosen = [method.strip() for method in methods.split(',')] if methods else METHODS
-if set(chosen) - set(METHODS):
-    raise Refusal(f'--methods={methods}: allowed are {", ".join(METHODS)}')
-TUNE_ON = [domain.strip() for domain in tune_on.split(',') if domain.strip()]
-if {'A', 'B'} & set(TUNE_ON):
-    raise Refusal(f'--tune_on={tune_on}: rates tuned on the domains under test would prove nothing; name other shifts')
+settings = configure(globals()) if __name__ == '__main__' else {}
 
 
-# ---- scoring and methods -------------------------------------------------------------------------------------------
+# ---- methods: one class each, and one line of METHODS ----------------------------------------------------------------
 
-def predict(predictor, trained_on, targets, z, a, memory=None):
+@dataclass
+class Checkpoint:
+    """A trained predictor and what it was trained on; targets: the target steps of its jumps, 0-based (K,)."""
+    name: str
+    path: str
+    predictor: torch.nn.Module
+    loss: str
+    step: int
+    clip_steps: int
+    targets: torch.Tensor
+
+
+def predict_targets(net, loss, targets, z, a, memory=None):
     """
-    Prediction and loss of clips from step 1 and the action alone, for each target step (0-based tensor (K,)).
+    Predict the target steps of clips from step 1 and the action alone, as the checkpoint's loss ('jump' or 'rollout') did.
 
-    z (B,T,N,D), a (B,T,A); memory of one clip is shared by all. → z_hat (B,K,N,D), loss (B,) as the mean over targets.
+    z (B,T,N,D), a (B,T,A), targets (K,) 0-based; the memory of one clip is shared by all. → z_hat (B,K,N,D).
     """
     B, K = len(z), len(targets)
-    if trained_on == 'rollout':
-        if memory is not None:
-            memory = [m.expand(B, *m.shape[1:]) for m in memory]
-        z_hat = rollout(predictor, z, a, int(targets.max()), memory)[:, targets - 1]
-    else:
-        if memory is not None:
-            memory = [m.expand(B * K, *m.shape[1:]) for m in memory]
-        first, push = z[:, :1].repeat_interleave(K, 0), a[:, :1].repeat_interleave(K, 0)
-        z_hat = predictor(first, push, tau=targets.repeat(B), memory=memory)[0].unflatten(0, (B, K))
-    return z_hat, (z_hat - z[:, targets]).abs().mean((1, 2, 3))
+    if memory is not None:
+        rows = B if loss == 'rollout' else B * K
+        memory = [m.expand(rows, *m.shape[1:]) for m in memory]
+    if loss == 'rollout':
+        return rollout(net, z, a, int(targets.max()), memory)[:, targets - 1]
+    # One row for each clip and target step.
+    first = z[:, :1].repeat_interleave(K, 0)                           # (B*K,1,N,D)
+    push = a[:, :1].repeat_interleave(K, 0)                            # (B*K,1,A)
+    z_hat, _ = net(first, push, tau=targets.repeat(B), memory=memory)
+    return z_hat.unflatten(0, (B, K))
 
 
-def layer_norm_parameters(predictor):
-    """The affine parameters of every LayerNorm: what LN-TTA adapts."""
-    norms = [m for m in predictor.modules() if isinstance(m, torch.nn.LayerNorm)]
-    return [p for m in norms for p in m.parameters()]
-
-
-def run_stream(checkpoint, method, rate, stream, probes=None, label=None, start=None):
+class Method:
     """
-    Run one method over a stream of clips, test-then-train.
+    What the methods have in common: a copy of the checkpoint's predictor to adapt, and how a clip is predicted.
 
-    checkpoint: a row of `checkpoints`; stream: (z, a) with z (n,T,N,D); probes: {'A': (z, a), 'B': (z, a)}; start: an
-    earlier result's `state`. Returns a dict: loss (n,), seconds per clip, probes {name: [(clip, loss), ...]}, diagnostics
-    [{...} per clip], state (HOPE's memory and CMS at the end), and shown (n_shown,N,D), the predictions of the last step
-    for the clips in SHOWN.
+    To add a method, write a class with these members and add its line to METHODS:
+
+        rates            the learning rates that are tried; () = it has none
+        adapts(net)      the parameters of net that change along the stream
+        look_back(z, a)  learn from the clip that was predicted last, z (1,T,N,D) and a (1,T,A)
+
+    carries: what state() hands to a later run, which gets it as `start`. tuned_as: the method whose tuned rate is taken;
+    None = its own.
     """
-    predictor = copy.deepcopy(checkpoint['predictor'])
-    trained_on, targets = checkpoint['loss'], checkpoint['targets']
-    z, a = stream
-    result = {'loss': [], 'seconds': [], 'probes': {name: [] for name in probes or {}}, 'diagnostics': [], 'shown': {}}
-    memory, learned, optimizer, writer = None, [], None, None
-    carries, writes = method.startswith('memory'), method.endswith('CMS')
-    if method == 'LN-TTA':
-        learned = layer_norm_parameters(predictor)
-    elif method == 'action TTA':
-        learned = list(predictor.action_encoder.parameters())
-    elif method == 'full TTA':
-        learned = list(predictor.parameters())
-    elif writes:
-        writer = CMSWriter(predictor, rate)
-        for log_rate in writer.log_rates.values():
-            log_rate.requires_grad_(False)                             # else the graph of every write so far would be kept
-    if start:
-        memory = start['memory'] if carries else None
-        if writer and start['cms']:
-            writer.load(start['cms'])
-    if learned:
-        predictor.requires_grad_(False)
-        for p in learned:
+    carries = ()
+    tuned_as = None
+
+    @staticmethod
+    def fits(sizes):
+        """Whether the method can run on a predictor of these sizes."""
+        return True
+
+    def __init__(self, checkpoint, rate=None, start=None):
+        self.loss, self.targets = checkpoint.loss, checkpoint.targets
+        self.predictor = copy.deepcopy(checkpoint.predictor).requires_grad_(False)
+        self.adapted = self.adapts(self.predictor)
+        for p in self.adapted:
             p.requires_grad_(True)
-        optimizer = torch.optim.Adam(learned, lr=rate)
-    titans = [block.titan for block in predictor.predictor_blocks] if carries else []
-    net = writer or predictor
+        # What is called to predict.
+        self.net = self.predictor
+        self.memory = start['memory'] if start and 'memory' in self.carries else None
 
-    def probe(seen):
+    def predict(self, z, a):
+        """Predict clips z (B,T,N,D), a (B,T,A) from step 1 and the action alone → z_hat (B,K,N,D)."""
+        self.z_hat = predict_targets(self.net, self.loss, self.targets, z, a, self.memory)
+        return self.z_hat
+
+    def diagnostics(self):
+        """Figures of the last look-back, {name: number}."""
+        return {}
+
+    def state(self):
+        """What a later run can start from."""
+        return {'memory': self.memory, 'cms': None}
+
+
+class Frozen(Method):
+    """The checkpoint as it is."""
+    rates = ()
+
+    @staticmethod
+    def adapts(net):
+        return []
+
+    def look_back(self, z, a):
+        """Nothing is learned."""
+
+
+class TTA(Method):
+    """Test-time adaptation of some parameters: one step of Adam a clip, on the loss of the clip's prediction."""
+
+    def __init__(self, checkpoint, rate, start=None):
+        super().__init__(checkpoint, rate, start)
+        self.optimizer = torch.optim.Adam(self.adapted, lr=rate)
+
+    def look_back(self, z, a):
+        feature_loss(self.z_hat, z[:, self.targets]).sum().backward()
+        torch.nn.utils.clip_grad_norm_(self.adapted, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class LNTTA(TTA):
+    """TTA of every LayerNorm's gain and bias."""
+    rates = 1e-3, 3e-3, 1e-2, 3e-2
+
+    @staticmethod
+    def adapts(net):
+        norms = [module for module in net.modules() if isinstance(module, torch.nn.LayerNorm)]
+        return [p for norm in norms for p in norm.parameters()]
+
+
+class ActionTTA(TTA):
+    """TTA of the action encoder alone: a control that any ViT-AC can have."""
+    rates = 1e-3, 3e-3, 1e-2, 3e-2
+
+    @staticmethod
+    def fits(sizes):
+        return sizes.model == 'vit'
+
+    @staticmethod
+    def adapts(net):
+        return list(net.action_encoder.parameters())
+
+
+class FullTTA(TTA):
+    """TTA of every parameter."""
+    rates = 1e-5, 3e-5, 1e-4, 3e-4
+
+    @staticmethod
+    def fits(sizes):
+        return sizes.model == 'vit'
+
+    @staticmethod
+    def adapts(net):
+        return list(net.parameters())
+
+
+class Memory(Method):
+    """HOPE's Titan memory is carried from clip to clip; the look-back shows it the clip as in training."""
+    rates = ()
+    carries = ('memory',)
+
+    def __init__(self, checkpoint, rate=None, start=None):
+        super().__init__(checkpoint, rate, start)
+        self.titans = [block.titan for block in self.predictor.predictor_blocks]
+
+    @staticmethod
+    def fits(sizes):
+        return sizes.model == 'hope' and sizes.mixer != 'attention'
+
+    @staticmethod
+    def adapts(net):
+        return []
+
+    def look_back(self, z, a):
+        for titan in self.titans:
+            titan.diagnostics = []
         with torch.no_grad():
-            for name, (pz, pa) in (probes or {}).items():
-                result['probes'][name].append((seen, predict(net, trained_on, targets, pz, pa, memory)[1].mean().item()))
+            _, self.memory = teacher_forcing_loss(self.net, z, a, self.memory)
 
-    probe(0)
-    for i in (range(len(z)) if label is None else clip_data.progress(range(len(z)), label)):
-        clock = time.perf_counter()
-        z_i, a_i = z[i:i + 1], a[i:i + 1]
-        with torch.set_grad_enabled(bool(learned or writer)):
-            z_hat, loss = predict(net, trained_on, targets, z_i, a_i, memory)
-        result['loss'].append(loss.item())                             # scored; only now is the clip shown
-        if i in SHOWN:
-            result['shown'][i] = z_hat[0, -1].detach()
-        if optimizer:
-            loss.sum().backward()
-            torch.nn.utils.clip_grad_norm_(learned, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        if writer:
-            with torch.no_grad():
-                initial = predict(predictor, trained_on, targets, z_i, a_i, memory)[1]
-            writer.tick(loss, initial)
-        if carries:
-            for titan in titans:
-                titan.diagnostics = []
-            with torch.no_grad():
-                memory = teacher_forcing_loss(net, z_i, a_i, memory)[1]  # shown as in training
-        result['seconds'].append(time.perf_counter() - clock)
-        copied = (z_i[:, :1] - z_i[:, targets]).abs().mean().item()
-        seen = {'surprise': loss.item() / max(copied, 1e-12)}          # the share of what changed that was not foreseen
-        for b, titan in enumerate(titans):
-            seen |= {f'{key}, block {b + 1}': float(np.mean([step[key].item() for step in titan.diagnostics]))
-                     for key in titan.diagnostics[0]}
+    def diagnostics(self):
+        """What each block's memory reported of the clip, as the mean over its steps."""
+        seen = {}
+        for b, titan in enumerate(self.titans, 1):
+            for key in titan.diagnostics[0]:
+                seen[f'{key}, block {b}'] = float(np.mean([step[key].item() for step in titan.diagnostics]))
             titan.diagnostics = None
-        for period, level in zip(predictor.sizes.cms_periods, writer.diagnostics() if writer else ()):
-            seen |= {f'{key}, CMS every {period}': value for key, value in level.items()}
-        result['diagnostics'].append(seen)
-        if probes and ((i + 1) % probe_every == 0 or (i + 1) % clips == 0):  # at the end of each phase, too
-            probe(i + 1)
-    result['state'] = {'memory': memory, 'cms': writer and writer.state()}
-    return result
+        return seen
 
 
-def tune(checkpoint, method):
-    """Mean loss of every rate of the method's grid over A→X→A for each X in TUNE_ON → {rate: loss}."""
+class CMS(Method):
+    """Online writes of HOPE's CMS levels: see hope.CMSWriter."""
+    rates = 3.0, 10.0, 20.0, 40.0
+    carries = ('cms',)
+
+    def __init__(self, checkpoint, rate, start=None):
+        super().__init__(checkpoint, rate, start)
+        self.net = self.writer = CMSWriter(self.predictor, rate)
+        # With a gradient they would keep the graph of every write so far.
+        for log_rate in self.writer.log_rates.values():
+            log_rate.requires_grad_(False)
+        if start and start['cms']:
+            self.writer.load(start['cms'])
+
+    @staticmethod
+    def fits(sizes):
+        return sizes.model == 'hope'
+
+    @staticmethod
+    def adapts(net):
+        levels = [module for module in net.modules() if isinstance(module, Level)]
+        return [p for level in levels for p in level.parameters()]
+
+    def look_back(self, z, a):
+        loss = feature_loss(self.z_hat, z[:, self.targets])
+        with torch.no_grad():
+            unwritten = predict_targets(self.predictor, self.loss, self.targets, z, a, self.memory)
+            initial_loss = feature_loss(unwritten, z[:, self.targets])
+        self.writer.tick(loss, initial_loss)
+
+    def diagnostics(self):
+        """What each level reports, fast to slow."""
+        seen = {}
+        for period, level in zip(self.writer.periods, self.writer.diagnostics()):
+            for key, value in level.items():
+                seen[f'{key}, CMS every {period}'] = value
+        return seen
+
+    def state(self):
+        return {'memory': self.memory, 'cms': self.writer.state()}
+
+
+class MemoryAndCMS(CMS, Memory):
+    """Both: the levels are written first, and then show the clip to the memory."""
+    rates = CMS.rates
+    carries = 'memory', 'cms'
+    tuned_as = 'CMS'
+
+    @staticmethod
+    def fits(sizes):
+        return Memory.fits(sizes)
+
+    def look_back(self, z, a):
+        CMS.look_back(self, z, a)
+        Memory.look_back(self, z, a)
+
+    def diagnostics(self):
+        return Memory.diagnostics(self) | CMS.diagnostics(self)
+
+
+METHODS = {
+    'frozen': Frozen,
+    'LN-TTA': LNTTA,
+    'action TTA': ActionTTA,
+    'full TTA': FullTTA,
+    'memory': Memory,
+    'CMS': CMS,
+    'memory + CMS': MemoryAndCMS,
+}
+
+
+def check_methods(table):
+    """Raises Refusal for a method of the table {name: class} that lacks something, or would run frozen under its name."""
+    for name, method in table.items():
+        for part in ('rates', 'carries', 'tuned_as', 'fits', 'adapts', 'predict', 'look_back', 'diagnostics', 'state'):
+            if not hasattr(method, part):
+                raise Refusal(f'method {name!r}: its class {method.__name__} has no {part}')
+        if method is not Frozen and method.look_back is Frozen.look_back:
+            raise Refusal(f'method {name!r}: its class {method.__name__} has no look_back of its own')
+
+
+# ---- the stream ------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Experiment:
+    """
+    What every method goes through. Clips are (z, a) with z (n,T,N,D) and a (n,T,A), on the device.
+
+    stream: phases A, B and A. probes: {'A': clips, 'B': clips} that are not in the stream. probe_at: after how many clips
+    of the stream they are scored. shown: the clips of the stream whose predictions are kept. tuning: streams A→X→A.
+    """
+    stream: tuple
+    probes: dict
+    probe_at: set
+    shown: list
+    tuning: list
+
+
+def run_stream(method, stream, probes=None, probe_at=(), shown=(), label=None):
+    """
+    Run one method over a stream of clips, test-then-train: predict, score, look back, note.
+
+    method: an instance of a class of METHODS; the others: see Experiment; label: a progress line is shown under it.
+    Returns a dict: loss (n,), seconds per clip, probes {name: [(clip, loss), ...]}, diagnostics [{...} per clip], shown
+    {clip: prediction of the last step (N,D)}, state of the method at the end.
+    """
+    z, a = stream
+    probes = probes or {}
+    notes = {'loss': [], 'seconds': [], 'probes': {name: [] for name in probes}, 'diagnostics': [], 'shown': {}}
+    score_probes(method, probes, 0, notes)
+    numbers = range(len(z))
+    for i in progress(numbers, label) if label else numbers:
+        started = time.perf_counter()
+        z_i, a_i = z[i:i + 1], a[i:i + 1]
+        z_hat = method.predict(z_i, a_i)
+        loss = feature_loss(z_hat, z_i[:, method.targets]).item()
+        # The clip has been scored. Only now is it shown.
+        method.look_back(z_i, a_i)
+        notes['seconds'].append(time.perf_counter() - started)
+        notes['loss'].append(loss)
+        surprise = loss / copy_loss(z_i, method.targets)
+        notes['diagnostics'].append({'surprise': surprise, **method.diagnostics()})
+        if i in shown:
+            notes['shown'][i] = z_hat[0, -1].detach()
+        if i + 1 in probe_at:
+            score_probes(method, probes, i + 1, notes)
+    return {**notes, 'state': method.state()}
+
+
+def copy_loss(z, targets):
+    """What predicting step 1 again loses on a clip z (1,T,N,D): the loss relative to it is what was not foreseen."""
+    return max(feature_loss(z[:, :1], z[:, targets]).item(), 1e-12)
+
+
+def score_probes(method, probes, seen, notes):
+    """Note the mean loss of each probe set after `seen` clips of the stream."""
+    for name, (z, a) in probes.items():
+        with torch.no_grad():
+            loss = feature_loss(method.predict(z, a), z[:, method.targets])
+        notes['probes'][name].append((seen, loss.mean().item()))
+
+
+def tune(checkpoint, name, streams):
+    """Mean loss over the streams of every rate of a method → {rate: loss}."""
     tried = {}
-    for rate in clip_data.progress(GRIDS[method], f'tuning {checkpoint["name"]} {method}', 'rates'):
-        tried[rate] = float(np.mean([run_stream(checkpoint, method, rate, stream)['loss'] for stream in tuning_streams]))
+    for rate in progress(METHODS[name].rates, f'tuning {checkpoint.name} {name}', 'rates'):
+        losses = [run_stream(METHODS[name](checkpoint, rate), stream)['loss'] for stream in streams]
+        tried[rate] = float(np.mean(np.concatenate(losses)))
     return tried
 
 
-# ---- checkpoints and clips -----------------------------------------------------------------------------------------
-
-NAMES = {'vit': 'ViT-AC', 'hope': 'HOPE'}
-checkpoints = []
-for path, role in [(path, '') for path in ckpt.split(',')] + [(oracle, 'oracle')] * bool(oracle):
-    path = path.strip()
-    predictor, stored = load(path, device, loss=str, step=int, clip_steps=int, jump_last=int)
-    name = role or NAMES[predictor.sizes.model]
-    if any(name == c['name'] for c in checkpoints):
-        name = f'{name} {len(checkpoints) + 1}'
-    steps = stored['clip_steps']
-    checkpoints.append({'name': name, 'path': path, 'predictor': predictor, 'loss': stored['loss'], 'step': stored['step'],
-                        'clip_steps': steps, 'targets': torch.arange(steps - stored['jump_last'], steps, device=device)})
-test_a, test_b, validation = (clip_data.open_split(data, s) for s in ('test_A', 'test_B', 'val'))
-(T, N, D), A = test_a.manifest['shape'], test_a.actions.shape[-1]
-for c in checkpoints:
-    sizes = c['predictor'].sizes
-    if (c['clip_steps'], sizes.action_dim) != (T, A):
-        raise Refusal(f'{c["path"]} was trained on clips of {c["clip_steps"]} steps with actions of {sizes.action_dim} '
-                      f'numbers, but data set {data} has {T} steps and {A} numbers')
-    if (sizes.feature_dim, list(sizes.grid)) != (D, test_a.manifest['grid']):
-        raise Refusal(f'{c["path"]} was trained on features of size {sizes.feature_dim} on a grid {sizes.grid}, '
-                      f'but data set {data} has {D} on {tuple(test_a.manifest["grid"])}')
-    if any((c['loss'], len(c['targets'])) != (o['loss'], len(o['targets'])) for o in checkpoints):
-        raise Refusal(f'{ckpt}: trained with different losses or target steps, so their scores cannot be compared')
-for split, needed, what in ((test_a, 2 * clips + probe_clips, 'test_A'), (test_b, clips + probe_clips, 'test_B')):
-    if len(split) < needed:
-        raise Refusal(f'split {what} of {data} has {len(split)} clips, the stream and its probes need {needed}; '
-                      'lower --clips or --probe_clips')
+def tuned_rate(checkpoint, name, streams, kept, unfinished):
+    """The best of a method's rates on the tuning streams. They are tried once: see run_checkpoint for `kept`."""
+    name = METHODS[name].tuned_as or name
+    key = f'{checkpoint.name} {name}'
+    if key not in kept['tried']:
+        kept['tried'][key] = tune(checkpoint, name, streams)
+        write_sealed(unfinished, kept)
+    tried = kept['tried'][key]
+    return min(tried, key=tried.get)
 
 
-def take(split, start, count):
+def plan(checkpoint, chosen, untuned_rate, tuning):
+    """
+    The rows of a checkpoint in the order of the table → [(method, rate)], rate None (has none), 'tuned' or a number.
+
+    chosen: the names of methods to run. untuned_rate: of the row of LN-TTA that is not tuned. tuning: whether there are
+    streams to tune on; without them tuned methods are left out.
+    """
+    rows = []
+    for name, method in METHODS.items():
+        if name not in chosen or not method.fits(checkpoint.predictor.sizes):
+            continue
+        if checkpoint.name == 'oracle' and method is not Frozen:
+            continue
+        if not method.rates:
+            rows.append((name, None))
+        elif tuning:
+            rows.append((name, 'tuned'))
+        if method is LNTTA and checkpoint.predictor.sizes.model == 'vit':
+            rows.append((name, untuned_rate))
+    return rows
+
+
+def run_checkpoint(checkpoint, planned, experiment, kept, unfinished, start=None, keep_state=False):
+    """
+    Run the planned methods of a checkpoint, tuning where it is due → rows of the table.
+
+    kept: what is finished already (see resume), written to the file `unfinished` after every row.
+    """
+    parameters = sum(p.numel() for p in checkpoint.predictor.parameters())
+    print(f'{checkpoint.name}: {checkpoint.path}, {parameters:,} parameters, {checkpoint.step} steps of training',
+          flush=True)
+    rows = []
+    for name, rate in planned:
+        if rate == 'tuned':
+            rate = tuned_rate(checkpoint, name, experiment.tuning, kept, unfinished)
+        row = {'model': checkpoint.name, 'method': name, 'rate': rate}
+        if title(row) not in kept['finished']:
+            method = METHODS[name](checkpoint, rate, start)
+            result = run_stream(method, experiment.stream, experiment.probes, experiment.probe_at, experiment.shown,
+                                label=title(row))
+            if not keep_state:
+                del result['state']
+            kept['finished'][title(row)] = result
+            write_sealed(unfinished, kept)
+        rows.append({**row, **kept['finished'][title(row)]})
+    return rows
+
+
+def guesses(stream, targets, empty):
+    """
+    The rows of two predictions that know nothing of motion: the first step again, and an empty scene (N,D).
+
+    A method that only learns to erase the object scores like `blank`, so a method has to be better than that.
+    """
+    z, _ = stream
+    rows = []
+    for name, guess in (('copy', z[:, :1]), ('blank', empty)):
+        rows.append({
+            'model': '',
+            'method': name,
+            'rate': None,
+            'seconds': [0.0],
+            'diagnostics': [],
+            'probes': {},
+            'shown': {},
+            'state': {'memory': None},
+            'loss': feature_loss(guess, z[:, targets]).tolist(),
+        })
+    return rows
+
+
+# ---- checkpoints and clips -------------------------------------------------------------------------------------------
+
+MODELS = {'vit': 'ViT-AC', 'hope': 'HOPE'}
+
+
+def read_checkpoints(paths, oracle_path, where):
+    """
+    The checkpoints of --ckpt and --oracle on the device `where` → list of Checkpoint, the oracle last.
+
+    Raises Refusal for a file that is missing or damaged, and for scores that could not be compared.
+    """
+    roles = [(path.strip(), '') for path in paths.split(',')]
+    if oracle_path:
+        roles.append((oracle_path.strip(), 'oracle'))
+    found = []
+    for path, role in roles:
+        predictor, stored = load(path, where, loss=str, step=int, clip_steps=int, jump_last=int)
+        name = role or MODELS[predictor.sizes.model]
+        if name in [checkpoint.name for checkpoint in found]:
+            name = f'{name} {len(found) + 1}'
+        steps = stored['clip_steps']
+        targets = torch.arange(steps - stored['jump_last'], steps, device=where)
+        found.append(Checkpoint(name, path, predictor, stored['loss'], stored['step'], steps, targets))
+    for checkpoint in found:
+        if (checkpoint.loss, len(checkpoint.targets)) != (found[0].loss, len(found[0].targets)):
+            raise Refusal(f'{paths}: trained with different losses or target steps, so their scores cannot be compared')
+    return found
+
+
+def check_clips(checkpoints, manifest, numbers, name):
+    """Raises Refusal unless the checkpoints fit the data set `name`, whose actions have so many numbers."""
+    steps, _, size = manifest['shape']
+    grid = manifest['grid']
+    for checkpoint in checkpoints:
+        sizes = checkpoint.predictor.sizes
+        if (checkpoint.clip_steps, sizes.action_dim) != (steps, numbers):
+            raise Refusal(f'{checkpoint.path} was trained on clips of {checkpoint.clip_steps} steps with actions of '
+                          f'{sizes.action_dim} numbers, but data set {name} has {steps} steps and {numbers} numbers')
+        if (sizes.feature_dim, list(sizes.grid)) != (size, grid):
+            raise Refusal(f'{checkpoint.path} was trained on features of size {sizes.feature_dim} on a grid '
+                          f'{sizes.grid}, but data set {name} has {size} on {tuple(grid)}')
+
+
+def check_lengths(knobs, splits):
+    """Raises Refusal where a split, of {name: split}, has fewer clips than the knobs ask for."""
+    n, n_probes = knobs['clips'], knobs['probe_clips']
+    needs = [('test_A', 2 * n + n_probes, 'the stream and its probes need', '--clips or --probe_clips'),
+             ('test_B', n + n_probes, 'the stream and its probes need', '--clips or --probe_clips'),
+             ('val', 2 * knobs['tune_clips'], 'tuning needs', '--tune_clips')]
+    for name, needed, what, lower in needs:
+        if len(splits[name]) < needed:
+            raise Refusal(f'split {name} of {knobs["data"]} has {len(splits[name])} clips, {what} {needed}; lower {lower}')
+
+
+def take(split, start, count, where):
     """Clips start..start+count of a split on the device: z (count,T,N,D), a (count,T,A)."""
-    return tuple(x.to(device) for x in split[range(start, start + count)])
+    z, a = split[range(start, start + count)]
+    return z.to(where), a.to(where)
 
 
 def join(*parts):
     """Several (z, a) one after the other."""
-    return tuple(torch.cat(x) for x in zip(*parts))
+    return tuple(torch.cat(tensors) for tensors in zip(*parts))
 
 
-stream = join(take(test_a, 0, clips), take(test_b, 0, clips), take(test_a, clips, clips))
-probes = {'A': take(test_a, 2 * clips, probe_clips), 'B': take(test_b, clips, probe_clips)}
-tuning_streams = []
-if len(validation) < 2 * tune_clips:
-    raise Refusal(f'split val of {data} has {len(validation)} clips, tuning needs {2 * tune_clips}; lower --tune_clips')
-for domain in TUNE_ON:
-    split = clip_data.open_split(data, f'test_{domain}')
-    tuning_streams.append(join(take(validation, 0, tune_clips), take(split, 0, min(2 * tune_clips, len(split))),
-                               take(validation, tune_clips, tune_clips)))
-SHOWN = [2 * clips - 1 - i for i in range(min(5, clips))][::-1]        # the last clips of B
-phase_b = slice(clips, 2 * clips)
+def tuning_stream(validation, shift, n, where):
+    """A stream A→X→A: n clips of validation, 2n of the shift (fewer where it has fewer), n of validation."""
+    middle = take(shift, 0, min(2 * n, len(shift)), where)
+    return join(take(validation, 0, n, where), middle, take(validation, n, n, where))
 
 
-def travelled(split, count):
-    """Displacement in metres over each of the first `count` clips."""
-    position = split.physics['position'][:count]
+def build_experiment(knobs, splits, shifts, where):
+    """The Experiment that the knobs ask for, of {name: split}, tuned on the domains `shifts`."""
+    n, n_probes = knobs['clips'], knobs['probe_clips']
+    a, b = splits['test_A'], splits['test_B']
+    stream = join(take(a, 0, n, where), take(b, 0, n, where), take(a, n, n, where))
+    probes = {'A': take(a, 2 * n, n_probes, where), 'B': take(b, n, n_probes, where)}
+    # At the end of each phase, too.
+    probe_at = {seen for seen in range(1, 3 * n + 1) if seen % knobs['probe_every'] == 0 or seen % n == 0}
+    # The last clips of B.
+    shown = list(range(2 * n - min(5, n), 2 * n))
+    tuning = [tuning_stream(splits['val'], splits[f'test_{shift}'], knobs['tune_clips'], where) for shift in shifts]
+    return Experiment(stream, probes, probe_at, shown, tuning)
+
+
+def travelled(split):
+    """Displacement in metres over each clip, (clips,)."""
+    position = split.physics['position']
     return np.linalg.norm(position[:, -1] - position[:, 0], axis=1)
 
 
-def read_memory(path, predictor):
-    """What an earlier run put into its --memory_out: sizes, memory and CMS; raises Refusal unless it fits the predictor."""
-    start = read_sealed(path, device)
+def further_than_training(train, b, n):
+    """Which of the first n clips of B slide further than any training clip (n,); None where positions are not known."""
+    if not b.physics:
+        return None
+    return travelled(b)[:n] > travelled(train).max()
+
+
+def median_scene(split):
+    """Each patch's median feature over the first 256 clips: an empty scene, (N,D)."""
+    z, _ = split[range(min(256, len(split)))]
+    return z.flatten(0, 1).median(0).values
+
+
+def read_memory(path, checkpoint, clip, where):
+    """
+    What an earlier run put into its --memory_out: sizes, memory and CMS. clip: any one clip (z, a).
+
+    Raises Refusal unless it fits the checkpoint.
+    """
+    start = read_sealed(path, where)
     try:
-        if start['sizes'] != vars(predictor.sizes):
-            raise Refusal(f'--memory_in={path}: the memory of another predictor than {checkpoints[0]["path"]}')
-        with torch.no_grad():
-            pairs = list(zip(start['memory'], predictor(*(x[:1] for x in stream))[1], strict=True)) if start['memory'] else []
+        if start['sizes'] != vars(checkpoint.predictor.sizes):
+            raise Refusal(f'--memory_in={path}: the memory of another predictor than {checkpoint.path}')
+        pairs = []
+        if start['memory']:
+            with torch.no_grad():
+                _, memory = checkpoint.predictor(*clip)
+            pairs += zip(start['memory'], memory, strict=True)
         if start['cms']:
-            fresh = CMSWriter(predictor, 0.0).changes
-            pairs += [(start['cms'][part][name], value) for part in ('changes', 'sums') for name, value in fresh.items()]
-            start['cms']['ticks'] + 1
-        if not all(x.shape == y.shape and x.isfinite().all() for x, y in pairs):
+            for name, change in CMSWriter(checkpoint.predictor, 0.0).changes.items():
+                pairs += [(start['cms']['changes'][name], change), (start['cms']['sums'][name], change)]
+            if type(start['cms']['ticks']) is not int:
+                raise ValueError('ticks is not a number')
+        if not all(kept.shape == fresh.shape and kept.isfinite().all() for kept, fresh in pairs):
             raise ValueError('not finite, or of another shape')
     except MALFORMED as error:
         raise Refusal(f'--memory_in={path}: not what --memory_out wrote ({" ".join(str(error).split())[:200]})') from None
     return start
 
 
-def read_decoder(manifest):
-    """The linear map from features to pixels that prepare.py fitted (see data.pictures), or None for imported features."""
+def read_decoder(name, manifest):
+    """
+    The linear map from features to pixels that prepare.py fitted (see data.pictures), or None for imported features.
+
+    Raises Refusal where the data set `name` has a file in its place that is none.
+    """
     if 'decoder' not in manifest:
         return None
-    verify(folder_of(data), manifest, [manifest['decoder']])
+    verify(folder_of(name), manifest, [manifest['decoder']])
+    rows = manifest['shape'][-1] + 1
     try:
-        decoder = np.load(os.path.join(folder_of(data), manifest['decoder']), mmap_mode='r')
-        if decoder.shape != (D + 1, 3 * clip_data.TUBELET * manifest['patch'] ** 2) or not np.isfinite(decoder).all():
+        decoder = np.load(os.path.join(folder_of(name), manifest['decoder']), mmap_mode='r')
+        if decoder.shape != (rows, 3 * TUBELET * manifest['patch'] ** 2) or not np.isfinite(decoder).all():
             raise ValueError('not finite, or of another shape')
         return torch.from_numpy(np.array(decoder))
     except (*MALFORMED, EOFError, OSError) as error:
-        raise Refusal(f'{manifest["decoder"]} of data set {data} is not a decoder ({error})') from None
+        raise Refusal(f'{manifest["decoder"]} of data set {name} is not a decoder ({error})') from None
 
 
-train_clips = clip_data.open_split(data, 'train')
-beyond = None                                                          # B clips that move as A never showed
-if test_b.physics:
-    beyond = travelled(test_b, clips) > travelled(train_clips, len(train_clips)).max()
+# ---- figures ---------------------------------------------------------------------------------------------------------
 
-# ---- run everything ------------------------------------------------------------------------------------------------
-rows = []
-start = None
-if memory_in and memory_out and os.path.realpath(memory_in) == os.path.realpath(memory_out):
-    raise Refusal(f'--memory_out={memory_out}: is --memory_in too; name another file, so that the run can be run again')
-if memory_in:
-    start = read_memory(memory_in, checkpoints[0]['predictor'])
-carriers = [c for c in checkpoints if c['predictor'].sizes.model == 'hope' and c['predictor'].sizes.mixer != 'attention']
-if memory_out and not (carriers and ('memory' in chosen or ('memory + CMS' in chosen and TUNE_ON))):
-    raise Refusal(f'--memory_out={memory_out}: none of --methods={methods} of {ckpt} has a memory to keep')
-decoder = read_decoder(test_b.manifest)
-os.makedirs(out, exist_ok=True)
-unfinished = os.path.join(out, 'unfinished.pt')
-files = ['table.txt', 'results.json', 'results.csv', 'results.png', 'predictions.png', 'unfinished.pt']
-claim(out, *(os.path.join(out, file) for file in files))
-# Rows that an interrupted run has finished, as long as everything that they depend on is the same.
-depends_on = [os.path.join(ROOT, file) for file in ('adapt.py', 'data.py', 'hope.py', 'model.py')]
-depends_on += [c['path'] for c in checkpoints] + [memory_in] * bool(memory_in)
-key = json.dumps([{**settings, 'out': ''}, device, test_a.manifest['checksum'], *map(sha256, depends_on)])
-kept = {'key': key, 'tried': {}, 'finished': {}}
-if os.path.exists(unfinished):
-    found = read_sealed(unfinished, device)
-    if found.get('key') == key:
-        kept = found
-        print(f'going on after {len(kept["finished"])} finished rows')
-    else:
-        print(f'{unfinished} is of other settings, checkpoints, data or code: starting afresh')
-tried, finished = kept['tried'], kept['finished']
-targets = checkpoints[0]['targets']
-# Two predictions that know nothing of motion: the first step again, and an empty scene (each patch's median feature).
-# An adapter that only learns to paint over what it cannot place comes down to `blank`: lower is better than that.
-empty = train_clips[range(min(256, len(train_clips)))][0].flatten(0, 1).median(0).values.to(device)  # (N,D)
-for method, guess in (('copy', stream[0][:, :1]), ('blank', empty)):
-    rows.append({'model': '', 'method': method, 'rate': None, 'seconds': [0.0], 'diagnostics': [], 'probes': {}, 'shown': {},
-                 'state': {'memory': None}, 'loss': (guess - stream[0][:, targets]).abs().mean((1, 2, 3)).tolist()})
-for c in checkpoints:
-    print(f'{c["name"]}: {c["path"]}, {sum(p.numel() for p in c["predictor"].parameters()):,} parameters, '
-          f'{c["step"]} steps of training', flush=True)
-    plan = [('frozen', None)]
-    if c['name'] != 'oracle':
-        plan += [('LN-TTA', 'tuned')]
-        sizes = c['predictor'].sizes
-        if sizes.model == 'hope':
-            carrying = sizes.mixer != 'attention'                   # else there is no memory to carry
-            plan += [('memory', None)] * carrying + [('CMS', 'tuned')] + [('memory + CMS', 'tuned')] * carrying
-        else:
-            plan += [('LN-TTA', ln_rate), ('action TTA', 'tuned'), ('full TTA', 'tuned')]
-    for method, rate in plan:
-        if method not in chosen or (rate == 'tuned' and not TUNE_ON):
-            continue
-        if rate == 'tuned':
-            grid = method.removeprefix('memory + ')
-            name = f'{c["name"]} {grid}'
-            if name not in tried:
-                tried[name] = tune(c, grid)
-                write_sealed(unfinished, kept)
-            rate = min(tried[name], key=tried[name].get)
-        name = f'{c["name"]} {method}' + ('' if rate is None else f' {rate:g}')
-        if name not in finished:
-            row = run_stream(c, method, rate, stream, probes, name, start)
-            finished[name] = {k: v for k, v in row.items() if k != 'state' or memory_out}
-            write_sealed(unfinished, kept)
-        rows.append({'model': c['name'], 'method': method, 'rate': rate, **finished[name]})
-if memory_out:                                                         # of the last method that has one
-    state = [row['state'] for row in rows if row['state']['memory'] is not None][-1]
-    os.makedirs(os.path.dirname(os.path.abspath(memory_out)), exist_ok=True)
-    write_sealed(memory_out, {'sizes': vars(checkpoints[0]['predictor'].sizes), **state})
-
-
-# ---- figures -------------------------------------------------------------------------------------------------------
-
-def running_mean(values, width=10):
-    """Mean of each window of `width` neighbours, (n-width+1,)."""
-    return np.convolve(values, np.ones(min(width, len(values))) / min(width, len(values)), 'valid')
-
-
-def frozen_row(model):
-    """The row of a model that does not adapt, or None."""
-    return next((r for r in rows if r['model'] == model and r['method'] == 'frozen'), None)
-
-
-def figures(row):
-    """The figures of one row of the table."""
-    loss, early = np.array(row['loss']), min(25, clips)
-    f = {'A1': loss[:clips].mean(), 'B': loss[phase_b].mean(), 'B_first': loss[phase_b][:early].mean(),
-         'B_last': loss[phase_b][-early:].mean(), 'A2': loss[2 * clips:].mean(), 'A2_first': loss[2 * clips:][:early].mean(),
-         'ms_per_clip': 1e3 * float(np.median(row['seconds']))}
-    if beyond is not None:
-        for name, part in (('B_within', ~beyond), ('B_beyond', beyond)):
-            if part.any():
-                f[name] = loss[phase_b][part].mean()
-    frozen, bound = frozen_row(row['model']), frozen_row('oracle')
-    if row['probes']:
-        probe = dict(row['probes']['A'])
-        before, after = (probe[max(k for k in probe if k <= end)] for end in (clips, 2 * clips))
-        f['forgetting'] = after - before
-    if frozen and row is not frozen:
-        gain = running_mean((np.array(frozen['loss']) - loss)[phase_b])
-        final = gain[-early:].mean()
-        reached = np.flatnonzero(gain >= 0.5 * final)
-        worth = final > 0.01 * np.mean(frozen['loss'][phase_b])        # half of next to nothing is reached at once
-        f['t50'] = int(reached[0]) + 1 if worth and len(reached) else None
-        gap = (np.array(frozen['loss']) - bound['loss'])[phase_b].mean() if bound else 0
-        if gap:
-            f['gap_closed'] = (np.array(frozen['loss']) - loss)[phase_b].mean() / gap
-        f['return_cost'] = (loss - np.array(frozen['loss']))[2 * clips:][:early].mean()
-    return {key: value if value is None or isinstance(value, int) else float(value) for key, value in f.items()}
-
-
-COLUMNS = [('A1', 'A₁', '.4f'), ('B', 'B', '.4f'), ('B_within', 'within', '.4f'), ('B_beyond', 'beyond', '.4f'),
-           ('B_first', 'B 1-25', '.4f'), ('return_cost', 'return', '+.3f'),
-           ('forgetting', 'forget', '+.3f'), ('gap_closed', 'gap', '.0%'), ('t50', 't50', 'd'),
-           ('ms_per_clip', 'ms', '.1f')]
-
-
-def cell(row, key, form):
-    """One cell of the table: empty where the figure has no meaning for the row."""
-    value = row['figures'].get(key, '')
-    return 'never' if value is None else format(value, form if value != '' else '')
+EARLY = 25                   # clips at the start of a phase whose mean has a column of its own
+# Key in results.json, heading in the table, format. What a figure is: in figures() and below it.
+COLUMNS = [
+    ('A1', 'A₁', '.4f'),
+    ('B', 'B', '.4f'),
+    ('B_within', 'within', '.4f'),
+    ('B_beyond', 'beyond', '.4f'),
+    ('B_first', 'B 1-25', '.4f'),
+    ('return_cost', 'return', '+.3f'),
+    ('forgetting', 'forget', '+.3f'),
+    ('gap_closed', 'gap', '.0%'),
+    ('t50', 't50', 'd'),
+    ('ms_per_clip', 'ms', '.1f'),
+]
 
 
 def title(row):
     """Name of a row: model, method and learning rate."""
-    return ' '.join(x for x in (row['model'], row['method'], '' if row['rate'] is None else f'{row["rate"]:g}') if x)
+    rate = '' if row['rate'] is None else f'{row["rate"]:g}'
+    return ' '.join(part for part in (row['model'], row['method'], rate) if part)
 
 
-for row in rows:
-    row['figures'] = figures(row)
-columns = [column for column in COLUMNS if any(column[0] in row['figures'] for row in rows)]
-table = io.StringIO()
-print(f'{"loss on the stream":<24}'
-      + ''.join(f'{head:>7}' for _, head, _ in columns), file=table)
-for row in rows:
-    print(f'{title(row):<24}' + ''.join(f'{cell(row, key, form):>7}' for key, _, form in columns), file=table)
-print(f"""
-{checkpoints[0]["loss"]} L1, mean over target steps {", ".join(str(int(t) + 1) for t in targets)}; {clips} clips a phase, scored before the look-back.
+def running_mean(values, width=10):
+    """Mean of each window of `width` neighbours, (n-width+1,)."""
+    width = min(width, len(values))
+    return np.convolve(values, np.ones(width) / width, 'valid')
+
+
+def frozen_row(rows, model):
+    """The row of a model that does not adapt, or None."""
+    return next((row for row in rows if row['model'] == model and row['method'] == 'frozen'), None)
+
+
+def figures(row, rows, beyond):
+    """
+    The figures of one row of the table, {name: number, or None for "never"}.
+
+    beyond (n,): which of the n clips of B slide further than any training clip of A, or None.
+    """
+    a1, b, a2 = np.split(np.array(row['loss']), 3)
+    found = {
+        'A1': a1.mean(),
+        'B': b.mean(),
+        'B_first': b[:EARLY].mean(),
+        'B_last': b[-EARLY:].mean(),
+        'A2': a2.mean(),
+        'A2_first': a2[:EARLY].mean(),
+        'ms_per_clip': 1e3 * np.median(row['seconds']),
+    }
+    if beyond is not None and not beyond.all():
+        found['B_within'] = b[~beyond].mean()
+    if beyond is not None and beyond.any():
+        found['B_beyond'] = b[beyond].mean()
+    if row['probes']:
+        found['forgetting'] = forgetting(row['probes']['A'], len(b))
+    frozen = frozen_row(rows, row['model'])
+    if frozen and row is not frozen:
+        found |= against_frozen(row, frozen, frozen_row(rows, 'oracle'))
+    return found
+
+
+def forgetting(probes, n):
+    """Loss on held-out clips of A after B minus before B: probes [(clips seen, loss), ...], n clips a phase."""
+    before = [loss for seen, loss in probes if seen <= n][-1]
+    after = [loss for seen, loss in probes if seen <= 2 * n][-1]
+    return after - before
+
+
+def against_frozen(row, frozen, bound):
+    """The figures that compare a row with the model's own frozen row and with the oracle's, `bound`, or None."""
+    _, b, a2 = np.split(np.array(row['loss']), 3)
+    _, frozen_b, frozen_a2 = np.split(np.array(frozen['loss']), 3)
+    gain = running_mean(frozen_b - b)
+    final = gain[-EARLY:].mean()
+    reached = np.flatnonzero(gain >= 0.5 * final)
+    found = {'t50': None}
+    # Half of a gain of nearly nothing would be reached with the first clip.
+    if final > 0.01 * frozen_b.mean() and len(reached):
+        found['t50'] = int(reached[0]) + 1
+    if bound:
+        _, bound_b, _ = np.split(np.array(bound['loss']), 3)
+        gap = (frozen_b - bound_b).mean()
+        if gap:
+            found['gap_closed'] = (frozen_b - b).mean() / gap
+    found['return_cost'] = (a2 - frozen_a2)[:EARLY].mean()
+    return found
+
+
+def cell(row, key, form):
+    """One cell of the table: empty where the figure has no meaning for the row."""
+    if key not in row['figures']:
+        return ''
+    value = row['figures'][key]
+    return 'never' if value is None else format(value, form)
+
+
+def format_table(rows, tried, shifts, loss, targets, n):
+    """
+    The text of table.txt.
+
+    tried: {model and method: {rate: loss}}, tuned on the domains `shifts`. loss, targets: the checkpoints'. n: clips a phase.
+    """
+    columns = [column for column in COLUMNS if any(column[0] in row['figures'] for row in rows)]
+    lines = [f'{"loss on the stream":<24}' + ''.join(f'{heading:>7}' for _, heading, _ in columns)]
+    for row in rows:
+        lines.append(f'{title(row):<24}' + ''.join(f'{cell(row, key, form):>7}' for key, _, form in columns))
+    steps = ', '.join(str(int(t) + 1) for t in targets)
+    lines.append(f"""
+{loss} L1, mean over target steps {steps}; {n} clips a phase, scored before the look-back.
 within / beyond: clips of B that slide no further / further than any training clip of A.
-return: loss minus frozen loss on the first 25 clips of A₂.
+return: loss minus frozen loss on the first {EARLY} clips of A₂.
 forget: loss on held-out clips of A after B minus before B.
 t50: clips of B to half of the own final gain (never: no gain of 1 %).
-gap: share of the way from the own frozen loss on B to the oracle's.""", file=table)
-for k, v in tried.items():
-    print(f'Rate of {k} tuned on {", ".join(TUNE_ON)} among {", ".join(f"{r:g}" for r in v)}.', file=table)
-print('\n' + table.getvalue())
+gap: share of the way from the own frozen loss on B to the oracle's.""")
+    for name, losses in tried.items():
+        rates = ', '.join(f'{rate:g}' for rate in losses)
+        lines.append(f'Rate of {name} tuned on {", ".join(shifts)} among {rates}.')
+    return '\n'.join(lines) + '\n'
 
 
-def write(file, text):
-    write_atomically(os.path.join(out, file), lambda f: f.write(text.encode()))
+# ---- files and pictures ----------------------------------------------------------------------------------------------
+
+FILES = 'table.txt', 'results.json', 'results.csv', 'results.png', 'predictions.png', 'unfinished.pt'
 
 
-write('table.txt', table.getvalue())
-write('results.json', json.dumps({
-    'settings': settings, 'tuning': {k: {str(r): l for r, l in v.items()} for k, v in tried.items()},
-    'checkpoints': [{'name': c['name'], 'path': c['path'], 'steps': c['step']} for c in checkpoints],
-    'rows': [{k: v for k, v in row.items() if k not in ('shown', 'state')} for row in rows]}, indent=1))
-listing = io.StringIO()
-writer = csv.writer(listing)
-writer.writerow(['clip', 'phase', 'beyond_A'] + [title(row) for row in rows])
-for i in range(3 * clips):
-    far = '' if beyond is None else int(beyond[i - clips]) if clips <= i < 2 * clips else 0
-    writer.writerow([i + 1, ('A1', 'B', 'A2')[i // clips], far] + [f'{row["loss"][i]:.6f}' for row in rows])
-write('results.csv', listing.getvalue())
+def resume(unfinished, key, where):
+    """
+    What an interrupted run has finished, as long as everything that it depends on, in `key`, is the same.
+
+    Returns {'key': key, 'tried': {model and method: {rate: loss}}, 'finished': {title: result of run_stream}}.
+    """
+    if os.path.exists(unfinished):
+        kept = read_sealed(unfinished, where)
+        if kept.get('key') == key:
+            print(f'going on after {len(kept["finished"])} finished rows')
+            return kept
+        print(f'{unfinished} is of other settings, checkpoints, data or code: starting afresh')
+    return {'key': key, 'tried': {}, 'finished': {}}
 
 
-# ---- pictures ------------------------------------------------------------------------------------------------------
+def results_json(knobs, checkpoints, tried, rows):
+    """The text of results.json."""
+    return json.dumps({
+        'settings': knobs,
+        'tuning': {name: {str(rate): loss for rate, loss in losses.items()} for name, losses in tried.items()},
+        'checkpoints': [{'name': c.name, 'path': c.path, 'steps': c.step} for c in checkpoints],
+        'rows': [{key: value for key, value in row.items() if key not in ('shown', 'state')} for row in rows],
+    }, indent=1)
 
-def draw():
-    """results.png: loss along the stream, probes, memory drift. predictions.png: what the last clips of B looked like."""
+
+def results_csv(rows, beyond, n):
+    """The text of results.csv: the loss of every clip, n clips a phase; beyond: see figures."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(['clip', 'phase', 'beyond_A'] + [title(row) for row in rows])
+    if beyond is None:
+        far = [''] * (3 * n)
+    else:
+        far = [0] * n + [int(flag) for flag in beyond] + [0] * n
+    for i in range(3 * n):
+        phase = ('A1', 'B', 'A2')[i // n]
+        writer.writerow([i + 1, phase, far[i]] + [f'{row["loss"][i]:.6f}' for row in rows])
+    return text.getvalue()
+
+
+def drawn_rows(rows, checkpoints):
+    """The rows that are drawn, with how: TTA of HOPE is left out where there is a ViT-AC."""
+    kinds = {c.name: c.predictor.sizes.model for c in checkpoints if c.name != 'oracle'}
+    drawn = []
+    for row in rows:
+        # The two guesses are no methods and drawn like frozen predictors.
+        method = METHODS.get(row['method'], Frozen)
+        if 'vit' in kinds.values() and kinds.get(row['model']) == 'hope' and issubclass(method, TTA):
+            continue
+        drawn.append({
+            'title': title(row),
+            'loss': running_mean(row['loss']),
+            'probes': row['probes'],
+            'shown': row['shown'],
+            'bold': 'memory' in method.carries,
+            'dotted': row['model'] == '',
+        })
+    return drawn
+
+
+def diagnosed_row(rows, n):
+    """
+    What the last row with diagnostics of its own has to draw → (title, {name: values (3n,)}, reference), or None.
+
+    The surprise is the loss over that of copying. Where there is a model of each phase, its loss is a better reference,
+    because it also depends on how far the object moves.
+    """
+    row = next((row for row in reversed(rows) if row['diagnostics'] and len(row['diagnostics'][0]) > 1), None)
+    if row is None:
+        return None
+    seen = {key: np.array([clip[key] for clip in row['diagnostics']]) for key in row['diagnostics'][0]}
+    frozen, bound = frozen_row(rows, row['model']), frozen_row(rows, 'oracle')
+    if not frozen or not bound:
+        return title(row), seen, "copy's"
+    known = np.array(frozen['loss'])
+    known[n:2 * n] = bound['loss'][n:2 * n]
+    seen['surprise'] = row['loss'] / known
+    return title(row), seen, 'that of a model of the phase'
+
+
+def predictions(drawn, experiment, decoder, manifest):
+    """The columns of predictions.png, {heading: pictures (clips,H,W,3)}: first and last step, what each row predicted."""
+    z = experiment.stream[0][experiment.shown].cpu()
+    columns = {'step 1': z[:, 0], f'step {z.shape[1]}': z[:, -1]}
+    for row in drawn:
+        if row['shown']:
+            heading = row['title'].replace(' ', '\n', 1)
+            columns[heading] = torch.stack([row['shown'][clip] for clip in experiment.shown]).cpu()
+    for heading, features in columns.items():
+        columns[heading] = pictures(features, decoder, manifest['grid'], manifest['patch']).numpy()
+    return columns
+
+
+def draw(folder, rows, checkpoints, experiment, decoder, manifest):
+    """results.png and, where the data set has a decoder, predictions.png. Raises ImportError without matplotlib."""
+    n = len(experiment.stream[0]) // 3
+    drawn = drawn_rows(rows, checkpoints)
+    label = f'{checkpoints[0].loss} L1, mean of 10 clips'
+
+    def draw_results(file):
+        plots.draw_stream(file, drawn, n, label, diagnosed_row(rows, n))
+
+    def draw_predictions(file):
+        plots.draw_predictions(file, predictions(drawn, experiment, decoder, manifest))
+
+    write_atomically(os.path.join(folder, 'results.png'), draw_results)
+    if decoder is not None:
+        write_atomically(os.path.join(folder, 'predictions.png'), draw_predictions)
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+def listed(text):
+    """The items of a list separated by commas: 'a, b' → ['a', 'b']."""
+    return [item.strip() for item in text.split(',') if item.strip()]
+
+
+def check_settings(knobs, table):
+    """Raises Refusal for knobs that cannot be run with a table of methods {name: class}; nothing is read or written."""
+    check_methods(table)
+    if set(listed(knobs['methods'])) - set(table):
+        raise Refusal(f'--methods={knobs["methods"]}: allowed are {", ".join(table)}')
+    if {'A', 'B'} & set(listed(knobs['tune_on'])):
+        raise Refusal(f'--tune_on={knobs["tune_on"]}: rates tuned on the domains under test would prove nothing; '
+                      'name other shifts')
+    kept, given = knobs['memory_out'], knobs['memory_in']
+    if kept and given and os.path.realpath(kept) == os.path.realpath(given):
+        raise Refusal(f'--memory_out={kept}: is --memory_in too; name another file, so that the run can be run again')
+
+
+def check_memory_out(knobs, plans):
+    """Raises Refusal where a memory is to be kept and no planned method has one."""
+    carrying = ['memory' in METHODS[name].carries for rows in plans for name, rate in rows]
+    if knobs['memory_out'] and not any(carrying):
+        raise Refusal(f'--memory_out={knobs["memory_out"]}: none of --methods={knobs["methods"]} of {knobs["ckpt"]} has a '
+                      'memory to keep')
+
+
+def keep_memory(path, checkpoint, rows):
+    """Write the state of the last row that has a memory, for read_memory."""
+    state = [row['state'] for row in rows if row['state']['memory'] is not None][-1]
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    write_sealed(path, {'sizes': vars(checkpoint.predictor.sizes), **state})
+
+
+def run_key(knobs, where, checksum, checkpoints):
+    """What the rows of a run depend on, as text: knobs, device, data set, code, checkpoints, memory to start from."""
+    files = [os.path.join(ROOT, file) for file in ('adapt.py', 'data.py', 'hope.py', 'model.py')]
+    files += [checkpoint.path for checkpoint in checkpoints]
+    if knobs['memory_in']:
+        files.append(knobs['memory_in'])
+    return json.dumps([{**knobs, 'out': ''}, where, checksum, *map(sha256, files)])
+
+
+def write_text(path, text):
+    """Write a text file atomically."""
+    def write(file):
+        file.write(text.encode())
+    write_atomically(path, write)
+
+
+def main():
+    """Run every method of every checkpoint over A→B→A and write what comes out."""
+    check_settings(settings, METHODS)
+    where = pick_device(device)
+    shifts = listed(tune_on)
+    checkpoints = read_checkpoints(ckpt, oracle, where)
+    splits = {name: open_split(data, name) for name in ('test_A', 'test_B', 'val')}
+    check_clips(checkpoints, splits['test_A'].manifest, splits['test_A'].actions.shape[-1], data)
+    check_lengths(settings, splits)
+    for name in ['train'] + [f'test_{shift}' for shift in shifts]:
+        splits[name] = open_split(data, name)
+    manifest = splits['test_A'].manifest
+    experiment = build_experiment(settings, splits, shifts, where)
+    plans = [plan(checkpoint, listed(methods) or METHODS, ln_rate, bool(shifts)) for checkpoint in checkpoints]
+    check_memory_out(settings, plans)
+    one_clip = take(splits['test_A'], 0, 1, where)
+    start = read_memory(memory_in, checkpoints[0], one_clip, where) if memory_in else None
+    decoder = read_decoder(data, manifest)
+    os.makedirs(out, exist_ok=True)
+    claim(out, *(os.path.join(out, file) for file in FILES))
+
+    unfinished = os.path.join(out, 'unfinished.pt')
+    kept = resume(unfinished, run_key(settings, where, manifest['checksum'], checkpoints), where)
+    targets = checkpoints[0].targets
+    rows = guesses(experiment.stream, targets, median_scene(splits['train']).to(where))
+    for checkpoint, planned in zip(checkpoints, plans):
+        rows += run_checkpoint(checkpoint, planned, experiment, kept, unfinished, start, keep_state=bool(memory_out))
+    if memory_out:
+        keep_memory(memory_out, checkpoints[0], rows)
+
+    beyond = further_than_training(splits['train'], splits['test_B'], clips)
+    for row in rows:
+        row['figures'] = figures(row, rows, beyond)
+    table = format_table(rows, kept['tried'], shifts, checkpoints[0].loss, targets, clips)
+    print('\n' + table)
+    write_text(os.path.join(out, 'table.txt'), table)
+    write_text(os.path.join(out, 'results.json'), results_json(settings, checkpoints, kept['tried'], rows))
+    write_text(os.path.join(out, 'results.csv'), results_csv(rows, beyond, clips))
     try:
-        import matplotlib
-        matplotlib.use('Agg')
-        import matplotlib.pyplot as plt
+        draw(out, rows, checkpoints, experiment, decoder, manifest)
     except ImportError:
         print('no pictures: pip install matplotlib')
-        return
-    several = any(row['model'].startswith('ViT') for row in rows)      # then TTA is drawn for ViT-AC alone
-    drawn = [row for row in rows if not (several and row['model'].startswith('HOPE') and 'TTA' in row['method'])]
-    colours = dict(zip(map(title, drawn), ['0.6', '0.8'] + [f'C{i % 10}' for i in range(len(drawn))]))
-    diagnosed = next((row for row in reversed(rows) if row['method'].startswith('memory') or row['method'] == 'CMS'), None)
-    panels = 4 if diagnosed else 2
-    fig, axes = plt.subplots(panels, 1, figsize=(9, 2.6 + 2.2 * panels), sharex=True, height_ratios=[2, 1.2, 1, 1][:panels])
-    for ax in axes:
-        ax.axvspan(clips, 2 * clips, color='0.93', zorder=0)
-        ax.margins(x=0.01)
-    for row in drawn:
-        mean = running_mean(row['loss'])
-        axes[0].plot(np.arange(len(mean)) + (len(row['loss']) - len(mean)) + 1, mean, label=title(row),
-                     color=colours[title(row)], lw=2 if 'memory' in row['method'] else 1.2,
-                     ls='-' if row['model'] else ':')
-        for name, style in (('A', '-'), ('B', '--')):
-            if row['probes']:
-                axes[1].plot(*zip(*row['probes'][name]), style, color=colours[title(row)], marker='.')
-    axes[0].set(ylabel=f'{checkpoints[0]["loss"]} L1, mean of 10 clips', ylim=(0, None))
-    for x, phase in zip((0.5, 1.5, 2.5), ('A₁', 'B: less friction, less mass', 'A₂')):
-        axes[0].text(x * clips, axes[0].get_ylim()[1] * 0.97, phase, ha='center', va='top')
-    axes[0].legend(fontsize=8, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=4)
-    axes[1].set(ylabel='held-out probes\nA (solid), B (dashed)', ylim=(0, None))
-    if diagnosed:
-        seen = {key: np.array([d[key] for d in diagnosed['diagnostics']]) for key in diagnosed['diagnostics'][0]}
-        reference, frozen, bound = "copy's", frozen_row(diagnosed['model']), frozen_row('oracle')
-        if frozen and bound:                                           # how far an object moves cancels better
-            known = np.array(frozen['loss'])
-            known[phase_b] = np.array(bound['loss'])[phase_b]
-            seen['surprise'], reference = diagnosed['loss'] / known, 'that of a model of the phase'
-        starts = [phase * clips + 2 ** i - 1 for phase in range(3) for i in range(clips.bit_length()) if 2 ** i <= clips]
-        widths = np.diff(starts + [3 * clips])                         # means over 1, 2, 4, ... clips since the last switch
-        x = np.arange(3 * clips) + 1
-        for key, values in seen.items():
-            kind, _, name = key.partition(', ')
-            if kind == 'surprise':
-                values = values / values[:clips].mean()
-                line, = axes[2].plot(x, np.repeat(np.add.reduceat(values, starts) / widths, widths), lw=1.2,
-                                     label=name or f'loss over {reference}')
-                axes[2].plot(x, values, color=line.get_color(), alpha=0.25, lw=0.8)
-            elif kind == 'drift':
-                axes[3].plot(x, values, label=name, ls='--' if 'CMS' in key else '-', lw=1.2)
-        axes[2].set(ylabel=f'surprise, over its mean in A₁\n{title(diagnosed)}', ylim=(0, 1.3 * axes[2].get_ylim()[1]))
-        axes[3].set(ylabel=f'drift from initial weights\n{title(diagnosed)}', yscale='log', ylim=(1e-4, 20))
-        for ax in axes[2:]:
-            ax.legend(fontsize=8, loc='upper left', ncols=3)
-    axes[-1].set_xlabel('clip of the stream')
-    fig.tight_layout()
-    write_atomically(os.path.join(out, 'results.png'), lambda f: fig.savefig(f, dpi=100))
-    plt.close(fig)
-
-    manifest = test_b.manifest
-    if decoder is None:
-        return                                                         # imported features come without pixels
-    seen = stream[0][SHOWN].cpu()
-    columns = [('step 1', seen[:, 0]), (f'step {T}', seen[:, -1])]
-    columns += [(title(row).replace(' ', '\n', 1), torch.stack([row['shown'][i] for i in SHOWN]).cpu())
-                for row in drawn if row['shown']]
-    fig, axes = plt.subplots(len(SHOWN), len(columns), figsize=(1.35 * len(columns), 1.4 * len(SHOWN) + 0.4), squeeze=False)
-    for column, (head, features) in zip(axes.T, columns):
-        for ax, picture in zip(column, clip_data.pictures(features, decoder, manifest['grid'], manifest['patch'])):
-            ax.imshow(picture.numpy())
-            ax.set_xticks([]), ax.set_yticks([])
-        column[0].set_title(head, fontsize=8)
-    fig.suptitle('Last clips of B: what was seen, and what each method predicted for the last step', fontsize=9)
-    fig.tight_layout()
-    write_atomically(os.path.join(out, 'predictions.png'), lambda f: fig.savefig(f, dpi=100))
-    plt.close(fig)
+    if os.path.exists(unfinished):
+        os.unlink(unfinished)
+    print(f'results: {os.path.join(out, "results.png")}, predictions.png, results.csv, results.json, table.txt')
 
 
-draw()
-if os.path.exists(unfinished):
-    os.unlink(unfinished)
-print(f'results: {os.path.join(out, "results.png")}, predictions.png, results.csv, results.json, table.txt')
+if __name__ == '__main__':
+    main()

@@ -1,6 +1,115 @@
-"""Everything that is drawn, one function per picture: the numbers come in as parameters, the file goes to a path."""
+"""Everything that is drawn, one function per panel. Each gets its numbers handed in."""
 import numpy as np
 
+
+def pyplot():
+    """matplotlib.pyplot, set to draw into files. Raises ImportError where matplotlib is missing."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    return plt
+
+
+# ---- adapt.py --------------------------------------------------------------------------------------------------------
+
+def draw_stream(file, rows, n, loss_label, diagnosed=None):
+    """
+    A→B→A with n clips a phase: loss along the stream, held-out probes, and the diagnostics of one row.
+
+    file: path or open file, written as PNG. rows: [{'title', 'loss': running mean, 'probes': {'A': [(clip, loss), ...],
+    'B': ...}, 'bold', 'dotted'}, ...]. diagnosed: (title, {name: values (3n,)}, what the surprise is relative to) or None.
+    """
+    plt = pyplot()
+    heights = [2, 1.2, 1, 1] if diagnosed else [2, 1.2]
+    size = 9, 2.6 + 2.2 * len(heights)
+    fig, axes = plt.subplots(len(heights), 1, figsize=size, sharex=True, height_ratios=heights)
+    for ax in axes:
+        ax.axvspan(n, 2 * n, color='0.93', zorder=0)
+        ax.margins(x=0.01)
+    # The two predictions that know nothing of motion come first, in grey.
+    colours = ['0.6', '0.8'] + [f'C{i % 10}' for i in range(len(rows))]
+    loss_panel(axes[0], rows, colours, n, loss_label)
+    probe_panel(axes[1], rows, colours)
+    if diagnosed:
+        title, seen, reference = diagnosed
+        surprise_panel(axes[2], title, seen, n, reference)
+        drift_panel(axes[3], title, seen)
+    axes[-1].set_xlabel('clip of the stream')
+    fig.tight_layout()
+    fig.savefig(file, dpi=100)
+    plt.close(fig)
+
+
+def loss_panel(ax, rows, colours, n, label):
+    """Running means of the rows' losses along the stream."""
+    for row, colour in zip(rows, colours):
+        last = 3 * n
+        x = np.arange(last - len(row['loss']), last) + 1
+        width = 2 if row['bold'] else 1.2
+        style = ':' if row['dotted'] else '-'
+        ax.plot(x, row['loss'], label=row['title'], color=colour, lw=width, ls=style)
+    ax.set(ylabel=label, ylim=(0, None))
+    for x, phase in zip((0.5, 1.5, 2.5), ('A₁', 'B: less friction, less mass', 'A₂')):
+        ax.text(x * n, ax.get_ylim()[1] * 0.97, phase, ha='center', va='top')
+    ax.legend(fontsize=8, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=4)
+
+
+def probe_panel(ax, rows, colours):
+    """Losses on the held-out clips of A and of B."""
+    for row, colour in zip(rows, colours):
+        for name, style in (('A', '-'), ('B', '--')):
+            if row['probes']:
+                seen, losses = zip(*row['probes'][name])
+                ax.plot(seen, losses, style, color=colour, marker='.')
+    ax.set(ylabel='held-out probes\nA (solid), B (dashed)', ylim=(0, None))
+
+
+def surprise_panel(ax, title, seen, n, reference):
+    """Surprises over their mean in A₁, and in bold their means over 1, 2, 4, ... clips since the last switch of worlds."""
+    x = np.arange(3 * n) + 1
+    doubling = [2 ** i - 1 for i in range(n.bit_length()) if 2 ** i <= n]
+    starts = [phase * n + clip for phase in range(3) for clip in doubling]
+    widths = np.diff(starts + [3 * n])
+    for key, values in seen.items():
+        kind, _, name = key.partition(', ')
+        if kind == 'surprise':
+            values = values / values[:n].mean()
+            means = np.repeat(np.add.reduceat(values, starts) / widths, widths)
+            line, = ax.plot(x, means, lw=1.2, label=name or f'loss over {reference}')
+            ax.plot(x, values, color=line.get_color(), alpha=0.25, lw=0.8)
+    ax.set(ylabel=f'surprise, over its mean in A₁\n{title}', ylim=(0, 1.3 * ax.get_ylim()[1]))
+    ax.legend(fontsize=8, loc='upper left', ncols=3)
+
+
+def drift_panel(ax, title, seen):
+    """How far each block's memory and each CMS level is from its initial weights."""
+    for key, values in seen.items():
+        kind, _, name = key.partition(', ')
+        if kind == 'drift':
+            ax.plot(np.arange(len(values)) + 1, values, label=name, ls='--' if 'CMS' in key else '-', lw=1.2)
+    ax.set(ylabel=f'drift from initial weights\n{title}', yscale='log', ylim=(1e-4, 20))
+    ax.legend(fontsize=8, loc='upper left', ncols=3)
+
+
+def draw_predictions(file, columns):
+    """What the last clips of B looked like, and what was predicted: {heading: pictures (clips,H,W,3) in 0..1} → PNG."""
+    plt = pyplot()
+    rows = len(next(iter(columns.values())))
+    size = 1.35 * len(columns), 1.4 * rows + 0.4
+    fig, axes = plt.subplots(rows, len(columns), figsize=size, squeeze=False)
+    for column, (heading, pictures) in zip(axes.T, columns.items()):
+        for ax, picture in zip(column, pictures):
+            ax.imshow(picture)
+            ax.set_xticks([])
+            ax.set_yticks([])
+        column[0].set_title(heading, fontsize=8)
+    fig.suptitle('Last clips of B: what was seen, and what each method predicted for the last step', fontsize=9)
+    fig.tight_layout()
+    fig.savefig(file, dpi=100)
+    plt.close(fig)
+
+
+# ---- prepare.py ------------------------------------------------------------------------------------------------------
 
 def draw_domains(path, rows):
     """
@@ -9,9 +118,7 @@ def draw_domains(path, rows):
     rows: {label: frames (n,F,H,W,3) float in [0,1]}, n the same in all. In each picture the first frame is dim, the
     middle one brighter and the last one bright.
     """
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     shown = len(next(iter(rows.values())))
     fig, axes = plt.subplots(len(rows), shown, figsize=(shown * 1.3, len(rows) * 1.4))
     for row, (label, frames) in zip(axes, rows.items()):
@@ -30,9 +137,7 @@ def draw_domains(path, rows):
 
 def draw_displacement(path, a, b):
     """Histograms of how far the objects of A and of B slide over a clip: a, b (clips,) in cm, the same impulses in both."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     fig, ax = plt.subplots(figsize=(7, 3))
     edges = np.geomspace(a.min(), b.max(), 40)
     ax.hist(a, edges, alpha=0.6, label='A')

@@ -1,127 +1,243 @@
 """The A→B→A protocol: scored before shown, frozen where the rate is 0, and every file that it promises."""
+import copy
 import csv
 import json
 import os
-import runpy
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, refused, run
+from conftest import TINY, refused, run
+
+import adapt
+from configurator import Refusal
+from data import DOMAINS, open_split
 
 FEW = ['--clips=6', '--probe_clips=6', '--probe_every=6', '--tune_clips=1']
 
 
 @pytest.fixture(scope='module')
-def adapt(tiny, trained, tmp_path_factory):
-    """The globals of a finished comparison of both checkpoints, to call its functions; 'out' is its folder."""
-    out = tmp_path_factory.mktemp('aba')
-    argv, sys.argv = sys.argv, ['adapt.py', f'--ckpt={trained["hope"]},{trained["vit"]}', f'--data={tiny}', f'--out={out}', *FEW]
-    hook = sys.excepthook
-    try:
-        return runpy.run_path(os.path.join(ROOT, 'adapt.py'))
-    finally:
-        sys.argv, sys.excepthook = argv, hook
+def hope(trained):
+    """The HOPE checkpoint."""
+    return adapt.read_checkpoints(trained['hope'], '', 'cpu')[0]
 
 
-METHODS = [('LN-TTA', 1e-2), ('action TTA', 1e-2), ('full TTA', 1e-2), ('memory', None), ('CMS', 1.0), ('memory + CMS', 1.0)]
+@pytest.fixture(scope='module')
+def experiment(tiny):
+    """The experiment that FEW asks for."""
+    splits = {name: open_split(tiny, name) for name in ('test_A', 'test_B', 'test_C', 'val')}
+    knobs = {'clips': 6, 'probe_clips': 6, 'probe_every': 6, 'tune_clips': 1}
+    return adapt.build_experiment(knobs, splits, ['C'], 'cpu')
 
 
-def losses(adapt, method, rate, stream):
-    return adapt['run_stream'](adapt['checkpoints'][0], method, rate, stream)['loss']
+LEARNING = [('LN-TTA', 1e-2), ('action TTA', 1e-2), ('full TTA', 1e-2),
+            ('memory', None), ('CMS', 1.0), ('memory + CMS', 1.0)]
 
 
-@pytest.mark.parametrize('method, rate', METHODS)
-def test_a_clip_is_scored_before_it_is_shown(adapt, method, rate):
+def streamed(checkpoint, method, rate, stream, **more):
+    return adapt.run_stream(adapt.METHODS[method](checkpoint, rate), stream, **more)
+
+
+def losses(checkpoint, method, rate, stream):
+    return streamed(checkpoint, method, rate, stream)['loss']
+
+
+def test_every_method_is_tested():
+    assert {name for name, rate in LEARNING} | {'frozen'} == set(adapt.METHODS)
+
+
+@pytest.mark.parametrize('method, rate', LEARNING)
+def test_a_clip_is_scored_before_it_is_shown(hope, experiment, method, rate):
     """Known mistake 8: changing clip t beyond its target steps, or later clips, leaves the losses up to t untouched."""
-    z, a = adapt['stream']
-    before, t = losses(adapt, method, rate, (z, a)), 5
+    (z, a), t = experiment.stream, 5
+    before = losses(hope, method, rate, (z, a))
     z2, a2 = z.clone(), a.clone()
-    z2[t, 1:5] += torch.randn_like(z2[t, 1:5])           # steps 2-5 of clip t are no targets
+    # Steps 2-5 of clip t are no targets.
+    z2[t, 1:5] += torch.randn_like(z2[t, 1:5])
     z2[t + 1:] = z2[t + 1:].flip(0)
     a2[t + 1:] += 1
-    after = losses(adapt, method, rate, (z2, a2))
+    after = losses(hope, method, rate, (z2, a2))
     assert after[:t + 1] == before[:t + 1]
     assert after[t + 1:] != before[t + 1:]
 
 
-@pytest.mark.parametrize('method, rate', METHODS)
-def test_every_method_learns_from_the_look_back(adapt, method, rate):
+@pytest.mark.parametrize('method, rate', LEARNING)
+def test_every_method_learns_from_the_look_back(hope, experiment, method, rate):
     """The loss of clip t depends on what was shown at t-1."""
-    z, a = adapt['stream']
+    z, a = experiment.stream
     z2 = z.clone()
     z2[3, 1:] = z[4, 1:]
-    assert losses(adapt, method, rate, (z2, a))[4:] != losses(adapt, method, rate, (z, a))[4:]
+    assert losses(hope, method, rate, (z2, a))[4:] != losses(hope, method, rate, (z, a))[4:]
 
 
 @pytest.mark.parametrize('method', ['LN-TTA', 'action TTA', 'full TTA'])
-def test_rate_zero_is_frozen_bit_for_bit(adapt, method):
-    assert losses(adapt, method, 0.0, adapt['stream']) == losses(adapt, 'frozen', None, adapt['stream'])
+def test_rate_zero_is_frozen_bit_for_bit(hope, experiment, method):
+    assert losses(hope, method, 0.0, experiment.stream) == losses(hope, 'frozen', None, experiment.stream)
 
 
-def test_cms_at_rate_zero_is_without_cms(adapt):
+def test_cms_at_rate_zero_is_without_cms(hope, experiment):
     """Written weights run through batched products, so the last bit may differ."""
     for method, without in (('memory + CMS', 'memory'), ('CMS', 'frozen')):
-        assert losses(adapt, method, 0.0, adapt['stream']) == pytest.approx(losses(adapt, without, None, adapt['stream']), rel=1e-5)
+        expected = losses(hope, without, None, experiment.stream)
+        assert losses(hope, method, 0.0, experiment.stream) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_kept_memory_goes_on_where_it_stopped(adapt):
+def test_a_kept_memory_goes_on_where_it_stopped(hope, experiment):
     """A stream cut in two, with the state handed in, is the uncut stream; without it the second half differs."""
-    z, a = adapt['stream']
-    c, whole = adapt['checkpoints'][0], losses(adapt, 'memory + CMS', 1.0, adapt['stream'])
-    first = adapt['run_stream'](c, 'memory + CMS', 1.0, (z[:7], a[:7]))
-    second = adapt['run_stream'](c, 'memory + CMS', 1.0, (z[7:], a[7:]), start=first['state'])
-    assert not any(x.requires_grad for x in first['state']['cms']['changes'].values())  # no graph that grows with the stream
-    assert first['loss'] + second['loss'] == whole
-    assert adapt['run_stream'](c, 'memory + CMS', 1.0, (z[7:], a[7:]))['loss'] != whole[7:]
+    z, a = experiment.stream
+    whole = losses(hope, 'memory + CMS', 1.0, (z, a))
+    first = streamed(hope, 'memory + CMS', 1.0, (z[:7], a[:7]))
+    # Else the state would hold a graph that grows with the stream.
+    assert not any(change.requires_grad for change in first['state']['cms']['changes'].values())
+    going_on = adapt.MemoryAndCMS(hope, 1.0, first['state'])
+    assert first['loss'] + adapt.run_stream(going_on, (z[7:], a[7:]))['loss'] == whole
+    assert losses(hope, 'memory + CMS', 1.0, (z[7:], a[7:])) != whole[7:]
 
 
-def test_diagnostics(adapt):
+def test_diagnostics(hope, experiment):
     """Every block's memory and every CMS level report along the stream; what is not asked for is not computed."""
-    row = adapt['run_stream'](adapt['checkpoints'][0], 'memory + CMS', 1.0, adapt['stream'])
+    row = streamed(hope, 'memory + CMS', 1.0, experiment.stream)
     last = row['diagnostics'][-1]
     for b in (1, 2):
         assert 0 < last[f'surprise, block {b}'] < 2 and 0 < last[f'write strength, block {b}'] < 1
         assert 0 < last[f'gate, block {b}'] < 1 and 0 < last[f'retention, block {b}'] < 1
         assert last[f'drift, block {b}'] > 0 and last[f'write norm, block {b}'] > 0
-    assert [last[f'writes, CMS every {c}'] for c in (1, 4, 16)] == [18, 4, 1]
-    z, targets = adapt['stream'][0][-1], adapt['checkpoints'][0]['targets']
-    assert last['surprise'] == pytest.approx(row['loss'][-1] / (z[targets] - z[0]).abs().mean().item())  # over what copying loses
+    assert [last[f'writes, CMS every {period}'] for period in (1, 4, 16)] == [18, 4, 1]
+    z = experiment.stream[0][-1]
+    copied = (z[hope.targets] - z[0]).abs().mean().item()
+    assert last['surprise'] == pytest.approx(row['loss'][-1] / copied)
     assert last['drift, CMS every 1'] > 0
-    assert 'drift, block 1' not in adapt['run_stream'](adapt['checkpoints'][0], 'CMS', 1.0, adapt['stream'])['diagnostics'][-1]
+    assert 'drift, block 1' not in streamed(hope, 'CMS', 1.0, experiment.stream)['diagnostics'][-1]
 
 
-def test_a_run_leaves_the_checkpoint_untouched(adapt):
-    before = {k: v.clone() for k, v in adapt['checkpoints'][0]['predictor'].state_dict().items()}
-    for method, rate in METHODS:
-        losses(adapt, method, rate, adapt['stream'])
-    after = adapt['checkpoints'][0]['predictor'].state_dict()
-    assert all(torch.equal(before[k], after[k]) for k in before)
+def test_probes_and_predictions_are_noted_when_they_are_asked_for(hope, experiment):
+    """Probes before the stream and after every sixth clip; probing changes nothing in the stream."""
+    row = streamed(hope, 'full TTA', 1e-2, experiment.stream, probes=experiment.probes, probe_at=experiment.probe_at,
+                   shown=experiment.shown)
+    assert [seen for seen, loss in row['probes']['A']] == [0, 6, 12, 18]
+    assert list(row['shown']) == [7, 8, 9, 10, 11]
+    assert row['loss'] == losses(hope, 'full TTA', 1e-2, experiment.stream)
 
 
-def test_ln_tta_changes_layer_norms_only(adapt):
-    net = adapt['checkpoints'][1]['predictor']
-    chosen = {id(p) for p in adapt['layer_norm_parameters'](net)}
-    assert {n for n, p in net.named_parameters() if id(p) in chosen} == {n for n, _ in net.named_parameters() if 'norm' in n}
+def test_a_run_leaves_the_checkpoint_untouched(hope, experiment):
+    before = copy.deepcopy(hope.predictor.state_dict())
+    for method, rate in LEARNING:
+        losses(hope, method, rate, experiment.stream)
+    after = hope.predictor.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(p.requires_grad for p in hope.predictor.parameters())
 
 
-def test_one_clip_or_many_score_the_same(adapt):
-    """A probe set is scored in one batch, the stream clip by clip: the same numbers."""
-    c, (z, a) = adapt['checkpoints'][0], adapt['stream']
+@pytest.mark.parametrize('method, part', [
+    ('LN-TTA', 'norm'),
+    ('action TTA', 'action_encoder'),
+    ('full TTA', ''),
+    ('CMS', 'levels'),
+])
+def test_a_method_adapts_what_it_says(hope, method, part):
+    adapted = {id(p) for p in adapt.METHODS[method].adapts(hope.predictor)}
+    names = {name for name, p in hope.predictor.named_parameters() if id(p) in adapted}
+    assert names == {name for name, p in hope.predictor.named_parameters() if part in name}
+
+
+def test_one_clip_or_many_score_the_same(hope, experiment):
+    """A probe set is scored in one batch, the stream clip by clip: the same predictions."""
+    z, a = experiment.stream
+    method = adapt.Memory(hope)
+    method.predict(z[:1], a[:1])
+    method.look_back(z[:1], a[:1])
+    method.diagnostics()
     with torch.no_grad():
-        memory = c['predictor'](z[:1], a[:1])[1]
-        many = adapt['predict'](c['predictor'], 'jump', c['targets'], z[:4], a[:4], memory)[1]
-        each = [adapt['predict'](c['predictor'], 'jump', c['targets'], z[i:i + 1], a[i:i + 1], memory)[1] for i in range(4)]
+        many = method.predict(z[:4], a[:4])
+        each = [method.predict(z[i:i + 1], a[i:i + 1]) for i in range(4)]
     torch.testing.assert_close(many, torch.cat(each))
 
 
-def test_tuning_never_touches_b(adapt):
-    assert 'B' not in adapt['TUNE_ON'] and set(adapt['TUNE_ON']) <= set(adapt['clip_data'].DOMAINS)
-    assert len({len(grid) for grid in adapt['GRIDS'].values()}) == 1  # the same number of trials for every method
+def test_tuning_never_touches_b(tiny):
+    assert adapt.tune_on not in ('A', 'B') and adapt.tune_on in DOMAINS
+    # The same number of trials for every method.
+    assert len({len(method.rates) for method in adapt.METHODS.values() if method.rates}) == 1
+    splits = {name: open_split(tiny, name) for name in ('val', 'test_C')}
+    # No other split is needed, and so none is used.
+    z, _ = adapt.tuning_stream(splits['val'], splits['test_C'], 2, 'cpu')
+    assert torch.equal(z, torch.cat([splits['val'][:2][0], splits['test_C'][:4][0], splits['val'][2:4][0]]))
 
 
-def test_results(adapt):
-    out = adapt['out']
+# ---- the table of methods ------------------------------------------------------------------------------------------------
+
+class Half(adapt.Method):
+    """A method that lacks its rates and its look-back."""
+
+    @staticmethod
+    def adapts(net):
+        return []
+
+
+class NoRates(Half):
+    def look_back(self, z, a):
+        pass
+
+
+class NoLookBack(Half):
+    rates = 1e-3, 1e-2
+
+
+class Forgetful(adapt.Frozen):
+    rates = 1e-3, 1e-2
+
+
+@pytest.mark.parametrize('method, words', [
+    (NoRates, 'has no rates'),
+    (NoLookBack, 'has no look_back'),
+    (Forgetful, 'has no look_back of its own'),
+])
+def test_a_half_registered_method_is_refused(method, words):
+    """Not run as frozen under another name."""
+    knobs = {name: '' for name in ('methods', 'tune_on', 'memory_in', 'memory_out')}
+    adapt.check_settings(knobs, adapt.METHODS)
+    with pytest.raises(Refusal) as refusal:
+        adapt.check_settings(knobs, {**adapt.METHODS, 'mine': method})
+    assert f"method 'mine': its class {method.__name__} {words}" == str(refusal.value)
+
+
+def test_a_method_is_one_class_and_one_line(hope, monkeypatch):
+    """It is planned where it fits, before the rates that it asks for are tuned."""
+    class OutputTTA(adapt.TTA):
+        """TTA of the last linear layer."""
+        rates = 1e-3, 1e-2
+
+        @staticmethod
+        def adapts(net):
+            return list(net.predictor_proj.parameters())
+
+    monkeypatch.setitem(adapt.METHODS, 'output TTA', OutputTTA)
+    adapt.check_methods(adapt.METHODS)
+    assert adapt.plan(hope, ['frozen', 'output TTA'], 1e-4, tuning=True) == [('frozen', None), ('output TTA', 'tuned')]
+    assert adapt.plan(hope, ['frozen', 'output TTA'], 1e-4, tuning=False) == [('frozen', None)]
+
+
+def test_finished_rows_are_not_run_again(hope, experiment, tmp_path, monkeypatch):
+    """As long as everything that they depend on, the key, is the same."""
+    path, planned = tmp_path / 'unfinished.pt', [('frozen', None), ('CMS', 'tuned')]
+    kept = adapt.resume(path, 'key', 'cpu')
+    rows = adapt.run_checkpoint(hope, planned, experiment, kept, str(path))
+    assert [len(row['loss']) for row in rows] == [18, 18] and rows[1]['rate'] in adapt.CMS.rates
+    monkeypatch.delattr(adapt, 'run_stream')
+    again = adapt.run_checkpoint(hope, planned, experiment, adapt.resume(path, 'key', 'cpu'), str(path))
+    assert [row['loss'] for row in again] == [row['loss'] for row in rows] and again[1]['rate'] == rows[1]['rate']
+    assert adapt.resume(path, 'another key', 'cpu')['finished'] == {}
+
+
+# ---- the whole run -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def out(tiny, trained, tmp_path_factory):
+    """The folder of a finished comparison of both checkpoints."""
+    folder = tmp_path_factory.mktemp('aba')
+    run('adapt.py', f'--ckpt={trained["hope"]},{trained["vit"]}', f'--data={tiny}', f'--out={folder}', *FEW)
+    return folder
+
+
+def test_results(out):
     results = json.load(open(os.path.join(out, 'results.json')))
     names = [' '.join(filter(None, (r['model'], r['method']))) for r in results['rows']]
     hope, vit = ('memory', 'CMS', 'memory + CMS'), ('LN-TTA', 'action TTA', 'full TTA')
@@ -153,7 +269,6 @@ def test_bad_requests_are_one_line(tiny, trained, tmp_path):
 
 
 def test_a_rollout_checkpoint_is_scored_by_rollout(tiny, trained, tmp_path):
-    from conftest import TINY
     run('train.py', *TINY, f'--data={tiny}', '--loss=rollout', '--max_iters=2', f'--out={tmp_path}/x.pt')
     out = run('adapt.py', f'--ckpt={tmp_path}/x.pt', f'--data={tiny}', f'--out={tmp_path}/aba', *FEW, '--tune_on=').stdout
     assert 'rollout L1' in out and 'tuned' not in out
