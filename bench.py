@@ -53,7 +53,7 @@ except ValueError:
 # ---- what is timed -----------------------------------------------------------------------------------------------------
 
 def predictor_of(path, features, grid, device, compile):
-    """The predictor that a config file describes, on features of this size and grid, on random weights, in training mode."""
+    """The predictor that a config file describes, on features of this size and grid; random weights, training mode."""
     sizes = Sizes.from_settings(read_config(path), feature_dim=features, grid=(grid, grid))
     torch.manual_seed(0)
     net = build(sizes).to(device)
@@ -63,7 +63,7 @@ def predictor_of(path, features, grid, device, compile):
 
 
 def case(net, batch, T, jump, device, bf16):
-    """A function that runs one forward + backward on random clips: teacher forcing over T steps, or a jump to step T + 1."""
+    """A function of one forward + backward on random clips: teacher forcing over T steps, or a jump to step T + 1."""
     torch.manual_seed(1)
     rows, columns = net.sizes.grid
     z = torch.randn(batch, T + 1, rows * columns, net.sizes.feature_dim, device=device)
@@ -134,7 +134,8 @@ def peak_here(device):
 def peak_memory(settings, path, T, jump):
     """Peak memory in MiB of one forward + backward, in a process of its own with these settings."""
     flags = [f'--{key}={value}' for key, value in settings.items() if key != 'only']
-    done = subprocess.run([sys.executable, __file__, *flags, f'--only={path},{T},{int(jump)}'], capture_output=True, text=True)
+    command = [sys.executable, __file__, *flags, f'--only={path},{T},{int(jump)}']
+    done = subprocess.run(command, capture_output=True, text=True)
     return json.loads(done.stdout)['peak'] if done.returncode == 0 else float('nan')
 
 

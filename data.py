@@ -32,8 +32,7 @@ RADIUS = (0.060, 0.100)      # metres, circumradius of the object
 CORNERS = (3, 4, 6, 64)      # triangle, square, hexagon, disc
 BACKGROUND = 0.10            # grey level of the plane, 0..1; objects are brighter
 
-# Add a domain as a row of DOMAINS. Time matters: in A more than half of the objects still move by a pixel or more between the first jump target (step 6)
-# and the last (step 8).
+
 class Physics(typing.NamedTuple):
     """What tells one domain from another."""
 
@@ -45,6 +44,8 @@ class Physics(typing.NamedTuple):
     camera: float = 0
 
 
+# Time matters: in A more than half of the objects still move by a pixel or more between the first jump target (step 6)
+# and the last (step 8).
 DOMAINS = {
     # Normal.
     'A': Physics(mu=0.12, mass=1.0),
@@ -150,15 +151,18 @@ def render(clips, size, device='cpu'):
     painted = ((BACKGROUND + cover[..., None] * (colour - BACKGROUND)) * 255 + 0.5).to(torch.uint8)
     frames = torch.full((n * FRAMES, size, size, 3), int(BACKGROUND * 255 + 0.5), dtype=torch.uint8, device=device)
     across, down = pixel.view(n * FRAMES, 2, box).unbind(1)
-    frames[torch.arange(n * FRAMES, device=device)[:, None, None], down[:, :, None], across[:, None]] = painted.flatten(0, 1)
+    frame = torch.arange(n * FRAMES, device=device)
+    frames[frame[:, None, None], down[:, :, None], across[:, None]] = painted.flatten(0, 1)
     return frames.view(n, FRAMES, size, size, 3)
 
 
 def tubelets(frames, patch):
     """uint8 frames (n,F,H,W,3) → float pixels in [-1,1] of every tubelet, (n,T,N,3,TUBELET*patch*patch)."""
     n, f, h, w, _ = frames.shape
-    x = frames.view(n, f // TUBELET, TUBELET, h // patch, patch, w // patch, patch * 3)  # n,T,t,gy,y,gx,x*c
-    x = x.permute(0, 1, 3, 5, 2, 4, 6).reshape(n, f // TUBELET, -1, TUBELET * patch * patch, 3)  # n,T,gy*gx,t*y*x,c
+    steps, rows, columns = f // TUBELET, h // patch, w // patch
+    # (n,T,t,rows,y,columns,x*colour) → (n,T,rows*columns,t*y*x,colour)
+    x = frames.view(n, steps, TUBELET, rows, patch, columns, patch * 3)
+    x = x.permute(0, 1, 3, 5, 2, 4, 6).reshape(n, steps, rows * columns, TUBELET * patch * patch, 3)
     return (x.float() / 127.5 - 1).mT
 
 
@@ -167,9 +171,13 @@ def pictures(z, decoder, grid, patch):
     What features show: z (n,N,D) layer-normed, decoder (D+1, 3*TUBELET*patch*patch) as prepare.py fitted it,
     grid (rows, columns) with rows*columns = N → float (n,H,W,3) in [0,1], the last frame of the step.
     """
-    blocks = z @ decoder[:-1] + decoder[-1]                                             # n,N,3*t*y*x
-    blocks = blocks.view(len(z), *grid, 3, TUBELET, patch, patch)[:, :, :, :, -1]       # n,gy,gx,c,y,x
-    return (blocks.permute(0, 1, 4, 2, 5, 3).reshape(len(z), grid[0] * patch, grid[1] * patch, 3) / 2 + 0.5).clamp(0, 1)
+    rows, columns = grid
+    # (n,N,3*t*y*x)
+    blocks = z @ decoder[:-1] + decoder[-1]
+    # The last frame, (n,rows,columns,colour,y,x) → (n,H,W,colour)
+    blocks = blocks.view(len(z), rows, columns, 3, TUBELET, patch, patch)[:, :, :, :, -1]
+    video = blocks.permute(0, 1, 4, 2, 5, 3).reshape(len(z), rows * patch, columns * patch, 3)
+    return (video / 2 + 0.5).clamp(0, 1)
 
 
 # ---- clips of a prepared data set (its files: support/files.py) ---------------------------------------------------------
@@ -206,7 +214,7 @@ class Split:
                 self.physics = dict(arrays)
 
     def check(self):
-        """Raise ValueError or Refusal unless the arrays have the shapes that the manifest tells and the actions are finite."""
+        """Raise ValueError or Refusal unless the arrays have the manifest's shapes and the actions are finite."""
         T, N, D = self.manifest['shape']
         rows, columns = self.manifest['grid']
         count = self.starts[-1]
@@ -238,7 +246,8 @@ class Split:
         z = torch.from_numpy(z).float()
         z = F.layer_norm(z, z.shape[-1:])
         if not torch.isfinite(z.sum()):
-            clip = indices[(~torch.isfinite(z)).flatten(1).any(1).nonzero()[0].item()]
+            bad = (~torch.isfinite(z)).flatten(1).any(1)
+            clip = indices[bad.nonzero()[0].item()]
             raise Refusal(f'{self.name}: the features of clip {clip} are not finite, or of no size')
         return z, torch.from_numpy(self.actions[indices])
 

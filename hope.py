@@ -64,9 +64,9 @@ class TitanMemory(nn.Module):
         identity = F.pad(torch.eye(d).repeat(3, 1), (0, 0, 0, 2))
         self.memory = nn.Parameter(identity + 0.02 * torch.randn(self.heads, 3 * d + 2, d))
         # An idle action token (all zeros) would read nothing and stay exactly zero through every block, where LayerNorm's
-        # gradient is 1/sqrt(eps): over a dozen blocks it overflows. This gives it something to ask for.
+        # gradient is 1/sqrt(eps): over a dozen blocks it overflows. With this bias its query is not zero.
         self.query_bias = nn.Parameter(0.02 * torch.randn(self.heads, 1, d))
-        # softplus(2) = 2.1: writes 2/3 of the error
+        # softplus(2) = 2.1, so a write corrects 2/3 of the error.
         self.eta_bias = nn.Parameter(torch.full((self.heads, 1), 2.0))
         # Retention per step exp(-softplus(-4)) = 0.98, so 0.86 over a clip of 8; a memory that starts at 0.5 per step
         # remembers nothing.
@@ -166,8 +166,8 @@ class TitanMemory(nn.Module):
         """
         Write one chunk of P tokens: weights (G,.,.) and their parts(), k_in and v_in (G,P,d) → weights after the chunk.
 
-        k, v, eta, alpha, the self-generated targets t = M_c(v) and the gradient are taken at the chunk's start M_c (Eq. 90).
-        The gate of the user's plan opens with the retrieval error |M_mem k - t|^2.
+        k, v, eta, alpha, the self-generated targets t = M_c(v) and the gradient are taken at the chunk's start M_c (Eq.
+        90). The gate of the user's plan opens with the retrieval error |M_mem k - t|^2.
         """
         d = k_in.shape[-1]
         k = rotate(unit(self.read(parts['k'], k_in)), rope)
@@ -200,9 +200,8 @@ class TitanMemory(nn.Module):
         target = self.read(parts['all'], v)
         # Kept to unit length where they are longer: P keys that ask for the same M(v) would otherwise let the memory
         # feed on itself and grow by up to sqrt(P) a step.
-        # Squared, (G,P,4).
-        lengths = target.square() @ self.members
-        return target * (lengths.clamp(min=1).rsqrt() @ self.members.mT)
+        squared_lengths = target.square() @ self.members
+        return target * (squared_lengths.clamp(min=1).rsqrt() @ self.members.mT)
 
     def step(self, weights, parts, learned, retained, k, eta, target):
         """The weights (G,3d+2,d) after one frame: keys k (G,P,d), rates eta (G,P), targets (G,P,3d+2)."""
@@ -293,15 +292,16 @@ class Level(MLP):
 
     The gain starts at 0. Written online, it is the one number that scales what passes through the level: what a push does
     in a world of another mass. log_rates, learned on streams, say how fast each of these weights is written online, against
-    the others. Weights may carry a leading dimension n, one set for each n-th of the batch.
+    the others. Weights may carry a leading dimension n: the batch is then n equal parts, each with a set of its own.
     """
 
     def __init__(self, width, hidden):
         super().__init__(width, hidden)
         self.gain = nn.Parameter(torch.zeros(()))
         # The gain is one number; a step of the MLP adds up thousands and starts at a tenth of its rate.
-        self.log_rates = nn.ParameterDict({name.replace('.', '_'): nn.Parameter(torch.tensor(0.0 if name == 'gain' else -2.3))
-                                           for name, _ in self.named_parameters()})
+        log_rates = {name.replace('.', '_'): torch.tensor(-2.3) for name, _ in self.named_parameters()}
+        log_rates['gain'] = torch.tensor(0.0)
+        self.log_rates = nn.ParameterDict({name: nn.Parameter(value) for name, value in log_rates.items()})
 
     def forward(self, x):
         """x (B,T,P,C) → (B,T,P,C)."""
@@ -346,29 +346,36 @@ class CMSWriter:
         change_l <- change_l - eta_l * sum of the gradients of L since the last write
 
     (Eq. 71) with eta_l = rate * exp(log_rate) / C_l, so that a slow level steps along the mean gradient of its window.
-    L = loss^2 / 2: the gradient of the loss times the loss itself. What is well predicted hardly writes. At every tick all
-    changes, and the gradients that wait for a slow level's turn, are multiplied by a retention that is earned:
-    min(1, L_0 / L)^2, where L_0 is that of the unwritten weights on the same clip. Where the old world is back, the writes
-    predict worse than no writes and are forgotten within two clips; where they help they stay, and no decay wears them out.
+    L = loss^2 / 2, so its gradient is that of the loss times the loss: a clip that is well predicted hardly writes. At
+    every tick all changes, and the gradients that wait for a slow level's turn, are multiplied by an earned retention,
+    min(1, L_0 / L)^2, where L_0 is that of the unwritten weights on the same clip. When the old world is back, the written
+    weights predict worse than the unwritten ones, and the writes are forgotten within two clips. As long as they help,
+    they are kept in full.
     """
 
     def __init__(self, predictor, rate, streams=1):
-        self.predictor, self.periods = predictor, predictor.sizes.cms_periods
-        self.rate, self.streams, self.ticks = rate, streams, 0
-        self.levels, self.log_rates = [{} for _ in self.periods], {}
+        self.predictor, self.rate, self.streams = predictor, rate, streams
+        self.periods = predictor.sizes.cms_periods
+        self.ticks = 0
+        # For each level, its weights in all blocks and on the action: {name: weight}. For every weight its learned rate.
+        self.levels = [{} for _ in self.periods]
+        self.log_rates = {}
         for place, module in predictor.named_modules():
             if isinstance(module, Level):
+                level = self.levels[int(place.rpartition('.')[2])]
                 for name, p in module.named_parameters():
                     if not name.startswith('log_rates'):
-                        self.levels[int(place.rpartition('.')[2])][f'{place}.{name}'] = p
+                        level[f'{place}.{name}'] = p
                         self.log_rates[f'{place}.{name}'] = module.log_rates[name.replace('.', '_')]
+        # The change of every weight, and the sum of its gradients since the last write, (streams,...).
         self.changes = {name: p.new_zeros(streams, *p.shape) for level in self.levels for name, p in level.items()}
         self.sums = {name: torch.zeros_like(change) for name, change in self.changes.items()}
-        self.retention, self.write_norms = torch.ones(()), [torch.zeros(())] * len(self.periods)
+        self.retention = torch.ones(())
+        self.write_norms = [torch.zeros(())] * len(self.periods)
         self.refresh()
 
     def __call__(self, *args, **kwargs):
-        """The predictor's forward with the written weights; every n-th of the batch has those of its stream."""
+        """The predictor's forward with the written weights; the batch is `streams` equal parts, each with its stream's."""
         return torch.func.functional_call(self.predictor, self.weights, args, kwargs)
 
     def refresh(self):
@@ -378,7 +385,7 @@ class CMSWriter:
     def tick(self, losses, initial_losses, retain_graph=False):
         """
         Look back at one clip of every stream: write the levels that are due by the gradients of losses (streams,), and
-        forget by what the unwritten weights would have reached, initial_losses (streams,).
+        forget according to the losses of the unwritten weights, initial_losses (streams,).
         """
         gradients = torch.autograd.grad(losses.square().sum() / 2, list(self.weights.values()), retain_graph=retain_graph)
         self.ticks += 1
@@ -391,8 +398,9 @@ class CMSWriter:
             self.sums[name] = kept * (self.sums[name] + gradient)
         for i, (level, period) in enumerate(zip(self.levels, self.periods)):
             if self.ticks % period == 0:
-                steps = {name: self.rate / period * self.log_rates[name].exp() * self.sums[name] for name in level}
+                steps = {}
                 for name in level:
+                    steps[name] = self.rate / period * self.log_rates[name].exp() * self.sums[name]
                     self.changes[name] = self.changes[name] - steps[name]
                     self.sums[name] = torch.zeros_like(self.sums[name])
                 self.write_norms[i] = self.norm(steps, level)
@@ -405,9 +413,13 @@ class CMSWriter:
 
     def diagnostics(self):
         """Per level, fast to slow: writes so far, norm of the last write, drift |change| / |initial weights|."""
-        return [{'writes': self.ticks // period, 'retention': self.retention.item(), 'write norm': norm.item(),
-                 'drift': (self.norm(self.changes, level) / sum(p.square().sum() for p in level.values()).sqrt()).item()}
-                for level, period, norm in zip(self.levels, self.periods, self.write_norms)]
+        rows = []
+        for level, period, norm in zip(self.levels, self.periods, self.write_norms):
+            initial = sum(p.square().sum() for p in level.values()).sqrt()
+            drift = self.norm(self.changes, level) / initial
+            rows.append({'writes': self.ticks // period, 'retention': self.retention.item(), 'write norm': norm.item(),
+                         'drift': drift.item()})
+        return rows
 
     def state(self):
         """What a later writer needs to go on, for load(): plain values and tensors."""
@@ -420,7 +432,7 @@ class CMSWriter:
 
 
 class HopeBlock(nn.Module):
-    """x + attention(LN x), then x + Titan(LN x), then x + CMS(LN x); mixer = 'attention' or 'titan' leaves the other out."""
+    """x + attention(LN x), then x + Titan(LN x), then x + CMS(LN x); mixer = 'attention' or 'titan' keeps that one."""
 
     def __init__(self, sizes):
         super().__init__()

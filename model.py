@@ -211,8 +211,8 @@ class Predictor(nn.Module):
 
     def initialise(self):
         """
-        V-JEPA 2's initial values: normal 0.02, biases 0, the last linear of each residual branch divided by sqrt(2 * layer).
-        Parameters outside Linear layers (HOPE's memories) keep what their constructors gave them.
+        V-JEPA 2's initial values: normal 0.02, biases 0, the last linear of each residual branch divided by
+        sqrt(2 * layer). Parameters outside Linear layers (HOPE's memories) keep what their constructors gave them.
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):

@@ -204,8 +204,8 @@ def read_sealed(path, device='cpu'):
 
 def peek(path):
     """
-    What a file of torch.save holds, ours or official, memory-mapped: only tensors that are used are read, and no checksum is
-    compared. Raises Refusal for anything else.
+    What a file of torch.save holds, ours or official, memory-mapped: only tensors that are used are read, and no checksum
+    is compared. Raises Refusal for anything else.
     """
     try:
         stored = torch.load(path, map_location='cpu', weights_only=True, mmap=True)

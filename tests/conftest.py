@@ -142,8 +142,8 @@ def official_predictor(path):
     import hope
     import model
     torch.manual_seed(0)
-    sizes = model.Sizes(model='vit', feature_dim=24, action_dim=7, state_dim=7, grid=None, depth=2, width=24, heads=2, mlp_hidden=32,
-                        rope='vjepa2')
+    sizes = model.Sizes(model='vit', feature_dim=24, action_dim=7, state_dim=7, grid=None, depth=2, width=24, heads=2,
+                        mlp_hidden=32, rope='vjepa2')
     net = hope.build(sizes)
     torch.save({'predictor': {f'module.{k}': v for k, v in net.state_dict().items()}}, path)
     return path

@@ -28,12 +28,12 @@ def test_stopping_distance_is_v0_squared_over_2_mu_g():
 def test_motion_obeys_newtons_law(domain):
     """Integrate m dv/dt = -mu m g in small steps, independently of the closed form."""
     clips = data.simulate(domain, 20, 2, 'x')
-    mu, mass, _ = data.DOMAINS[domain]
-    velocity = np.linalg.norm(clips['impulse'], axis=1) / mass
+    physics = data.DOMAINS[domain]
+    velocity = np.linalg.norm(clips['impulse'], axis=1) / physics.mass
     sub, x, path = 2000, np.zeros(20), [np.zeros(20)] * data.TUBELET
     for _ in range(data.FRAMES - data.TUBELET):
         for _ in range(sub):
-            after = np.maximum(0, velocity - mu * data.GRAVITY / (data.FPS * sub))
+            after = np.maximum(0, velocity - physics.mu * data.GRAVITY / (data.FPS * sub))
             x, velocity = x + (velocity + after) / 2 / (data.FPS * sub), after
         path.append(x)
     measured = np.linalg.norm(clips['position'] - clips['position'][:, :1], axis=2).T

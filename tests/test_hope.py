@@ -429,7 +429,8 @@ def test_memory_stays_in_float32_under_bfloat16():
 
 def cms_model():
     torch.manual_seed(0)
-    net = hope.build(model.Sizes(model='hope', feature_dim=12, grid=(2, 2), depth=2, width=24, heads=2, cms_hidden=16)).double().eval()
+    sizes = model.Sizes(model='hope', feature_dim=12, grid=(2, 2), depth=2, width=24, heads=2, cms_hidden=16)
+    net = hope.build(sizes).double().eval()
     z = F.layer_norm(torch.randn(3, 8, 4, 12).double(), (12,))
     actions = torch.zeros(3, 8, 2).double()
     actions[:, 0] = torch.randn(3, 2)
@@ -533,7 +534,8 @@ def test_what_did_worse_than_no_writes_is_forgotten():
 @pytest.mark.parametrize('mixer', ['attention', 'both'])
 def test_mixers(mixer):
     torch.manual_seed(0)
-    net = hope.build(model.Sizes(model='hope', feature_dim=12, grid=(2, 2), depth=2, width=24, heads=2, cms_hidden=16, mixer=mixer))
+    sizes = model.Sizes(model='hope', feature_dim=12, grid=(2, 2), depth=2, width=24, heads=2, cms_hidden=16, mixer=mixer)
+    net = hope.build(sizes)
     z, a = F.layer_norm(torch.randn(2, 8, 4, 12), (12,)), torch.randn(2, 8, 2)
     z_hat, memory = net(z, a)
     z2 = z.clone()

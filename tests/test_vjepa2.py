@@ -110,7 +110,8 @@ def test_the_tiled_rotation_by_hand():
 
 
 def test_non_square_grids_are_scaled_as_published():
-    net = hope.build(model.Sizes(model='vit', feature_dim=8, width=24, heads=2, depth=1, mlp_hidden=16, grid=(2, 4), rope='vjepa2'))
+    sizes = model.Sizes(model='vit', feature_dim=8, width=24, heads=2, depth=1, mlp_hidden=16, grid=(2, 4), rope='vjepa2')
+    net = hope.build(sizes)
     (cos, _), _ = net.rope(1, 1, 8, None, 'cpu')
     angle = model.rope_angles(torch.tensor([[0, 1, 3 * 2 / 4]]), 12, 'vjepa2')
     torch.testing.assert_close(cos[0, 0, 1 + 7], angle[0].cos())      # row 1, column 3 of a 2 x 4 grid; the action is first
@@ -319,7 +320,8 @@ def test_what_is_missing_unexpected_or_misshapen_is_named(change, words, tmp_pat
 def test_a_stray_position_table_is_tolerated_and_heads_are_asked_for(tmp_path):
     reference = golden('vjepa2_encoder_tiny.pt')
     path = official(tmp_path, change=put('pos_embed', torch.zeros(1, 18, 48)))
-    torch.testing.assert_close(vjepa2.load_vjepa2(path, heads=2)(reference['video']), reference['target_encoder_out'], atol=5e-5, rtol=0)
+    features = vjepa2.load_vjepa2(path, heads=2)(reference['video'])
+    torch.testing.assert_close(features, reference['target_encoder_out'], atol=5e-5, rtol=0)
     for arguments, words in ((dict(), 'heads='), (dict(heads=5), 'not a multiple'), (dict(part='decoder'), 'target_encoder')):
         with pytest.raises(Refusal, match=words):
             vjepa2.load_vjepa2(path, **arguments)
