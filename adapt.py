@@ -223,7 +223,7 @@ class Memory(Method):
 
 class CMS(Method):
     """Online writes of HOPE's CMS levels: see hope.CMSWriter."""
-    rates = 3.0, 10.0, 20.0, 40.0
+    rates = 10.0, 20.0, 40.0, 80.0
     carries = ('cms',)
 
     def __init__(self, checkpoint, rate, start=None):

@@ -391,22 +391,30 @@ def stream_losses(predictor, second_loss, z, a, targets, cms_rate):
 
 @torch.no_grad()
 def evaluate(predictor, clips, count, loss, jump_last, device, autocast):
-    """Losses of the first `count` clips: teacher forcing; jump (or rollout) and copy baseline over the last steps."""
+    """
+    Losses of the first `count` clips: teacher forcing; jump (or rollout), copy baseline and swapped over the last steps.
+
+    Swapped is the jump loss of a predictor that is told the last target step in place of the first, and so on: it is not
+    higher where time does not matter. Of a rollout it is nan.
+    """
     predictor.eval()
-    sums, count = np.zeros(3), min(count, len(clips))
+    sums, count = np.zeros(4), min(count, len(clips))
     for start in range(0, count, 64):
         z, a = (x.to(device) for x in clips[range(start, min(start + 64, count))])
         T = z.shape[1]
+        last = z[:, -jump_last:]
         with autocast:
             if loss == 'jump':
                 taus = [torch.full((len(z),), t, device=device) for t in range(T - jump_last, T)]
-                second = sum(jump_loss(predictor, z, a, tau).mean() for tau in taus) / jump_last
+                z_hat = torch.stack([predictor(z[:, :1], a[:, :1], tau=tau)[0] for tau in taus], 1)
+                swapped = feature_loss(z_hat.flip(1), last).mean()
             else:
-                z_hat = rollout(predictor, z, a, T - 1)
-                second = feature_loss(z_hat[:, -jump_last:], z[:, -jump_last:]).mean()
+                z_hat = rollout(predictor, z, a, T - 1)[:, -jump_last:]
+                swapped = torch.tensor(float('nan'))
+            second = feature_loss(z_hat, last).mean()
             first, _ = teacher_forcing_loss(predictor, z, a)
-        copy = feature_loss(z[:, :1], z[:, -jump_last:]).mean()
-        sums += len(z) * np.array([first.item(), second.item(), copy.item()])
+        copy = feature_loss(z[:, :1], last).mean()
+        sums += len(z) * np.array([first.item(), second.item(), copy.item(), swapped.item()])
     predictor.train()
     return (sums / count).tolist()
 
@@ -434,7 +442,7 @@ if rank == 0:
     if wandb:
         import wandb as wandb_library
         wandb_run = wandb_library.init(project=wandb, config=settings)
-_, _, copy = evaluate(predictor, val_clips, eval_clips, loss, jump_last, device, autocast)
+_, _, copy, _ = evaluate(predictor, val_clips, eval_clips, loss, jump_last, device, autocast)
 print0(f'{model}: {sum(p.numel() for p in predictor.parameters()):,} parameters, {T * (1 + N)} tokens per clip, '
        f'{len(train_clips):,} training clips, {device}{", bfloat16" if bf16 else ""}'
        + (f', {processes} processes' if processes > 1 else ''))
@@ -525,7 +533,7 @@ for step in range(first_step, max_iters):
             log(log_file, FIGURES, f'step {done:>5}/{max_iters} {done / max_iters:>4.0%}', row,
                 f'{left // 60:.0f}:{left % 60:02.0f} left', wandb_run)
     if evaluating:
-        val_first, val_second, copy = evaluate(predictor, val_clips, eval_clips, loss, jump_last, device, autocast)
+        val_first, val_second, copy, swapped = evaluate(predictor, val_clips, eval_clips, loss, jump_last, device, autocast)
         if not math.isfinite(val_first + val_second):
             raise Refusal(f'step {done}: the loss on val is not finite; {out} keeps the last good weights; '
                           'try a lower --learning_rate')
@@ -546,6 +554,8 @@ for step in range(first_step, max_iters):
         print0(f'stopped at step {done}, saved {out}; --resume=True goes on')
         break
 else:
+    if loss == 'jump' and jump_last > 1:
+        print0(f'with steps {T - jump_last + 1} and {T} swapped: jump {swapped:.4f}, {swapped / val_second - 1:.0%} more')
     print0(f'finished in {(time.time() - started) / 60:.1f} min; next: python adapt.py --ckpt={out}')
 if processes > 1:
     dist.destroy_process_group()

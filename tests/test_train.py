@@ -175,7 +175,7 @@ def test_a_non_finite_step_stops_before_the_optimiser(tiny, tmp_path):
 def test_the_terminal_says_what_runs(tiny, tmp_path):
     out = run('train.py', *TINY, f'--data={tiny}', '--out=x.pt', cwd=tmp_path).stdout
     for words in ('parameters', '40 tokens per clip', '48 training clips', 'cpu', 'copy baseline', 'λ 0.20', 'λ 0.80',
-                  'clips/s', 'left', 'below copy', 'finished'):
+                  'clips/s', 'left', 'below copy', 'with steps 6 and 8 swapped', 'finished'):
         assert words in out, words
     assert max(map(len, out.splitlines())) <= 100
 
