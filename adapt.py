@@ -793,14 +793,15 @@ def drawn_rows(rows, checkpoints):
 
 def diagnosed_row(rows, n):
     """
-    What the last row with diagnostics of its own has to draw → (title, {name: values (3n,)}, reference), or None.
+    The diagnostics of the last row that carries something → (title, {name: values (3n,)}, reference), or None.
 
     The surprise is the loss over that of copying. Where there is a model of each phase, its loss is a better reference,
     because it also depends on how far the object moves.
     """
-    row = next((row for row in reversed(rows) if row['diagnostics'] and len(row['diagnostics'][0]) > 1), None)
-    if row is None:
+    carrying = [row for row in rows if METHODS.get(row['method'], Frozen).carries]
+    if not carrying:
         return None
+    row = carrying[-1]
     seen = {key: np.array([clip[key] for clip in row['diagnostics']]) for key in row['diagnostics'][0]}
     frozen, bound = frozen_row(rows, row['model']), frozen_row(rows, 'oracle')
     if not frozen or not bound:
@@ -871,7 +872,7 @@ def check_memory_out(knobs, plans):
 
 def keep_memory(path, checkpoint, rows):
     """Write the state of the last row that has a memory, for read_memory."""
-    state = [row['state'] for row in rows if row['state']['memory'] is not None][-1]
+    state = [row['state'] for row in rows if row['state'].get('memory') is not None][-1]
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     write_sealed(path, {'sizes': checkpoint.predictor.sizes, **state})
 
