@@ -85,14 +85,14 @@ class Method:
     """
     What the methods have in common: a copy of the checkpoint's predictor to adapt, and how a clip is predicted.
 
-    To add a method, write a class with these members and add its line to METHODS:
+    To add a method, derive a class with these members and add its line to METHODS:
 
         rates            the learning rates that are tried; () = it has none
         adapts(net)      the parameters of net that change along the stream
         look_back(z, a)  learn from the clip that was predicted last, z (1,T,N,D) and a (1,T,A)
 
-    carries: what state() hands to a later run, which gets it as `start`. tuned_as: the method whose tuned rate is taken;
-    None = its own.
+    A method that does not run on every predictor has a fits(sizes) of its own. carries: what state() hands to a later run,
+    which gets it as `start`. tuned_as: the method whose tuned rate is taken; None = its own.
     """
     carries = ()
     tuned_as = None
@@ -108,12 +108,13 @@ class Method:
         self.adapted = self.adapts(self.predictor)
         for p in self.adapted:
             p.requires_grad_(True)
-        # What is called to predict.
+        # What is called to predict: the predictor, or what a method puts in front of it.
         self.net = self.predictor
         self.memory = start['memory'] if start and 'memory' in self.carries else None
 
     def predict(self, z, a):
         """Predict clips z (B,T,N,D), a (B,T,A) from step 1 and the action alone → z_hat (B,K,N,D)."""
+        # Kept, with its graph, for look_back().
         self.z_hat = predict_targets(self.net, self.loss, self.targets, z, a, self.memory)
         return self.z_hat
 
@@ -153,7 +154,7 @@ class TTA(Method):
 
 
 class LNTTA(TTA):
-    """TTA of every LayerNorm's gain and bias."""
+    """TTA of the gain and bias of every LayerNorm."""
     rates = 1e-3, 3e-3, 1e-2, 3e-2
 
     @staticmethod
@@ -264,7 +265,7 @@ class CMS(Method):
 
 
 class MemoryAndCMS(CMS, Memory):
-    """Both: the levels are written first, and then show the clip to the memory."""
+    """Both: first the levels are written, then the clip is shown to the memory through the written levels."""
     rates = CMS.rates
     carries = 'memory', 'cms'
     tuned_as = 'CMS'
@@ -793,14 +794,15 @@ def drawn_rows(rows, checkpoints):
 
 def diagnosed_row(rows, n):
     """
-    What the last row with diagnostics of its own has to draw → (title, {name: values (3n,)}, reference), or None.
+    The diagnostics of the last row that carries something → (title, {name: values (3n,)}, reference), or None.
 
     The surprise is the loss over that of copying. Where there is a model of each phase, its loss is a better reference,
     because it also depends on how far the object moves.
     """
-    row = next((row for row in reversed(rows) if row['diagnostics'] and len(row['diagnostics'][0]) > 1), None)
-    if row is None:
+    carrying = [row for row in rows if METHODS.get(row['method'], Frozen).carries]
+    if not carrying:
         return None
+    row = carrying[-1]
     seen = {key: np.array([clip[key] for clip in row['diagnostics']]) for key in row['diagnostics'][0]}
     frozen, bound = frozen_row(rows, row['model']), frozen_row(rows, 'oracle')
     if not frozen or not bound:
@@ -871,7 +873,7 @@ def check_memory_out(knobs, plans):
 
 def keep_memory(path, checkpoint, rows):
     """Write the state of the last row that has a memory, for read_memory."""
-    state = [row['state'] for row in rows if row['state']['memory'] is not None][-1]
+    state = [row['state'] for row in rows if row['state'].get('memory') is not None][-1]
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     write_sealed(path, {'sizes': vars(checkpoint.predictor.sizes), **state})
 
