@@ -871,11 +871,12 @@ def check_memory_out(knobs, plans):
                       'memory to keep')
 
 
-def keep_memory(path, checkpoint, rows):
+def keep_memory(path, checkpoints, rows):
     """Write the state of the last row that has a memory, for read_memory."""
-    state = [row['state'] for row in rows if row['state'].get('memory') is not None][-1]
+    row = [row for row in rows if row['state']['memory'] is not None][-1]
+    predictor = next(checkpoint.predictor for checkpoint in checkpoints if checkpoint.name == row['model'])
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    write_sealed(path, {'sizes': vars(checkpoint.predictor.sizes), **state})
+    write_sealed(path, {'sizes': vars(predictor.sizes), **row['state']})
 
 
 def run_key(knobs, where, checksum, checkpoints):
@@ -922,7 +923,7 @@ def main():
     for checkpoint, planned in zip(checkpoints, plans):
         rows += run_checkpoint(checkpoint, planned, experiment, kept, unfinished, start, keep_state=bool(memory_out))
     if memory_out:
-        keep_memory(memory_out, checkpoints[0], rows)
+        keep_memory(memory_out, checkpoints, rows)
 
     beyond = further_than_training(splits['train'], splits['test_B'], clips)
     for row in rows:
