@@ -555,7 +555,7 @@ for step in range(first_step, max_iters):
         break
 else:
     if loss == 'jump' and jump_last > 1:
-        print0(f'with steps {T - jump_last + 1} and {T} swapped: jump {swapped:.4f}, {swapped / val_second - 1:.0%} more')
+        print0(f'with steps {T - jump_last + 1} and {T} swapped: jump {swapped:.4f} ({swapped / val_second - 1:+.0%})')
     print0(f'finished in {(time.time() - started) / 60:.1f} min; next: python adapt.py --ckpt={out}')
 if processes > 1:
     dist.destroy_process_group()
