@@ -77,7 +77,9 @@ def displacement(impulse, physics, seconds):
 
 def turn(vectors, degrees):
     """Vectors (...,2) turned by an angle, from x towards y."""
-    cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    angle = np.deg2rad(degrees)
+    cos = np.cos(angle)
+    sin = np.sin(angle)
     x = vectors[..., 0]
     y = vectors[..., 1]
     turned_x = cos * x - sin * y
@@ -113,7 +115,8 @@ def simulate(domain, clips, seed, split):
         seen_heading = turn(heading, physics.camera)
         return slid[:, :, None] * seen_heading[:, None]
 
-    ends = np.stack([path(physics)[:, -1] for physics in DOMAINS.values()])    # (domains,n,2)
+    ends = [path(physics)[:, -1] for physics in DOMAINS.values()]
+    ends = np.stack(ends)                                                 # (domains,n,2)
     furthest_back = np.maximum(0, -ends).max(0)
     furthest_ahead = np.maximum(0, ends).max(0)
     low = radius[:, None] + furthest_back
@@ -175,7 +178,8 @@ def tubelets(frames, patch):
     steps, rows, columns = f // TUBELET, h // patch, w // patch
     # (n,T,t,rows,y,columns,x*colour) → (n,T,rows*columns,t*y*x,colour)
     x = frames.view(n, steps, TUBELET, rows, patch, columns, patch * 3)
-    x = x.permute(0, 1, 3, 5, 2, 4, 6).reshape(n, steps, rows * columns, TUBELET * patch * patch, 3)
+    x = x.permute(0, 1, 3, 5, 2, 4, 6)
+    x = x.reshape(n, steps, rows * columns, TUBELET * patch * patch, 3)
     return (x.float() / 127.5 - 1).mT
 
 
@@ -190,8 +194,9 @@ def pictures(z, decoder, grid, patch):
     blocks = blocks.view(len(z), rows, columns, 3, TUBELET, patch, patch)
     # (n,rows,columns,colour,y,x)
     last = blocks[:, :, :, :, -1]
+    last = last.permute(0, 1, 4, 2, 5, 3)
     # (n,H,W,colour)
-    picture = last.permute(0, 1, 4, 2, 5, 3).reshape(len(z), rows * patch, columns * patch, 3)
+    picture = last.reshape(len(z), rows * patch, columns * patch, 3)
     return (picture / 2 + 0.5).clamp(0, 1)
 
 
@@ -331,6 +336,9 @@ def progress(items, label, unit='clips'):
         shown = now
         seconds = now - start
         rate = done / (seconds + 1e-9)
-        left = f'{seconds:.0f} s' if last else f'{(total - done) / rate:.0f} s left'
-        line = f'{label:<28} {done:>6}/{total} {done / total:>5.0%} {rate:8.1f} {unit}/s {left}   '
-        print(line, end='\r' if terminal and not last else '\n', flush=True)
+        time_shown = f'{(total - done) / rate:.0f} s left'
+        if last:
+            time_shown = f'{seconds:.0f} s'
+        line = f'{label:<28} {done:>6}/{total} {done / total:>5.0%} {rate:8.1f} {unit}/s {time_shown}   '
+        end = '\r' if terminal and not last else '\n'
+        print(line, end=end, flush=True)

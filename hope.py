@@ -118,9 +118,10 @@ class TitanMemory(nn.Module):
         d = C // H
         if self.conv:
             x = self.see_neighbours(x)
-        qkv = self.qkv(x).view(B, T, P, 3, H, d).permute(3, 1, 0, 4, 2, 5)
+        qkv = self.qkv(x).view(B, T, P, 3, H, d)
+        qkv = qkv.permute(3, 1, 0, 4, 2, 5).to(self.memory.dtype)
         # each (T,B,H,P,d)
-        q, k_in, v_in = qkv.to(self.memory.dtype).contiguous()
+        q, k_in, v_in = qkv.contiguous()
         rope_q, rope_k = rope
         cos, sin = by_step(rope_k, T)
         y = []
@@ -139,12 +140,14 @@ class TitanMemory(nn.Module):
                 weights = weights + memory.flatten(0, 1)
             parts = self.parts(weights, learned)
             # One chunk is one time step.
-            for q_t, k_t, v_t, cos_t, sin_t in zip(q.unbind(), k_in.unbind(), v_in.unbind(), cos.unbind(), sin.unbind()):
+            steps = zip(q.unbind(), k_in.unbind(), v_in.unbind(), cos.unbind(), sin.unbind())
+            for q_t, k_t, v_t, cos_t, sin_t in steps:
                 weights = self.write(weights, parts, learned, k_t, v_t, (cos_t, sin_t))
                 parts = self.parts(weights, learned)
                 # Read after the write: a jump from a single frame would otherwise read an empty memory.
                 y.append(self.read(parts['mem'], q_t))                 # (G,P,d)
-        y = torch.stack(y, 1).view(B, H, T, P, d).permute(0, 2, 3, 1, 4).reshape(B, T, P, C)
+        y = torch.stack(y, 1).view(B, H, T, P, d)
+        y = y.permute(0, 2, 3, 1, 4).reshape(B, T, P, C)
         state = weights - learned['start']
         return self.proj(y), state.unflatten(0, (B, H))
 
@@ -154,10 +157,10 @@ class TitanMemory(nn.Module):
         side = math.isqrt(P)
         rows, columns = self.grid or (side, side)
         conditions = P - rows * columns
-        picture = x[:, :, conditions:].reshape(B * T, rows, columns, C).permute(0, 3, 1, 2)
-        # (B*T,C,rows,columns) → (B,T,N,C)
-        seen = self.conv(picture).permute(0, 2, 3, 1).reshape(B, T, rows * columns, C)
-        return x + F.pad(seen, (0, 0, conditions, 0))
+        picture = x[:, :, conditions:].reshape(B * T, rows, columns, C)
+        added = self.conv(picture.permute(0, 3, 1, 2))                 # (B*T,C,rows,columns)
+        added = added.permute(0, 2, 3, 1).reshape(B, T, rows * columns, C)
+        return x + F.pad(added, (0, 0, conditions, 0))
 
     def hand_over(self, memory):
         """The state that the next clip starts from."""
@@ -429,8 +432,9 @@ class CMSWriter:
             for name, p in module.named_parameters():
                 if name.startswith('log_rates'):
                     continue
-                self.levels[number][f'{place}.{name}'] = p
-                self.log_rates[f'{place}.{name}'] = module.log_rates[name.replace('.', '_')]
+                full_name = f'{place}.{name}'
+                self.levels[number][full_name] = p
+                self.log_rates[full_name] = module.log_rates[name.replace('.', '_')]
         # The weights of all levels, fast to slow.
         self.initial = {}
         for level in self.levels:
@@ -564,5 +568,6 @@ def load(path, device='cpu', **fields):
         predictor = build(Sizes(**checkpoint['sizes']))
         predictor.load_state_dict(checkpoint['predictor'])
     except (Refusal, *MALFORMED) as error:
-        raise Refusal(f'{path} is not a checkpoint of this code ({" ".join(str(error).split())[:200]})') from None
+        why = ' '.join(str(error).split())[:200]
+        raise Refusal(f'{path} is not a checkpoint of this code ({why})') from None
     return predictor.to(device).eval(), checkpoint

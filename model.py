@@ -146,9 +146,9 @@ class Attention(nn.Module):
     def forward(self, x, rope_q, rope_k, mask=None):
         """x (B,S,C), mask (S,S) bool, True where a query may look → (B,S,C)."""
         B, S, C = x.shape
-        qkv = self.qkv(x).view(B, S, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).view(B, S, 3, self.heads, C // self.heads)
         # each (B,H,S,d)
-        q, k, v = qkv.contiguous()
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()
         q = rotate(q, rope_q).to(v.dtype)
         k = rotate(k, rope_k).to(v.dtype)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -373,7 +373,8 @@ def pick_device(name):
         return 'cuda'
     if name == 'auto':
         return 'mps' if mps else 'cpu'
-    present = {'cpu': 1, 'cuda': torch.cuda.device_count() if cuda else 0, 'mps': int(mps)}
+    gpus = torch.cuda.device_count() if cuda else 0
+    present = {'cpu': 1, 'cuda': gpus, 'mps': int(mps)}
     kind, _, index = name.partition(':')
     if kind not in present or (index and not index.isdigit()):
         raise Refusal(f'--device={name}: allowed are auto, cpu, mps, cuda, cuda:0, cuda:1, ...')
