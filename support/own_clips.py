@@ -62,9 +62,12 @@ def read_picture(path):
 def read_pictures(folder):
     """A folder of pictures with consecutive numbers → frames (F,H,W,3) uint8."""
     names = [name for name in os.listdir(folder) if name.endswith('.png')]
-    names.sort(key=number_of)
-    numbers = [number_of(name) for name in names]
-    if not names or None in numbers or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+    numbered = names and None not in map(number_of, names)
+    if numbered:
+        names.sort(key=number_of)
+        first = number_of(names[0])
+        numbered = [number_of(name) for name in names] == list(range(first, first + len(names)))
+    if not numbered:
         raise Refusal(f'{folder}: holds no unbroken row of numbered pictures (frame_00001.png, frame_00002.png, ...)')
     frames = []
     for name in names:

@@ -245,6 +245,7 @@ BAD_CLIPS = [
     ('video', 'video.npy', None, 'it must be one'),
     ('pictures', 'rgb/frame_00004.png', b'no picture', 'frame_00004.png: not a readable picture'),
     ('pictures', 'rgb/frame_00004.png', None, 'no unbroken row'),
+    ('pictures', 'rgb/cover.png', b'a picture without a number', 'no unbroken row'),
 ]
 
 
