@@ -4,8 +4,8 @@ The ablation table: train HOPE once per variant, run A→B→A with each, print 
     python ablate.py                                       every variant at reduced length, one seed
     python ablate.py --seeds=1,2,3 --max_iters=2500        at full length
 
-Every variant is config/hope_jump.py with the knobs below changed and the same steps, clips and seeds. A run that is
-there already is not made again, so an interrupted table goes on where it stopped.
+Every variant is config/hope_jump.py with the knobs below changed and the same steps, clips and seeds. Finished runs are
+kept, so an interrupted table goes on where it stopped.
 """
 import csv
 import json
@@ -20,7 +20,7 @@ from configurator import ROOT, Refusal, configure
 from support.files import claim, write_atomically
 
 # what to run
-config = 'config/hope_jump.py'   # the variants change this
+config = 'config/hope_jump.py'   # config file that the variants change
 variants = ''            # run only these, separated by commas; '' = all
 seeds = '1'              # training seeds, separated by commas
 max_iters = 600          # optimiser steps of each run [1..]
@@ -52,7 +52,7 @@ VARIANTS = {
 
 
 def choose(names, variants):
-    """'HOPE, ViT-AC' → ['HOPE', 'ViT-AC'], '' → all of them; raises Refusal for one that is not there."""
+    """'HOPE, ViT-AC' → ['HOPE', 'ViT-AC'], '' → all of them; raises Refusal for an unknown one."""
     if not names:
         return list(variants)
     chosen = [name.strip() for name in names.split(',')]
@@ -62,13 +62,14 @@ def choose(names, variants):
 
 
 def run(script, *flags):
-    """Run a script of the project, its output straight to the terminal; stops the table where it fails."""
-    if subprocess.run([sys.executable, os.path.join(ROOT, script), *flags]).returncode:
+    """Run a script of the project with its output on the terminal. If it fails, the table ends."""
+    done = subprocess.run([sys.executable, os.path.join(ROOT, script), *flags])
+    if done.returncode:
         sys.exit(2)
 
 
 def train_and_adapt(name, flags, seed, knobs):
-    """Train with these flags, going on where that was interrupted → <name>.pt; run A→B→A with it → the folder <name>."""
+    """Train with these flags, or go on with an interrupted training → <name>.pt; then run A→B→A → the folder <name>."""
     checkpoint = f'{name}.pt'
     run('train.py', knobs.config, f'--max_iters={knobs.max_iters}', f'--seed={seed}', f'--data={knobs.data}',
         f'--device={knobs.device}', f'--eval_interval={knobs.max_iters}', *knobs.extra.split(), *flags,
@@ -80,10 +81,12 @@ def train_and_adapt(name, flags, seed, knobs):
 
 
 def read_results(name):
-    """What a finished run says → {column: value}."""
+    """The figures of a finished run → {column: value}."""
     with open(os.path.join(name, 'results.json'), encoding='utf-8') as f:
-        figures = {row['method']: row['figures'] for row in json.load(f)['rows']}
-    frozen, adapted = figures['frozen'], figures.get('CMS') or figures['LN-TTA']
+        rows = json.load(f)['rows']
+    figures = {row['method']: row['figures'] for row in rows}
+    frozen = figures['frozen']
+    adapted = figures.get('CMS') or figures['LN-TTA']
     with open(f'{name}.csv', newline='', encoding='utf-8') as f:
         speeds = [float(row['clips_per_s']) for row in csv.DictReader(f) if row['clips_per_s']]
     return {
@@ -98,7 +101,7 @@ def read_results(name):
 
 
 def results(variant, flags, seed, knobs):
-    """The figures of one variant and seed, trained and adapted unless that was done → {column: value}."""
+    """The figures of one variant and seed → {column: value}. Trains and adapts first, unless that was done before."""
     plain = ''.join(c if c.isalnum() else '_' for c in variant)
     name = os.path.join(knobs.out, f'{plain}_{seed}')
     if not os.path.exists(os.path.join(name, 'results.json')):
@@ -109,7 +112,8 @@ def results(variant, flags, seed, knobs):
 
 def line(label, cells):
     """One line of the table."""
-    return f'{label:<28}' + ''.join(f'{cell:>10}' for cell in cells) + '\n'
+    columns = ''.join(f'{cell:>10}' for cell in cells)
+    return f'{label:<28}{columns}\n'
 
 
 chosen = choose(variants, VARIANTS)
@@ -121,7 +125,11 @@ for variant in chosen:
     means = {column: np.mean([one[column] for one in runs]) for column in runs[0]}
     if not table:
         table = line(f'{max_iters} steps, seeds {seeds}', means)
-    table += line(variant, [f'{mean:.0f}' if column == 'clips/s' else f'{mean:.4f}' for column, mean in means.items()])
+    cells = []
+    for column, mean in means.items():
+        digits = 0 if column == 'clips/s' else 4
+        cells.append(f'{mean:.{digits}f}')
+    table += line(variant, cells)
 table += 'ViT-AC adapts by tuned LN-TTA, the others by CMS writes at their tuned rate; clips/s in training.\n'
 print('\n' + table)
 write_atomically(os.path.join(out, 'table.txt'), lambda f: f.write(table.encode()))

@@ -3,10 +3,10 @@ Speed: time of forward + backward, FLOP/s, peak memory and their growth with the
 
     python bench.py                                        full size: config/vit_full.py against config/hope_full.py
     python bench.py --vit=config/vit_jump.py --hope=config/hope_jump.py --features=48 --grid=4     laptop size
-    python bench.py --what=encoder                         the V-JEPA 2 ViT-L on a clip, against transformers' (forward only)
+    python bench.py --what=encoder                         V-JEPA 2's ViT-L on a clip, against transformers' (forward only)
 
-Both are timed in turn in one run and compared by their medians: machines are noisy, ratios less so. Peak memory is
-that of a process of its own for each case.
+Both are timed in turn in one run and compared by their medians, because ratios vary less than times on a noisy machine.
+Peak memory is measured in a separate process for each case.
 """
 import json
 import os
@@ -28,7 +28,7 @@ from vjepa2 import VideoEncoder
 # what to compare
 what = 'predictors'      # HOPE against ViT-AC, or the video encoder against that of transformers [predictors | encoder]
 vit = 'config/vit_full.py'     # config file of the ViT-AC
-hope = 'config/hope_full.py'   # config file of the HOPE
+hope = 'config/hope_full.py'   # config file of the AC-HOPE-ViT
 features = 1024          # D, feature size [1..]
 grid = 16                # patches per side [1..]
 steps = '8,16,32'        # T, time steps per clip in teacher forcing
@@ -39,7 +39,7 @@ threads = 0              # CPU threads; 0 = PyTorch's choice [0..]
 bf16 = False             # autocast to bfloat16
 compile = False          # torch.compile the predictor
 device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
-only = ''                # for the script's own use: one case, its peak memory as JSON
+only = ''                # internal: print the peak memory of one case as JSON
 settings = configure(globals())
 device = pick_device(device)
 if threads:
@@ -50,10 +50,10 @@ except ValueError:
     raise Refusal(f'--steps={steps}: must be whole numbers separated by commas') from None
 
 
-# ---- what is timed -----------------------------------------------------------------------------------------------------
+# ---- the models --------------------------------------------------------------------------------------------------------
 
 def predictor_of(path, features, grid, device, compile):
-    """The predictor that a config file describes, on features of this size and grid; random weights, training mode."""
+    """The predictor of a config file for features of this size and grid, with random weights, in training mode."""
     sizes = Sizes.from_settings(read_config(path), feature_dim=features, grid=(grid, grid))
     torch.manual_seed(0)
     net = build(sizes).to(device)
@@ -80,7 +80,7 @@ def case(net, batch, T, jump, device, bf16):
             else:
                 loss, _ = teacher_forcing_loss(net, z, a)
         loss.backward()
-        # Waits for the device.
+        # item() waits for the device.
         return loss.item()
     return run
 
@@ -95,13 +95,14 @@ def encoders(batch, frames, side, device):
     # VJEPA2Config's defaults are ViT-L.
     theirs = VJEPA2Model(VJEPA2Config(crop_size=side, frames_per_clip=frames)).to(device).eval()
     ours = VideoEncoder(1024, 16, 24, 4096).to(device).eval()
-    return {'ours': lambda: ours(video), 'theirs': lambda: theirs.get_vision_features(video.transpose(1, 2))}
+    frames_first = video.transpose(1, 2)
+    return {'ours': lambda: ours(video), 'theirs': lambda: theirs.get_vision_features(frames_first)}
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------------------
 
 def in_turn(runs, repeats, device):
-    """Median seconds of each function of a dict, all called in turn `repeats` times; each has run once before."""
+    """Median seconds of each function of a dict. They are called in turn, `repeats` times; the caller warms them up."""
     seconds = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
@@ -114,20 +115,21 @@ def in_turn(runs, repeats, device):
 
 
 def count_flops(run):
-    """FLOP of one call, which also warms up."""
+    """The FLOP of one call, which is also the warm-up."""
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
 
 
 def peak_here(device):
-    """Peak memory of this process so far, in MiB: the GPU's, or the process's own."""
+    """Peak memory of this process so far, in MiB, on the GPU if that is the device."""
     if device.startswith('cuda'):
         return torch.cuda.max_memory_allocated() / 2**20
+    # On Linux ru_maxrss starts from the peak of the parent process.
     if os.path.exists('/proc/self/status'):
-        # On Linux ru_maxrss would start from the parent's peak.
         with open('/proc/self/status') as f:
-            return next(int(line.split()[1]) for line in f if line.startswith('VmHWM')) / 2**10
+            peak = next(line for line in f if line.startswith('VmHWM'))
+        return int(peak.split()[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -136,21 +138,26 @@ def peak_memory(settings, path, T, jump):
     flags = [f'--{key}={value}' for key, value in settings.items() if key != 'only']
     command = [sys.executable, __file__, *flags, f'--only={path},{T},{int(jump)}']
     done = subprocess.run(command, capture_output=True, text=True)
-    return json.loads(done.stdout)['peak'] if done.returncode == 0 else float('nan')
+    if done.returncode:
+        return float('nan')
+    return json.loads(done.stdout)['peak']
 
 
-# ---- do it -------------------------------------------------------------------------------------------------------------
+# ---- the run -----------------------------------------------------------------------------------------------------------
 
 if only:
     path, T, jump = only.split(',')
-    case(predictor_of(path, features, grid, device, compile), batch, int(T), jump == '1', device, bf16)()
+    net = predictor_of(path, features, grid, device, compile)
+    run = case(net, batch, int(T), jump == '1', device, bf16)
+    run()
     print(json.dumps({'peak': peak_here(device)}))
     sys.exit(0)
 
 hardware = torch.cuda.get_device_name() if device.startswith('cuda') else f'{device}, {torch.get_num_threads()} threads'
 hardware += f', {"bfloat16" if bf16 else "float32"}, batch {batch}'
 if what == 'encoder':
-    frames, side = 2 * LENGTHS[0], 16 * grid
+    frames = 2 * LENGTHS[0]
+    side = 16 * grid
     with torch.no_grad(), torch.autocast(device.split(':')[0], torch.bfloat16, enabled=bf16):
         runs = encoders(batch, frames, side, device)
         for run in runs.values():
@@ -162,19 +169,27 @@ if what == 'encoder':
 
 nets = {path: predictor_of(path, features, grid, device, compile) for path in (vit, hope)}
 for path, net in nets.items():
-    print(f'{path:<24} {sum(p.numel() for p in net.parameters()):>12,} parameters')
+    parameters = sum(p.numel() for p in net.parameters())
+    print(f'{path:<24} {parameters:>12,} parameters')
+    z = torch.zeros(1, 1, grid * grid, features, device=device)
+    a = torch.zeros(1, 1, 2, device=device)
     with torch.no_grad():
-        memory = net(torch.zeros(1, 1, grid * grid, features, device=device), torch.zeros(1, 1, 2, device=device))[1]
+        _, memory = net(z, a)
     if memory is not None:
-        print(f'{"":<24} {sum(m.numel() * m.element_size() for m in memory) / 2**20:>12.2f} MiB of memory state per clip')
+        mebibytes = sum(m.numel() * m.element_size() for m in memory) / 2**20
+        print(f'{"":<24} {mebibytes:>12.2f} MiB of memory state per clip')
 print(f'{hardware}, {grid * grid} patches x {features} features; forward + backward, median of {repeats}\n')
 print(f'{"":<22}{"ViT-AC":>10}{"HOPE":>10}{"ratio":>8}{"GFLOP/s":>16}{"peak MiB":>16}{"ratio":>8}')
-for T, jump in [(T, False) for T in LENGTHS] + [(LENGTHS[0], True)]:
+cases = [(T, False) for T in LENGTHS]
+cases.append((LENGTHS[0], True))
+for T, jump in cases:
     runs = {path: case(net, batch, T, jump, device, bf16) for path, net in nets.items()}
     flops = {path: count_flops(run) for path, run in runs.items()}
     seconds = in_turn(runs, repeats, device)
     peaks = {path: peak_memory({**settings, 'device': device}, path, T, jump) for path in nets}
-    speed = ' '.join(f'{flops[path] / seconds[path] / 1e9:>7.0f}' for path in (vit, hope))
+    gigaflops = ' '.join(f'{flops[path] / seconds[path] / 1e9:>7.0f}' for path in (vit, hope))
     name = f'jump to step {T + 1}' if jump else f'teacher forcing T={T}'
-    print(f'{name:<22}{seconds[vit]:>8.3f} s{seconds[hope]:>8.3f} s{seconds[hope] / seconds[vit]:>8.2f}{speed:>16}'
-          f'{peaks[vit]:>8.0f}{peaks[hope]:>8.0f}{peaks[hope] / peaks[vit]:>8.2f}', flush=True)
+    time_ratio = seconds[hope] / seconds[vit]
+    peak_ratio = peaks[hope] / peaks[vit]
+    print(f'{name:<22}{seconds[vit]:>8.3f} s{seconds[hope]:>8.3f} s{time_ratio:>8.2f}{gigaflops:>16}'
+          f'{peaks[vit]:>8.0f}{peaks[hope]:>8.0f}{peak_ratio:>8.2f}', flush=True)

@@ -4,8 +4,8 @@ Config files and --key=value over a script's knobs.
     python train.py config/hope_jump.py --max_iters=100        files and flags apply in the order given
     python train.py --help                                     every knob, its default and its comment
 
-The knobs of a script are the plain globals above its `settings = configure(globals())` line. The trailing comment
-of a knob is its help text; a bracket at the end of that comment is what configure() enforces:
+The knobs of a script are the plain globals above its `settings = configure(globals())` line. The trailing comment of a
+knob is its help text. A bracket at the end of that comment gives the allowed values, which configure() enforces:
 
     batch_size = 32      # clips per optimiser step [1..]
     decay = 0.3          # share of the run in which the rate falls [0..1]
@@ -28,7 +28,7 @@ SCRIPTS = 'prepare.py', 'train.py', 'adapt.py', 'bench.py', 'ablate.py'
 
 class Refusal(SystemExit):
     """
-    A mistake that the user can mend. Not caught, it ends the script with one line on stderr and exit status 2.
+    A mistake that the user can correct. If it is not caught, it ends the script with one line on stderr and exit status 2.
 
     It is a SystemExit, so Python prints no traceback, and `except Exception` does not catch it.
     """
@@ -39,12 +39,12 @@ class Refusal(SystemExit):
 
     @functools.cached_property
     def code(self):
-        """The exit status. Python asks for it when the script ends, so the line is printed here, once."""
+        """The exit status. Python reads it when the script ends, so this prints the line, once."""
         print(f'{os.path.basename(sys.argv[0])}: {" ".join(str(self).split())}', file=sys.stderr)
         return self.status
 
 
-# If memory runs out: the knob that a script has → what to do.
+# What to do when memory runs out, by the knob that a script has.
 LESS_MEMORY = {
     'accumulation': 'raise --accumulation, which changes no result, or lower --batch_size',
     'batch': 'lower --batch',
@@ -53,12 +53,14 @@ LESS_MEMORY = {
 
 
 def as_refusal(error, knobs):
-    """What the system refuses (Ctrl-C, a full disk, no memory) as a Refusal; None for a mistake of the code's own."""
+    """An interruption or an error of the system (a full disk, no memory) as a Refusal; None for a bug in the code."""
     if isinstance(error, KeyboardInterrupt):
         return Refusal('interrupted; what was finished is kept', 130)
     if isinstance(error, OSError):
-        said = [str(part) for part in (error.strerror or error, error.filename) if part]
-        return Refusal(': '.join(said))
+        line = str(error.strerror or error)
+        if error.filename:
+            line += f': {error.filename}'
+        return Refusal(line)
     # PyTorch's own errors: OutOfMemoryError on a GPU, a RuntimeError with these words on a CPU.
     full = type(error).__name__ == 'OutOfMemoryError' or re.search('(not enough|allocate) memory', str(error))
     if full or isinstance(error, MemoryError):
@@ -71,7 +73,9 @@ def read_knobs(script):
     """The knobs of a script, in order: list of (name, default, comment, heading above it)."""
     with open(script, encoding='utf-8') as f:
         source = f.read()
-    lines, heading, knobs = source.splitlines(), '', []
+    lines = source.splitlines()
+    heading = ''
+    knobs = []
     nodes = {node.lineno: node for node in ast.parse(source).body}
     for number, line in enumerate(lines, 1):
         if 'configure(globals())' in line and number in nodes:
@@ -80,13 +84,15 @@ def read_knobs(script):
             heading = line[2:].strip(' -')
         node = nodes.get(number)
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            default = ast.literal_eval(node.value)
             comment = lines[node.end_lineno - 1][node.end_col_offset:].lstrip(' #')
-            knobs.append((node.targets[0].id, ast.literal_eval(node.value), comment, heading))
+            knobs.append((name, default, comment, heading))
     raise ValueError(f'{script} has no line "settings = configure(globals())"')
 
 
 def check(name, value, default, comment, where):
-    """Value of the knob's own type and inside its bracket, or a Refusal. A whole number is accepted for a float."""
+    """The value, if the knob's type and bracket allow it; else raises Refusal. A float may be given as a whole number."""
     kind = type(default)
     if kind is float and type(value) is int:
         value = float(value)
@@ -105,7 +111,7 @@ def check(name, value, default, comment, where):
         ok = value > float(allowed[1:])
     else:
         low, high = allowed.split('..')
-        ok = (not low or value >= float(low)) and (not high or value <= float(high))
+        ok = float(low or '-inf') <= value <= float(high or 'inf')
     if not ok:
         raise Refusal(f'{where}: {name} = {value!r} is not allowed; allowed: {allowed}')
     return value
@@ -120,19 +126,19 @@ def read_config(path):
     try:
         with open(found, encoding='utf-8') as f:
             exec(compile(f.read(), found, 'exec'), {'__builtins__': {}}, values)
-    # Whatever the file does wrong is the user's to mend.
+    # The file is the user's, so any error in it is one that the user can correct.
     except Exception as error:
         line = getattr(error, 'lineno', None)
         if line is None and error.__traceback__.tb_next:
             line = error.__traceback__.tb_next.tb_lineno
         where = f', line {line}' if line else ''
         raise Refusal(f'config file {path}{where}: {type(error).__name__}: {error}') from None
-    # A docstring is no knob.
+    # A docstring, __doc__, is not a knob.
     return {name: value for name, value in values.items() if not name.startswith('__')}
 
 
 def install_hook(knobs):
-    """Let what the system refuses end the script in one line, too."""
+    """Let an interruption or an error of the system end the script with one line, too."""
     def hook(kind, error, trace):
         refusal = as_refusal(error, knobs)
         if refusal:
@@ -155,19 +161,23 @@ def print_help(doc, knobs):
 
 
 def unknown(name, knobs, where):
-    """The Refusal for a knob that a script does not have: names the scripts that have it, or the nearest spelling."""
-    others = [script for script in SCRIPTS if name in [knob[0] for knob in read_knobs(os.path.join(ROOT, script))]]
+    """The Refusal for a knob that a script does not have. It names the scripts that have it, or the nearest spelling."""
+    others = []
+    for script in SCRIPTS:
+        names = [knob[0] for knob in read_knobs(os.path.join(ROOT, script))]
+        if name in names:
+            others.append(script)
     near = difflib.get_close_matches(name, knobs, n=1, cutoff=0.5)
     hint = ''
     if others:
-        hint = f'; {", ".join(others)} has one'
+        hint = f'; it is a knob of {", ".join(others)}'
     elif near:
         hint = f'; did you mean {near[0]!r}?'
     return Refusal(f'{where}: no knob is called {name!r}{hint} (--help lists them all)')
 
 
 def read_flag(arg, knobs):
-    """--name=value → name and value, which is text unless the knob is a number or True or False."""
+    """--name=value → name and value. The value is text, unless the knob's default is a number, True or False."""
     if not arg.startswith('--'):
         if '=' in arg:
             raise Refusal(f'{arg}: a knob is set with two dashes: --{arg.lstrip("-")}')
@@ -179,21 +189,24 @@ def read_flag(arg, knobs):
         try:
             return name, ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            # Stays text, which check() refuses by type.
+            # The value stays text, and check() refuses it by its type.
             pass
     return name, value
 
 
 def configure(scope, argv=None):
     """
-    Override a script's knobs from the command line; returns {knob: value} as it will run.
+    Override a script's knobs from the command line; returns {knob: value} with the values of this run.
 
-    scope: the script's globals(). Raises Refusal (one line, exit status 2) for an unknown key, a wrong type, a value
-    out of range, a missing or broken config file, or an argument that is neither; nothing is changed in that case.
+    scope: the script's globals(). Raises Refusal (one line, exit status 2) for an unknown key, a wrong type, a value out of
+    range, a missing or broken config file, or an argument that is neither file nor key. Nothing is changed in that case.
     """
-    knobs = {name: (default, comment, heading) for name, default, comment, heading in read_knobs(scope['__file__'])}
+    knobs = {}
+    for name, default, comment, heading in read_knobs(scope['__file__']):
+        knobs[name] = default, comment, heading
     install_hook(knobs)
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
     if '--help' in argv or '-h' in argv:
         print_help(scope['__doc__'], knobs)
         sys.exit(0)

@@ -1,5 +1,5 @@
 """
-Clips: the physics of a sliding object, its pictures, and batches of clips read back from a prepared data set.
+Clips: the physics of a sliding object, its pictures, and batches of clips from a prepared data set.
 
     clips = open_split('slide', 'val')      # len(clips) clips, memory-mapped
     z, a = clips[[0, 5]]                    # z (2,T,N,D) float32, layer-normed; a (2,T,A) float32, zero after step 1
@@ -25,16 +25,16 @@ from support.files import folder_of, map_array, read_manifest, verify
 GRAVITY = 9.81               # m/s^2
 FPS = 60.0                   # frames per second
 FRAMES = 16                  # frames per clip
-TUBELET = 2                  # frames per time step, so T = 8 steps
-WORLD = 0.80                 # metres that the square picture shows
+TUBELET = 2                  # frames per time step
+WORLD = 0.80                 # metres, side of the square picture
 IMPULSE = (0.25, 0.80)       # N·s, log-uniform
 RADIUS = (0.060, 0.100)      # metres, circumradius of the object
 CORNERS = (3, 4, 6, 64)      # triangle, square, hexagon, disc
-BACKGROUND = 0.10            # grey level of the plane, 0..1; objects are brighter
+BACKGROUND = 0.10            # grey level of the plane, 0..1
 
 
 class Physics(typing.NamedTuple):
-    """What tells one domain from another."""
+    """The physics of a domain, in which domains differ."""
 
     # Friction coefficient
     mu: float
@@ -44,12 +44,12 @@ class Physics(typing.NamedTuple):
     camera: float = 0
 
 
-# Time matters: in A more than half of the objects still move by a pixel or more between the first jump target (step 6)
-# and the last (step 8).
+# In A more than half of the objects must still move by a pixel or more between the first jump target (step 6) and the last
+# (step 8). Otherwise the targets look alike, and a predictor does not learn to use tau.
 DOMAINS = {
-    # Normal.
+    # The world of training.
     'A': Physics(mu=0.12, mass=1.0),
-    # The shift under test: both clearly reduced, about twice the displacement.
+    # The shift under test: less friction and less mass, about twice the displacement.
     'B': Physics(mu=0.05, mass=0.6),
     # More friction.
     'C': Physics(mu=0.25, mass=1.0),
@@ -58,7 +58,7 @@ DOMAINS = {
     'mass': Physics(mu=0.12, mass=0.6),
     # Almost no friction.
     'ice': Physics(mu=0.01, mass=1.0),
-    # A's physics; the camera is turned, so pushes come in another frame than the pictures.
+    # A with a turned camera: pushes are given in another frame than the pictures.
     'turned': Physics(mu=0.12, mass=1.0, camera=40),
 }
 
@@ -69,7 +69,8 @@ def displacement(impulse, physics, seconds):
 
     Coulomb friction: v0 = J/m, constant deceleration mu*g, rest after v0/(mu*g); the stopping distance is v0^2 / (2 mu g).
     """
-    v0, brake = impulse / physics.mass, physics.mu * GRAVITY
+    v0 = impulse / physics.mass
+    brake = physics.mu * GRAVITY
     t = np.minimum(np.maximum(seconds, 0.0), v0 / brake)
     return v0 * t - 0.5 * brake * t * t
 
@@ -77,8 +78,13 @@ def displacement(impulse, physics, seconds):
 def turn(vectors, degrees):
     """Vectors (...,2) turned by an angle, from x towards y."""
     angle = np.deg2rad(degrees)
-    x, y = vectors[..., 0], vectors[..., 1]
-    return np.stack([np.cos(angle) * x - np.sin(angle) * y, np.sin(angle) * x + np.cos(angle) * y], axis=-1)
+    cos = np.cos(angle)
+    sin = np.sin(angle)
+    x = vectors[..., 0]
+    y = vectors[..., 1]
+    turned_x = cos * x - sin * y
+    turned_y = sin * x + cos * y
+    return np.stack([turned_x, turned_y], axis=-1)
 
 
 def simulate(domain, clips, seed, split):
@@ -86,39 +92,44 @@ def simulate(domain, clips, seed, split):
     Draw clips of a domain and solve their motion; one independent random stream per (seed, split).
 
     Returns a dict of arrays over n = clips: mu (n,), mass (n,) kg, impulse (n,2) N·s as it is given to the predictor,
-    position (n,FRAMES,2) m in the picture, and the looks: corners (n,), radius (n,) m, angle (n,) rad, colour (n,3) in
-    0..1. The object rests during the first time step (so z_1 holds no physics), the impulse acts at its last frame. The
-    start is drawn so that the object stays in view in every domain of DOMAINS, by the same rule in all: where it starts
-    tells nothing about the domain. Raises Refusal for a domain that is not in DOMAINS.
+    position (n,FRAMES,2) m in the picture, and for render() corners (n,), radius (n,) m, angle (n,) rad, colour (n,3) in
+    0..1. The object rests during the first time step, so z_1 holds no physics; the impulse acts at the last frame of that
+    step. The start is drawn so that the object would stay in view in every domain of DOMAINS, so it carries no
+    information about the domain. Raises Refusal for a domain that is not in DOMAINS.
     """
     if domain not in DOMAINS:
         raise Refusal(f'no domain is called {domain!r}; there are {", ".join(DOMAINS)}')
     rng = np.random.default_rng([seed, zlib.crc32(split.encode())])
     u = rng.random((clips, 10))
-    impulse = IMPULSE[0] * (IMPULSE[1] / IMPULSE[0]) ** u[:, 0]
+    weakest, strongest = IMPULSE
+    impulse = weakest * (strongest / weakest) ** u[:, 0]
     direction = 2 * np.pi * u[:, 1]
-    heading = np.stack([np.cos(direction), np.sin(direction)], axis=1)  # (n,2)
-    radius = RADIUS[0] + (RADIUS[1] - RADIUS[0]) * u[:, 2]
+    heading = np.stack([np.cos(direction), np.sin(direction)], axis=1)    # (n,2)
+    least, largest = RADIUS
+    radius = least + (largest - least) * u[:, 2]
     seconds = (np.arange(FRAMES) - (TUBELET - 1)) / FPS
 
     def path(physics):
-        """Where the object is relative to its start, (n,FRAMES,2)."""
-        # (n,FRAMES)
-        slid = displacement(impulse[:, None], physics, seconds)
-        return slid[:, :, None] * turn(heading, physics.camera)[:, None]
+        """Position of the object relative to its start, (n,FRAMES,2)."""
+        slid = displacement(impulse[:, None], physics, seconds)           # (n,FRAMES)
+        seen_heading = turn(heading, physics.camera)
+        return slid[:, :, None] * seen_heading[:, None]
 
-    # (domains,n,2)
-    ends = np.stack([path(physics)[:, -1] for physics in DOMAINS.values()])
-    low = radius[:, None] + np.maximum(0, -ends).max(0)
-    high = WORLD - radius[:, None] - np.maximum(0, ends).max(0)
+    ends = [path(physics)[:, -1] for physics in DOMAINS.values()]
+    ends = np.stack(ends)                                                 # (domains,n,2)
+    furthest_back = np.maximum(0, -ends).max(0)
+    furthest_ahead = np.maximum(0, ends).max(0)
+    low = radius[:, None] + furthest_back
+    high = WORLD - radius[:, None] - furthest_ahead
     start = low + (high - low) * u[:, 3:5]
     physics = DOMAINS[domain]
+    corners = (u[:, 5] * len(CORNERS)).astype(int)
     return {
         'mu': np.full(clips, physics.mu),
         'mass': np.full(clips, physics.mass),
         'impulse': impulse[:, None] * heading,
         'position': start[:, None] + path(physics),
-        'corners': np.asarray(CORNERS)[(u[:, 5] * len(CORNERS)).astype(int)],
+        'corners': np.asarray(CORNERS)[corners],
         'radius': radius,
         'angle': 2 * np.pi * u[:, 6],
         'colour': 0.3 + 0.7 * u[:, 7:10],
@@ -129,27 +140,32 @@ def render(clips, size, device='cpu'):
     """
     Pictures of simulated clips (the dict of simulate()) → uint8 (n,FRAMES,size,size,3), antialiased.
 
-    Every shape is a regular polygon: its signed distance is that of one edge after folding the angle.
+    Every shape is a regular polygon. Folding the angle maps all of its edges to one, whose signed distance is computed.
     """
     def column(name, *shape):
         """An array of the clips as a tensor of this shape."""
         return torch.as_tensor(clips[name], dtype=torch.float32, device=device).view(*shape)
-    n, scale = len(clips['mu']), size / WORLD
+    n = len(clips['mu'])
+    scale = size / WORLD
     centre = column('position', n, FRAMES, 2) * scale
     # Only a box around the object is computed. At the border the box is moved inside.
     box = min(size, 2 * int(RADIUS[1] * scale + 2) + 1)
     corner = (centre.long() - box // 2).clamp(0, size - box)           # (n,F,2)
     pixel = corner[..., None] + torch.arange(box, device=device)       # (n,F,2,box)
     x, y = (pixel + 0.5 - centre[..., None]).unbind(2)                 # (n,F,box)
+    x = x[..., None, :]                                                # (n,F,1,box)
+    y = y[..., :, None]                                                # (n,F,box,1)
     sector = 2 * torch.pi / column('corners', n, 1, 1, 1)
-    turned = torch.atan2(y[..., :, None], x[..., None, :]) - column('angle', n, 1, 1, 1)  # (n,F,box,box)
-    folded = torch.remainder(turned, sector) - sector / 2
-    distance = torch.hypot(y[..., :, None], x[..., None, :]) * folded.cos()
-    cover = (0.5 + column('radius', n, 1, 1, 1) * scale * (sector / 2).cos() - distance).clamp(0, 1)
+    angle = torch.atan2(y, x) - column('angle', n, 1, 1, 1)            # (n,F,box,box)
+    folded = torch.remainder(angle, sector) - sector / 2
+    distance = torch.hypot(y, x) * folded.cos()
+    edge = column('radius', n, 1, 1, 1) * scale * (sector / 2).cos()
+    cover = (0.5 + edge - distance).clamp(0, 1)
     colour = column('colour', n, 1, 1, 1, 3)
-    # (n,F,box,box,3)
-    painted = ((BACKGROUND + cover[..., None] * (colour - BACKGROUND)) * 255 + 0.5).to(torch.uint8)
-    frames = torch.full((n * FRAMES, size, size, 3), int(BACKGROUND * 255 + 0.5), dtype=torch.uint8, device=device)
+    shade = BACKGROUND + cover[..., None] * (colour - BACKGROUND)      # (n,F,box,box,3)
+    painted = (shade * 255 + 0.5).to(torch.uint8)
+    grey = int(BACKGROUND * 255 + 0.5)
+    frames = torch.full((n * FRAMES, size, size, 3), grey, dtype=torch.uint8, device=device)
     across, down = pixel.view(n * FRAMES, 2, box).unbind(1)
     frame = torch.arange(n * FRAMES, device=device)
     frames[frame[:, None, None], down[:, :, None], across[:, None]] = painted.flatten(0, 1)
@@ -162,22 +178,26 @@ def tubelets(frames, patch):
     steps, rows, columns = f // TUBELET, h // patch, w // patch
     # (n,T,t,rows,y,columns,x*colour) → (n,T,rows*columns,t*y*x,colour)
     x = frames.view(n, steps, TUBELET, rows, patch, columns, patch * 3)
-    x = x.permute(0, 1, 3, 5, 2, 4, 6).reshape(n, steps, rows * columns, TUBELET * patch * patch, 3)
+    x = x.permute(0, 1, 3, 5, 2, 4, 6)
+    x = x.reshape(n, steps, rows * columns, TUBELET * patch * patch, 3)
     return (x.float() / 127.5 - 1).mT
 
 
 def pictures(z, decoder, grid, patch):
     """
-    What features show: z (n,N,D) layer-normed, decoder (D+1, 3*TUBELET*patch*patch) as prepare.py fitted it,
-    grid (rows, columns) with rows*columns = N → float (n,H,W,3) in [0,1], the last frame of the step.
+    Features turned back into pictures: z (n,N,D) layer-normed, decoder (D+1, 3*TUBELET*patch*patch) as prepare.py fitted
+    it, grid (rows, columns) with rows*columns = N → float (n,H,W,3) in [0,1], the last frame of the step.
     """
     rows, columns = grid
     # (n,N,3*t*y*x)
     blocks = z @ decoder[:-1] + decoder[-1]
-    # The last frame, (n,rows,columns,colour,y,x) → (n,H,W,colour)
-    blocks = blocks.view(len(z), rows, columns, 3, TUBELET, patch, patch)[:, :, :, :, -1]
-    video = blocks.permute(0, 1, 4, 2, 5, 3).reshape(len(z), rows * patch, columns * patch, 3)
-    return (video / 2 + 0.5).clamp(0, 1)
+    blocks = blocks.view(len(z), rows, columns, 3, TUBELET, patch, patch)
+    # (n,rows,columns,colour,y,x)
+    last = blocks[:, :, :, :, -1]
+    last = last.permute(0, 1, 4, 2, 5, 3)
+    # (n,H,W,colour)
+    picture = last.reshape(len(z), rows * patch, columns * patch, 3)
+    return (picture / 2 + 0.5).clamp(0, 1)
 
 
 # ---- clips of a prepared data set (its files: support/files.py) ---------------------------------------------------------
@@ -186,11 +206,12 @@ class Split:
     """
     One split of a data set, memory-mapped: len(), [indices] → (z, a), .physics (dict of arrays or empty).
 
-    At opening, shards are checked by their size and header; `python prepare.py`, called as at first, checks every byte.
+    Opening it checks the size and header of each shard. The prepare.py command that made the set checks every byte.
     """
 
     def __init__(self, name, split):
-        folder, self.manifest = folder_of(name), read_manifest(name)
+        folder = folder_of(name)
+        self.manifest = read_manifest(name)
         self.name = f'split {split} of {folder}'
         try:
             if split not in self.manifest['splits']:
@@ -202,12 +223,15 @@ class Split:
 
     def open(self, folder, split):
         """Map the shards; read actions and physics, whose checksums are compared."""
-        self.shards = [map_array(folder, shard['file']) for shard in self.manifest['splits'][split]['shards']]
-        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
-        actions, physics = f'{split}_actions.npy', f'{split}_physics.npz'
+        entries = self.manifest['splits'][split]['shards']
+        self.shards = [map_array(folder, entry['file']) for entry in entries]
+        lengths = [len(shard) for shard in self.shards]
+        self.starts = np.cumsum([0] + lengths)
+        actions = f'{split}_actions.npy'
         verify(folder, self.manifest, [actions])
         self.actions = np.array(map_array(folder, actions))
         self.physics = {}
+        physics = f'{split}_physics.npz'
         if physics in self.manifest['sha256']:
             verify(folder, self.manifest, [physics])
             with np.load(os.path.join(folder, physics)) as arrays:
@@ -230,8 +254,9 @@ class Split:
             position = self.physics['position']
             if position.ndim != 3 or position.shape[::2] != (count, 2):
                 raise ValueError(f'its positions are not ({count},frames,2)')
-        if not np.isfinite(actions).all():
-            clip = np.argwhere(~np.isfinite(actions))[0][0]
+        finite = np.isfinite(actions).all((1, 2))
+        if not finite.all():
+            clip = np.argmin(finite)
             raise Refusal(f'{self.name}: the actions of clip {clip} are not finite')
 
     def __len__(self):
@@ -239,21 +264,23 @@ class Split:
 
     def __getitem__(self, indices):
         """indices: sequence of b ints → z (b,T,N,D) float32 layer-normed without affine (eps 1e-5), a (b,T,A) float32."""
-        # So that slices, negative numbers and an IndexError work as for a list.
+        # Makes slices, negative numbers and an IndexError work as for a list.
         indices = np.arange(len(self))[indices]
-        shard = np.searchsorted(self.starts, indices, side='right') - 1
-        z = np.stack([self.shards[s][i - self.starts[s]] for s, i in zip(shard, indices)])
-        z = torch.from_numpy(z).float()
+        shard_of = np.searchsorted(self.starts, indices, side='right') - 1
+        features = []
+        for shard, index in zip(shard_of, indices):
+            features.append(self.shards[shard][index - self.starts[shard]])
+        z = torch.from_numpy(np.stack(features)).float()
         z = F.layer_norm(z, z.shape[-1:])
         if not torch.isfinite(z.sum()):
-            bad = (~torch.isfinite(z)).flatten(1).any(1)
-            clip = indices[bad.nonzero()[0].item()]
-            raise Refusal(f'{self.name}: the features of clip {clip} are not finite, or of no size')
+            finite = torch.isfinite(z).flatten(1).all(1)
+            clip = indices[(~finite).nonzero()[0].item()]
+            raise Refusal(f'{self.name}: the features of clip {clip} are not finite')
         return z, torch.from_numpy(self.actions[indices])
 
 
 def open_split(name, split):
-    """Open a split of a prepared data set (a name under data/ or a folder); raises Refusal if it is missing or unfit."""
+    """A split of a prepared data set (a name under data/ or a folder); raises Refusal if it is missing or unfit."""
     return Split(name, split)
 
 
@@ -261,13 +288,15 @@ def batch_indices(clips, batch_size, seed, number):
     """
     Indices (batch_size,) of batch `number` of an endless pass in random order, a fresh permutation per epoch.
 
-    A function of its arguments alone: a resumed run needs no saved position to draw the same clips.
+    It depends on its arguments only, so a resumed run draws the same clips without a saved position.
     """
-    first, picked = number * batch_size, []
+    first = number * batch_size
+    picked = []
     while len(picked) < batch_size:
         epoch, offset = divmod(first + len(picked), clips)
         order = np.random.default_rng([seed, epoch]).permutation(clips)
-        picked.extend(order[offset:offset + batch_size - len(picked)])
+        missing = batch_size - len(picked)
+        picked.extend(order[offset:offset + missing])
     return np.array(picked)
 
 
@@ -275,16 +304,19 @@ def explained(x, y):
     """
     Share of the variance of y (n,k) that a linear read-out of x (n,d) explains on clips it was not fitted to, at most 1.
 
-    Ridge regression, each clip predicted from all others (leave-one-out in closed form), the better of six strengths.
+    Ridge regression, each clip predicted from all others (leave-one-out in closed form), with the best of six strengths.
     """
     # The 1 is the bias.
     gram = (x @ x.T).double() / x.shape[1] + 1
-    y, best = y.double(), -math.inf
+    identity = torch.eye(len(x), dtype=gram.dtype)
+    y = y.double()
+    total = (y - y.mean(0)).square().sum()
+    best = -math.inf
     for strength in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
-        inverse = torch.linalg.inv(gram + strength * torch.eye(len(x), dtype=gram.dtype))
+        inverse = torch.linalg.inv(gram + strength * identity)
         # The residual of each clip when it is left out.
         residuals = inverse @ y / inverse.diagonal()[:, None]
-        unexplained = residuals.square().sum() / (y - y.mean(0)).square().sum()
+        unexplained = residuals.square().sum() / total
         best = max(best, 1 - unexplained.item())
     return best
 
@@ -293,14 +325,20 @@ def progress(items, label, unit='clips'):
     """Iterate over a sized collection, showing the share done, the rate and the time left on the terminal."""
     terminal = sys.stdout.isatty()
     interval = 0.3 if terminal else 10
+    total = len(items)
     start = shown = time.time()
     for done, item in enumerate(items, 1):
         yield item
-        now, last = time.time(), done == len(items)
+        now = time.time()
+        last = done == total
         if now - shown < interval and not last:
             continue
         shown = now
-        rate = done / (now - start + 1e-9)
-        left = f'{now - start:.0f} s' if last else f'{(len(items) - done) / rate:.0f} s left'
-        print(f'{label:<28} {done:>6}/{len(items)} {done / len(items):>5.0%} {rate:8.1f} {unit}/s {left}   ',
-              end='\r' if terminal and not last else '\n', flush=True)
+        seconds = now - start
+        rate = done / (seconds + 1e-9)
+        time_shown = f'{(total - done) / rate:.0f} s left'
+        if last:
+            time_shown = f'{seconds:.0f} s'
+        line = f'{label:<28} {done:>6}/{total} {done / total:>5.0%} {rate:8.1f} {unit}/s {time_shown}   '
+        end = '\r' if terminal and not last else '\n'
+        print(line, end=end, flush=True)

@@ -22,10 +22,10 @@ from configurator import Refusal
 @dataclasses.dataclass
 class Sizes:
     """
-    Every size of a predictor, with the laptop's default, which train.py's knobs repeat. A checkpoint stores its own.
+    Every size of a predictor. The defaults are the laptop's, and those of train.py's knobs. A checkpoint stores its sizes.
 
-    cms_periods and adapts may be given as a config file has them, as text: '1,4,16' and 'k,v,mem'. Raises Refusal for sizes
-    that do not fit together.
+    cms_periods and adapts may also be text, as in a config file: '1,4,16' and 'k,v,mem'. Raises Refusal for sizes that do
+    not fit together.
     """
 
     # 'vit' or 'hope'
@@ -36,7 +36,7 @@ class Sizes:
     action_dim: int = 2
     # Size of the optional state token; 0 = none
     state_dim: int = 0
-    # Rows, columns of patches; N = rows * columns; None = square, whatever N is
+    # Rows and columns of patches, N = rows * columns; None = a square grid of any N
     grid: tuple = (4, 4)
     depth: int = 2
     # C
@@ -56,22 +56,23 @@ class Sizes:
     memory_hidden: int = 0
     # HOPE: the memories that are written
     adapts: tuple = ('k', 'v', 'mem', 'eta', 'alpha')
-    # HOPE: each memory's target is M(v); else v itself
+    # HOPE: the target of each memory is M(v); if False, v itself
     self_targets: bool = True
-    # HOPE: writes are gated by the retrieval error
+    # HOPE: the retrieval error gates the writes
     surprise: bool = True
     # HOPE: how the memory is written, 'dgd' or 'delta' (see TitanMemory)
     rule: str = 'dgd'
     # 'paired' (a true rotation) or 'vjepa2' (the published models' form)
     rope: str = 'paired'
-    # z_hat is layer-normed; the published predictor leaves that to its loss
+    # z_hat is layer-normed; False for the published predictor, whose loss does that
     normed_output: bool = True
 
     @classmethod
     def from_settings(cls, settings, **more):
-        """The sizes among a script's settings or a config file's values; more: those that the data decide."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in settings.items() if name in known}, **more)
+        """The sizes among a script's settings or a config file's values; more: sizes that come from the data."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        chosen = {name: value for name, value in settings.items() if name in names}
+        return cls(**chosen, **more)
 
     def __post_init__(self):
         if isinstance(self.cms_periods, str):
@@ -92,12 +93,14 @@ class Sizes:
             raise Refusal(f'cms_periods = {given!r}: a level cannot be written more often than at every tick (1)')
         if self.model == 'vit' or self.mixer == 'attention':
             return
-        memories = Sizes.adapts
-        if not self.adapts or set(self.adapts) - set(memories):
-            raise Refusal(f'adapts = {", ".join(self.adapts)!r}: allowed are {", ".join(memories)}')
-        if self.memory_hidden and not (self.self_targets and set(self.adapts) == set(memories)):
+        memories = set(Sizes.adapts)
+        adapts = set(self.adapts)
+        if not adapts or adapts - memories:
+            raise Refusal(f'adapts = {", ".join(self.adapts)!r}: allowed are {", ".join(Sizes.adapts)}')
+        all_adapt = self.self_targets and adapts == memories
+        if self.memory_hidden and not all_adapt:
             raise Refusal(f'memory_hidden = {self.memory_hidden}: the memories share the hidden layer, so all of '
-                          f'{", ".join(memories)} adapt, with self_targets = True; or set memory_hidden = 0')
+                          f'{", ".join(Sizes.adapts)} must adapt, with self_targets = True; or set memory_hidden = 0')
 
 
 # ---- 3D rotary position embedding ----------------------------------------------------------------------------------
@@ -106,9 +109,9 @@ def rope_angles(position, head_dim, form='paired'):
     """
     Rotation angles of tokens: position (...,3) as time, row, column → (...,head_dim) radians.
 
-    n = 2*floor(floor(head_dim/3)/2) channels each for time, row and column, w_j = 10000^(-2j/n); the rest is not
-    rotated. 'paired': both members of a pair share a frequency. 'vjepa2': the angles are tiled, as in the published
-    weights, so the members of a pair turn at different rates (not a true rotation).
+    Time, row and column have n = 2*floor(floor(head_dim/3)/2) channels each, w_j = 10000^(-2j/n). The remaining channels
+    are not rotated. 'paired': both members of a pair share a frequency. 'vjepa2': the angles are tiled, as in the
+    published weights, so the members of a pair turn at different rates (not a true rotation).
     """
     n = 2 * (head_dim // 3 // 2)
     omega = 10000 ** (-torch.arange(0, n, 2, device=position.device, dtype=torch.float32) / n)
@@ -117,7 +120,7 @@ def rope_angles(position, head_dim, form='paired'):
     if form == 'paired':
         angles = angles.repeat_interleave(2, dim=-1)
     else:
-        angles = angles.repeat(*[1] * (angles.dim() - 1), 2)
+        angles = torch.cat([angles, angles], dim=-1)
     return F.pad(angles.flatten(-2), (0, head_dim - 3 * n))
 
 
@@ -132,7 +135,7 @@ def rotate(x, rope):
 # ---- transformer block ---------------------------------------------------------------------------------------------
 
 class Attention(nn.Module):
-    """Multi-head attention; one qkv linear with rows [q; k; v] and heads inside each."""
+    """Multi-head attention. One linear layer gives [q; k; v], each with its heads side by side."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -143,19 +146,24 @@ class Attention(nn.Module):
     def forward(self, x, rope_q, rope_k, mask=None):
         """x (B,S,C), mask (S,S) bool, True where a query may look → (B,S,C)."""
         B, S, C = x.shape
-        qkv = self.qkv(x).view(B, S, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).view(B, S, 3, self.heads, C // self.heads)
         # each (B,H,S,d)
-        q, k, v = qkv.contiguous()
-        q, k = rotate(q, rope_q).to(v.dtype), rotate(k, rope_k).to(v.dtype)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()
+        q = rotate(q, rope_q).to(v.dtype)
+        k = rotate(k, rope_k).to(v.dtype)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(y.transpose(1, 2).reshape(B, S, C))
 
     def block_causal(self, x, rope):
-        """x (B,T,P,C), P tokens per step; a token sees its own and earlier steps → (B,T,P,C)."""
+        """x (B,T,P,C), P tokens per step; a token attends to its own and earlier steps → (B,T,P,C)."""
         B, T, P, C = x.shape
-        step = torch.arange(T * P, device=x.device) // P
-        mask = step[:, None] >= step if T > 1 else None
-        return self(x.view(B, T * P, C), rope[0], rope[1], mask).view(B, T, P, C)
+        rope_q, rope_k = rope
+        mask = None
+        if T > 1:
+            step = torch.arange(T * P, device=x.device) // P
+            mask = step[:, None] >= step
+        y = self(x.view(B, T * P, C), rope_q, rope_k, mask)
+        return y.view(B, T, P, C)
 
 
 class MLP(nn.Module):
@@ -199,11 +207,13 @@ class Predictor(nn.Module):
         self.predictor_embed = nn.Linear(sizes.feature_dim, width)
         self.action_encoder = nn.Linear(sizes.action_dim, width)
         self.action_cms = action_cms
-        self.state_encoder = nn.Linear(sizes.state_dim, width) if sizes.state_dim else None
-        # The published weights have it, but the published model does not use it: its token is added only when extrinsics
-        # are given.
-        published = sizes.state_dim and sizes.rope == 'vjepa2'
-        self.extrinsics_encoder = nn.Linear(sizes.action_dim - 1, width) if published else None
+        self.state_encoder = None
+        if sizes.state_dim:
+            self.state_encoder = nn.Linear(sizes.state_dim, width)
+        self.extrinsics_encoder = None
+        if sizes.state_dim and sizes.rope == 'vjepa2':
+            # Part of the published weights, though the published model is never given extrinsics.
+            self.extrinsics_encoder = nn.Linear(sizes.action_dim - 1, width)
         self.predictor_blocks = nn.ModuleList(block(sizes) for _ in range(sizes.depth))
         self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
         self.predictor_proj = nn.Linear(width, sizes.feature_dim)
@@ -211,45 +221,60 @@ class Predictor(nn.Module):
 
     def initialise(self):
         """
-        V-JEPA 2's initial values: normal 0.02, biases 0, the last linear of each residual branch divided by
-        sqrt(2 * layer). Parameters outside Linear layers (HOPE's memories) keep what their constructors gave them.
+        V-JEPA 2's initial values: normal with standard deviation 0.02, biases 0, the last linear layer of each residual
+        branch divided by sqrt(2 * layer). Parameters outside linear layers (HOPE's memories) keep their initial values.
         """
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-                if name.startswith('predictor_blocks') and name.endswith(('.attn.proj', '.titan.proj', '.fc2')):
-                    module.weight.data /= math.sqrt(2 * (int(name.split('.')[1]) + 1))
+            if not isinstance(module, nn.Linear):
+                continue
+            nn.init.normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+            if name.startswith('predictor_blocks') and name.endswith(('.attn.proj', '.titan.proj', '.fc2')):
+                layer = int(name.split('.')[1]) + 1
+                module.weight.data /= math.sqrt(2 * layer)
 
     def rope(self, steps, conditions, patches, tau, device):
         """
         (cos, sin) of queries and of keys for `steps` steps of tokens, each broadcastable to (B,H,steps*P,d).
 
         P = conditions + patches: conditioning tokens come first and are rotated in time only.
-        A query sits at the time of the step that it predicts, a key at the time of the step that it comes from:
-        rotating both by the same time would cancel. In the published form a query that predicts step t + 1 sits at t.
-        Raises ValueError where the patches are not those of the grid.
+        A query sits at the time of the step that it predicts, a key at the time of the step that it comes from. If both
+        were rotated by the same time, the rotations would cancel. In the published form a query that predicts step t + 1
+        sits at t. Raises ValueError where the number of patches does not fit the grid.
         """
-        rows, columns = self.sizes.grid or [math.isqrt(patches)] * 2
+        time = torch.arange(steps, device=device).view(1, steps, 1, 1)
+        query_time = time + 1
+        if tau is not None:
+            query_time = tau.view(-1, 1, 1, 1)
+        if self.sizes.rope == 'vjepa2':
+            query_time = query_time - 1
+        place = self.places(conditions, patches, device)
+        head_dim = self.sizes.width // self.sizes.heads
+
+        def rotation(when):
+            """when (b,steps,1,1) → (cos, sin), each (b,1,steps*P,d)."""
+            b = len(when)
+            times = when.expand(b, steps, len(place), 1)
+            places = place.expand(b, steps, len(place), 2)
+            position = torch.cat([times, places], -1)
+            angle = rope_angles(position, head_dim, self.sizes.rope)
+            angle = angle.flatten(1, 2).unsqueeze(1)
+            return angle.cos(), angle.sin()
+        return rotation(query_time), rotation(time)
+
+    def places(self, conditions, patches, device):
+        """Row and column of the tokens of one step, (P,2); conditioning tokens are at 0, 0."""
+        side = math.isqrt(patches)
+        rows, columns = self.sizes.grid or (side, side)
         if rows * columns != patches:
             why = f'a grid of {rows} x {columns}' if self.sizes.grid else 'a square; name it with grid=(rows, columns)'
             raise ValueError(f'z has {patches} patches per step, which is not {why}')
+        row = torch.arange(rows, device=device) * 1.0
         # The published scale: columns span as much as rows, whatever their number.
-        row, column = torch.meshgrid(torch.arange(rows, device=device) * 1.0,
-                                     torch.arange(columns, device=device) * (rows / columns), indexing='ij')
-        # (P,2)
-        place = F.pad(torch.stack([row.flatten(), column.flatten()], -1), (0, 0, conditions, 0))
-        time = torch.arange(steps, device=device).view(1, steps, 1, 1)
-        query_time = time + 1 if tau is None else tau.view(-1, 1, 1, 1)
-        if self.sizes.rope == 'vjepa2':
-            query_time = query_time - 1
-
-        def angles(when):
-            """when (b,steps,1,1) → (b,1,steps*P,d)"""
-            position = torch.cat([when.expand(-1, -1, len(place), 1), place.expand(*when.shape[:2], -1, 2)], -1)
-            angle = rope_angles(position, self.sizes.width // self.sizes.heads, self.sizes.rope)
-            return angle.flatten(1, 2).unsqueeze(1)
-        return tuple((angle.cos(), angle.sin()) for angle in (angles(query_time), angles(time)))
+        column = torch.arange(columns, device=device) * (rows / columns)
+        row, column = torch.meshgrid(row, column, indexing='ij')
+        place = torch.stack([row.flatten(), column.flatten()], -1)
+        return F.pad(place, (0, 0, conditions, 0))
 
     def forward(self, z, a, tau=None, memory=None, states=None, extrinsics=None):
         """
@@ -257,11 +282,11 @@ class Predictor(nn.Module):
 
         tau None: z (B,T,N,D), a (B,T,A) → z_hat (B,T,N,D); z_hat[:,t] predicts z[:,t+1] from steps <= t.
         tau (B,) integer, 0-based: z (B,1,N,D), a (B,1,A) → z_hat (B,N,D) predicts step tau in one pass.
-        memory: None starts from the learned initial memory, else what an earlier call returned; row b of the batch
-        reads and writes row b alone. Returns (z_hat, memory); ViT-AC's memory is None. z_hat is layer-normed like z,
-        but where the predictor comes from load_vjepa2.
-        states (B,T,S) where the predictor has a state token. extrinsics (B,T,A-1), the camera's, add a third conditioning
-        token to a predictor of the published form; without them there is none. Raises ValueError where shapes do not fit.
+        memory: what an earlier call returned, or None for the learned initial memory. Clip b of the batch reads and writes
+        its own memory only. Returns (z_hat, memory); ViT-AC's memory is None. z_hat is layer-normed like z, except where
+        the predictor comes from load_vjepa2.
+        states (B,T,S): required where the predictor has a state token. extrinsics (B,T,A-1) of the camera: optional, for a
+        predictor of the published form, which then gets a third conditioning token. Raises ValueError for wrong shapes.
         """
         B, T, N, _ = z.shape
         if tau is not None and (T != 1 or tau.shape != (B,)):
@@ -280,16 +305,20 @@ class Predictor(nn.Module):
         # (B,T,P,C), P = conditions + N
         x = torch.cat([torch.stack(conditions, dim=2), self.predictor_embed(z)], dim=2)
         rope = self.rope(T, len(conditions), N, tau, z.device)
-        kept = []
+        if memory is None:
+            memory = [None] * len(self.predictor_blocks)
+        new_memory = []
         for i, block in enumerate(self.predictor_blocks):
-            x, new = block(x, rope, None if memory is None else memory[i])
-            kept.append(new)
+            x, new = block(x, rope, memory[i])
+            new_memory.append(new)
         z_hat = self.predictor_proj(self.predictor_norm(x[:, :, -N:]))
         if self.sizes.normed_output:
             z_hat = F.layer_norm(z_hat, z_hat.shape[-1:])
         if tau is not None:
             z_hat = z_hat[:, 0]
-        return z_hat, None if kept[0] is None else kept
+        if new_memory[0] is None:
+            return z_hat, None
+        return z_hat, new_memory
 
 
 # ---- losses: L1 on layer-normed features ---------------------------------------------------------------------------
@@ -303,22 +332,24 @@ def teacher_forcing_loss(predictor, z, a, memory=None):
     """
     Mean L1 of every one-step prediction (V-JEPA 2, Eq. 2): z (B,T,N,D), a (B,T,A) → scalar, memory after the clips.
 
-    Steps 1..T-1 are written to the memory, the last is only a target. A memory is shown a clip in this way alone, at
-    training and at test time: a key at a time that training never wrote (T) sends jumps to T astray.
+    Steps 1..T-1 are written to the memory, the last is only a target. Clips are written to a memory by this call only, in
+    training and at test time. A test-time write of step T would spoil jumps to T: training never wrote a key at that time.
     """
     z_hat, memory = predictor(z[:, :-1], a[:, :-1], memory=memory)
-    # The whole batch as one clip: a single mean over all clips and steps.
-    return feature_loss(z_hat[None], z[None, :, 1:])[0], memory
+    # With the batch as a single clip, the loss is one mean over all clips and steps.
+    loss = feature_loss(z_hat[None], z[None, :, 1:])[0]
+    return loss, memory
 
 
 def jump_loss(predictor, z, a, tau, memory=None):
     """L1 of step tau predicted from z_1, a_1 alone: z (B,T,N,D), a (B,T,A), tau (B,) 0-based → (B,), one per clip."""
     z_hat, _ = predictor(z[:, :1], a[:, :1], tau=tau, memory=memory)
-    return feature_loss(z_hat, z[torch.arange(len(z), device=z.device), tau])
+    clip = torch.arange(len(z), device=z.device)
+    return feature_loss(z_hat, z[clip, tau])
 
 
 def rollout(predictor, z, a, steps, memory=None):
-    """Feed predictions back: z (B,T,N,D) of which step 1 alone is used, a (B,T,A) → steps 2..steps+1, (B,steps,N,D)."""
+    """Feed predictions back: z (B,T,N,D), of which only step 1 is used, a (B,T,A) → steps 2..steps+1, (B,steps,N,D)."""
     seen = z[:, :1]
     for t in range(steps):
         z_hat, _ = predictor(seen, a[:, :t + 1], memory=memory)
@@ -328,20 +359,25 @@ def rollout(predictor, z, a, steps, memory=None):
 
 def rollout_loss(predictor, z, a, steps, memory=None):
     """L1 of the last of `steps` predictions, each fed back: z (B,T,N,D), a (B,T,A) → (B,), one per clip."""
-    return feature_loss(rollout(predictor, z, a, steps, memory)[:, -1], z[:, steps])
+    predictions = rollout(predictor, z, a, steps, memory)
+    return feature_loss(predictions[:, -1], z[:, steps])
 
 
 # ---- devices ---------------------------------------------------------------------------------------------------------
 
 def pick_device(name):
     """'auto' → CUDA, else MPS, else CPU; any other name is checked. Raises Refusal for a device that is not here."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    cuda = torch.cuda.is_available()
+    mps = torch.backends.mps.is_available()
+    if name == 'auto' and cuda:
+        return 'cuda'
     if name == 'auto':
-        return 'cuda' if cuda else 'mps' if mps else 'cpu'
+        return 'mps' if mps else 'cpu'
+    gpus = torch.cuda.device_count() if cuda else 0
+    present = {'cpu': 1, 'cuda': gpus, 'mps': int(mps)}
     kind, _, index = name.partition(':')
-    here = {'cpu': 1, 'cuda': torch.cuda.device_count() if cuda else 0, 'mps': int(mps)}.get(kind)
-    if here is None or (index and not index.isdigit()):
+    if kind not in present or (index and not index.isdigit()):
         raise Refusal(f'--device={name}: allowed are auto, cpu, mps, cuda, cuda:0, cuda:1, ...')
-    if int(index or 0) >= here:
+    if int(index or 0) >= present[kind]:
         raise Refusal(f'--device={name}: there is no such device here; --device=cpu runs anywhere')
     return name

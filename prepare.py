@@ -6,8 +6,8 @@ Prepare features: simulate or import clips, encode them with a frozen encoder, w
     python prepare.py --name=mine --source=clips                                           your own clips (README)
     python prepare.py --name=slide_vitl --encoder=vitl --clips=1000       with V-JEPA 2; downloads its weights once
 
-Interrupted, the same command goes on where it stopped; a finished set is left alone. A set that was made with other
-settings, or by other code for the world or the encoder, is refused. data/<name>/clips.png shows clips of each domain,
+After an interruption, the same command goes on where it stopped; a finished set is left as it is. A set that was made with
+other settings, or by other code for the world or the encoder, is refused. data/<name>/clips.png shows clips of each domain,
 data/<name>/displacement.png how far objects slide in A and B.
 """
 import functools
@@ -41,22 +41,22 @@ seed = 1                 # physics: every random number of the set follows from 
 size = 0                 # picture size in pixels, a multiple of 16; 0 = 64 for patch, what the V-JEPA 2 model saw else [0..]
 encoder = 'patch'        # frozen: low frequencies of each patch, or V-JEPA 2 [patch | vitl | vith | vitg | vitg384 | vitb2.1 | vitl2.1 | vitg2.1 | vitG2.1]
 dim = 48                 # patch: D, the number of lowest frequencies kept [3..1536]
-weights = ''             # V-JEPA 2: official .pt, .safetensors or Hugging Face folder; '' = download once into torch's cache
+weights = ''             # V-JEPA 2: official .pt, .safetensors or Hugging Face folder; '' = download once to torch's cache
 part = ''                # V-JEPA 2: which encoder of an official .pt; '' = the published one [ | target_encoder | encoder | ema_encoder]
 encode = 'step'          # V-JEPA 2: each step's own frames, or all at once (then z_1 sees the future) [step | clip]
 # where
 device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
 batch = 32               # clips encoded at once [1..]
-# Imported, as the tests do, the knobs keep their defaults and nothing is done.
+# When this file is imported, as by the tests, the knobs keep their defaults and nothing is done.
 settings = configure(globals()) if __name__ == '__main__' else {}
 
 # Pixels per patch side, as in ViT-L/16.
 PATCH = 16
 # An interrupted run loses at most one shard.
 SHARD_BYTES = 128 * 2**20
-# Tokens that V-JEPA 2 encodes at once. They bound its memory, whatever the batch.
+# Tokens that V-JEPA 2 encodes at once, which bounds its memory for any batch.
 TOKENS = 2**14
-# Of the colours of ImageNet, as V-JEPA 2 was trained.
+# Mean and standard deviation of ImageNet's colours, by which V-JEPA 2 normalises pictures.
 MEAN = 0.485, 0.456, 0.406
 STD = 0.229, 0.224, 0.225
 
@@ -65,7 +65,8 @@ STD = 0.229, 0.224, 0.225
 
 def cosines(n):
     """The orthonormal cosine basis (DCT-II) of n samples → (n,n) float64, a row per frequency."""
-    k, i = np.arange(n)[:, None], np.arange(n)[None]
+    k = np.arange(n)[:, None]
+    i = np.arange(n)[None]
     scale = np.where(k == 0, 1, np.sqrt(2))
     return np.cos(np.pi * k * (2 * i + 1) / (2 * n)) * scale / np.sqrt(n)
 
@@ -73,7 +74,7 @@ def cosines(n):
 def cosine_basis(dim):
     """
     The lowest frequencies of the cosine basis of a TUBELET x 16 x 16 block → (TUBELET*16*16*3, dim) float32, columns by
-    rising frequency in cycles, each once for every colour.
+    rising frequency in cycles, each frequency once per colour.
     """
     shape = data.TUBELET, PATCH, PATCH
     size = math.prod(shape)
@@ -87,7 +88,7 @@ def cosine_basis(dim):
 
 
 def patch_encode(frames, basis):
-    """Patch encoder: lowest frequencies of every tubelet, (n,T,N,dim); no step sees another's frames."""
+    """Patch encoder: lowest frequencies of every tubelet, (n,T,N,dim). Each step is encoded from its own frames alone."""
     blocks = data.tubelets(frames, PATCH).mT.flatten(-2)               # (n,T,N,512*3)
     return blocks @ basis
 
@@ -115,12 +116,12 @@ def vjepa2_encode(frames, net, encode):
 
 
 def as_they_are(features):
-    """Features (n,T,N,D) that were imported need no encoder."""
+    """Imported features (n,T,N,D), which need no encoder."""
     return features
 
 
 def load_vjepa2_encoder(encoder, weights, part, size, encode, device):
-    """vjepa2_encode with the weights of a file, or the official ones; says what the user should know of them."""
+    """vjepa2_encode with the weights of a file, or the official ones; prints what the user should know about them."""
     path = weights or official_weights(encoder)
     net = load_vjepa2(path, part).to(device)
     if net.version == '2.1':
@@ -128,19 +129,19 @@ def load_vjepa2_encoder(encoder, weights, part, size, encode, device):
         if size == PATCH:
             raise Refusal(f'--size={size}: V-JEPA 2.1 needs two rows and two columns of patches, {2 * PATCH} pixels')
     if encode == 'clip':
-        print("encode='clip': all frames attend to each other, so z_1 has seen the whole clip and a jump from it is easy")
+        print("encode='clip': all frames attend to each other, so z_1 contains the whole clip and a jump from it is easy")
     return functools.partial(vjepa2_encode, net=net, encode=encode)
 
 
 # ---- sources -----------------------------------------------------------------------------------------------------------
 # A Source gives the clips of one split. There are two, PhysicsClips below and OwnClips in support/own_clips.py:
 #   count                number of clips
-#   domain               the world that they come from
-#   physics              what simulate() drew, a dict of arrays; empty for own clips
+#   domain               the domain that they come from
+#   physics              the dict of arrays of simulate(); empty for own clips
 #   actions(indices)     float32 (n,T,A) of these clips
 #   content(start, end)  the readable ones among clips start..end-1 as frames (n,F,H,W,3) uint8 or as features (n,T,N,D),
 #                        and the list of their indices
-#   example()            the content of one clip that all others are shaped like
+#   example()            the content of one clip, whose shape all others must have
 
 class PhysicsClips:
     """A Source of simulated clips."""
@@ -166,7 +167,7 @@ class PhysicsClips:
 
 
 def physics_sources(clips, test_clips, seed, size, device):
-    """Every split of the built-in physics → {split: PhysicsClips}. fit_B is for the oracle: B's world to train on."""
+    """Every split of the built-in physics → {split: PhysicsClips}. The oracle is trained on fit_B."""
     domains = {'train': 'A', 'val': 'A', 'fit_B': 'B'}
     for domain in data.DOMAINS:
         domains[f'test_{domain}'] = domain
@@ -180,7 +181,7 @@ def physics_sources(clips, test_clips, seed, size, device):
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 def save(folder, manifest, file, write):
-    """Write a file of the set atomically by calling write(file object), and note its sha256 in the manifest."""
+    """Write a file of the set atomically by calling write(file object), and put its sha256 into the manifest."""
     path = os.path.join(folder, file)
     write_atomically(path, write)
     manifest['sha256'][file] = sha256(path)
@@ -188,16 +189,16 @@ def save(folder, manifest, file, write):
 
 def take_over(folder, manifest):
     """
-    Claim the folder of a set for this run → the manifest to go on with: the given one of an empty set, or what an earlier
-    run wrote, without its damaged shards and those after them. Its 'complete' stays true where nothing is left to do.
-    Raises Refusal where another run is at work, or for a set that was made with other settings.
+    Claim the folder of a set for this run → the manifest to continue from: the given one for a new set, else that of an
+    earlier run without its damaged shards and those after them. 'complete' stays true where nothing is left to do. Raises
+    Refusal where another run is at work, or for a set that was made with other settings.
     """
     path = os.path.join(folder, 'manifest.json')
     os.makedirs(folder, exist_ok=True)
     if not os.path.exists(path):
         claim(folder)
         return manifest
-    # What a killed run left half-written is removed.
+    # Of a run that was killed. claim() removes them.
     half_written = [f.path.removesuffix('.tmp') for f in os.scandir(folder) if f.name.endswith('.tmp')]
     claim(folder, *half_written)
     found = parse_manifest(path)
@@ -217,26 +218,28 @@ def take_over(folder, manifest):
 
 def write_split(folder, manifest, split, source, encode_clips, batch, shard_clips):
     """
-    Encode and write the shards of a split that an earlier run has not written, then its actions and physics.
+    Encode and write the shards of a split that are still missing, then its actions and physics.
 
     encode_clips: content of n clips → features (n,T,N,D). batch: clips encoded at once. Returns the number of clips that
     were left out; raises Refusal where that is all of them.
     """
     shards = manifest['splits'][split]['shards']
     done = min(source.count, len(shards) * shard_clips)
-    # The bar counts a clip as done when it is asked for the next.
+    # Each further next() counts one clip as done.
     bar = data.progress(range(done, source.count), split)
     next(bar, None)
     for shard_start in range(done, source.count, shard_clips):
         shard_end = min(shard_start + shard_clips, source.count)
-        # One array, filled: small ones kept between the encoder's large ones would pin gigabytes of freed memory.
+        # Filled batch by batch. Small arrays, allocated between the encoder's large ones, would keep gigabytes of freed
+        # memory from being returned to the system.
         z = np.empty((shard_end - shard_start, *manifest['shape']), np.float16)
         kept = []
         for start in range(shard_start, shard_end, batch):
             end = min(start + batch, shard_end)
             content, readable = source.content(start, end)
             if readable:
-                z[len(kept):len(kept) + len(readable)] = encode_clips(content).half().cpu().numpy()
+                features = encode_clips(content).half().cpu().numpy()
+                z[len(kept):len(kept) + len(readable)] = features
             kept += readable
             for _ in range(start, end):
                 next(bar, None)
@@ -256,8 +259,9 @@ def write_split(folder, manifest, split, source, encode_clips, batch, shard_clip
 
 
 def stored(folder, manifest, clips, steps):
-    """The first clips of train as they were stored, layer-normed like what data.Split gives → (n,steps,N,D) float32."""
-    arrays, missing = [], clips
+    """The first clips of train as they were stored, layer-normed as in data.Split → (n,steps,N,D) float32."""
+    arrays = []
+    missing = clips
     for shard in manifest['splits']['train']['shards']:
         z = np.load(os.path.join(folder, shard['file']), mmap_mode='r')[:missing, :steps]
         arrays.append(z)
@@ -271,11 +275,14 @@ def stored(folder, manifest, clips, steps):
 def fit_decoder(folder, manifest, source, device):
     """
     Least squares from layer-normed features to a tubelet's pixels → float32 (D+1, 3*512), the last row the bias.
-    It turns predicted features back into pictures (data.pictures), whatever the encoder was. source: that of train.
+
+    data.pictures turns predicted features back into pictures with it, for any encoder. source: that of train.
     """
-    xx, xy, done = 0, 0, 0
+    xx = xy = 0
+    done = 0
+    steps = manifest['shape'][0]
     first_shard = manifest['splits']['train']['shards'][0]
-    z = stored(folder, manifest, min(512, first_shard['clips']), manifest['shape'][0])
+    z = stored(folder, manifest, min(512, first_shard['clips']), steps)
     tried = first_shard['clips'] + len(first_shard['skipped'])
     for start in range(0, tried, 32):
         if done == len(z):
@@ -292,17 +299,19 @@ def fit_decoder(folder, manifest, source, device):
     return torch.linalg.solve(xx + ridge, xy).float().cpu().numpy()
 
 
-# ---- what there is to see ----------------------------------------------------------------------------------------------
+# ---- figures and pictures ----------------------------------------------------------------------------------------------
 
 def print_read_out(folder, manifest, position):
     """
-    Print how much of the displacement over the clip z_1 tells by itself. position: (clips,F,2) of train.
+    Print how much of the displacement over the clip z_1 alone explains. position: (clips,F,2) of train.
 
-    Before the push, z_1 can know where there is room to slide, no more. What is above that, it has seen in the future.
+    z_1 is seen before the push and can tell only how much room there is to slide. More than that would have leaked into
+    z_1 from the future.
     """
     _, patches, dim = manifest['shape']
     # At most 512 MiB of float32.
-    z_1 = stored(folder, manifest, min(1600, 2**27 // (patches * dim)), 1)
+    clips = min(1600, 2**27 // (patches * dim))
+    z_1 = stored(folder, manifest, clips, 1)
     position = position[:len(z_1)]
     displacement = torch.from_numpy(position[:, -1] - position[:, 0])
     explained = data.explained(z_1.flatten(1), displacement)
@@ -318,7 +327,7 @@ def draw_pictures(folder, clips, seed):
         return
     rows = {}
     for domain, physics in data.DOMAINS.items():
-        # The same draws in every row: only the physics differs.
+        # With the same random numbers in every row, only the physics differs.
         drawn = data.simulate(domain, 8, seed, 'test_A')
         mu, mass, camera = physics[:3]
         turned = f', {camera}°' if camera else ''
@@ -332,18 +341,18 @@ def draw_pictures(folder, clips, seed):
     plots.draw_displacement(os.path.join(folder, 'displacement.png'), slid['A'], slid['B'])
 
 
-# ---- what is done ------------------------------------------------------------------------------------------------------
+# ---- the run -----------------------------------------------------------------------------------------------------------
 
 def check_settings(size, source, split):
     """Raise Refusal for settings that do not go together."""
     if size % PATCH:
         raise Refusal(f'--size={size}: must be a multiple of {PATCH}')
     if split and source == 'physics':
-        raise Refusal(f'--split={split}: numbers clips of your own; name their folder with --source')
+        raise Refusal(f'--split={split}: is for clips of your own; name their folder with --source')
 
 
 def code_of_set(encoder, source):
-    """The functions and classes that the files of a set depend on; data.py's world is followed from them by name."""
+    """The functions and classes that the files of a set depend on. made_from.depends_on follows the names in them."""
     if encoder == 'none':
         return [type(source)]
     if encoder == 'patch':
@@ -352,7 +361,7 @@ def code_of_set(encoder, source):
 
 
 def new_manifest(shape, sources, made_from):
-    """The manifest of a set of which nothing is written yet. shape: [T, N, D]; raises Refusal where N is no square."""
+    """The manifest of a new set. shape: [T, N, D]. Raises Refusal where N is not a square number."""
     side = math.isqrt(shape[1])
     if side ** 2 != shape[1]:
         raise Refusal(f'{shape[1]} patches per step are not a square grid')
@@ -363,7 +372,8 @@ def new_manifest(shape, sources, made_from):
 
 def write_set(folder, manifest, sources, encode_clips, batch, device):
     """Write what is missing of a set; returns the number of clips that were left out. See write_split."""
-    shard_clips = max(1, SHARD_BYTES // (2 * math.prod(manifest['shape'])))
+    clip_bytes = 2 * math.prod(manifest['shape'])
+    shard_clips = max(1, SHARD_BYTES // clip_bytes)
     skipped = 0
     for split, source in sources.items():
         skipped += write_split(folder, manifest, split, source, encode_clips, batch, shard_clips)
@@ -383,16 +393,18 @@ if __name__ == '__main__':
     size = size or 64
     check_settings(size, source, split)
 
-    # The clips.
+    # The clips
     if source == 'physics':
         sources = physics_sources(clips, test_clips, seed, size, device)
     else:
-        # V-JEPA 2 was trained on the middle of the picture: short side to 256/224 of the crop. The patch encoder sees all.
-        short = size if encoder == 'patch' else int(size * 256 / 224)
+        short = size
+        if encoder != 'patch':
+            # V-JEPA 2 was trained on the middle of pictures whose short side is 256/224 of the crop.
+            short = int(size * 256 / 224)
         crop = own_clips.Crop(size, short, data.TUBELET)
         sources = own_clips.open_sources(source, split, crop, skip_bad, device)
 
-    # The encoder. Own features are taken as they are.
+    # The encoder
     example = sources['train'].example()
     if example.dtype != torch.uint8:
         encoder, encode_clips = 'none', as_they_are
@@ -402,18 +414,17 @@ if __name__ == '__main__':
         encode_clips = load_vjepa2_encoder(encoder, weights, part, size, encode, device)
     shape = list(encode_clips(example).shape[1:])                      # T, N, D
 
-    # The set, and what is already there of it. A set that was made from anything else is refused.
+    # What the set is made from. A set that was made from anything else is refused.
     counts = {key: sources[key].count for key in sources}
+    code = depends_on(code_of_set(encoder, sources['train']))
     made_from = {'source': source, 'split': split, 'encoder': encoder, 'encode': encode, 'weights': weights, 'part': part,
-                 'seed': seed, 'size': size, 'skip_bad': skip_bad, 'clips': counts,
-                 **depends_on(code_of_set(encoder, sources['train']))}
-    # As it will be read back: tuples become lists.
+                 'seed': seed, 'size': size, 'skip_bad': skip_bad, 'clips': counts, **code}
+    # As it is read back from JSON, where tuples are lists.
     made_from = json.loads(json.dumps(made_from))
-    manifest = new_manifest(shape, sources, made_from)
     folder = folder_of(name)
-    manifest = take_over(folder, manifest)
+    manifest = take_over(folder, new_manifest(shape, sources, made_from))
     if manifest['complete']:
-        print(f'{folder} is complete, every file as it was written; nothing to do')
+        print(f'{folder} is complete and undamaged; nothing to do')
         raise SystemExit
 
     print(f'{folder}: {sum(counts.values()):,} clips of {shape[0]} steps x {shape[1]} patches x {shape[2]}')
@@ -424,9 +435,9 @@ if __name__ == '__main__':
         draw_pictures(folder, clips, seed)
     manifest['complete'] = True
     write_manifest(folder, manifest)
-    said = f'done in {time.time() - began:.0f} s'
+    message = f'done in {time.time() - began:.0f} s'
     if source == 'physics':
-        said += f'; pictures: {folder}/clips.png'
+        message += f'; pictures: {folder}/clips.png'
     if skip_bad:
-        said += f'; {skipped} clips skipped'
-    print(said)
+        message += f'; {skipped} clips skipped'
+    print(message)

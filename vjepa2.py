@@ -33,8 +33,8 @@ class VideoEncoder(nn.Module):
     """
     The frozen V-JEPA 2 video encoder: 3D patches, full attention, final LayerNorm; no CLS token, no position table.
 
-    version '2' or '2.1'. V-JEPA 2.1 adds an embedding that tells a picture from a video, embeds a single frame by itself,
-    and its rotation is a true one, on rows and columns stretched to the 16 x 16 patches of its pretraining. Raises
+    version '2' or '2.1'. V-JEPA 2.1 adds one embedding to pictures and another to videos, and a single frame has patches of
+    its own. Its rotation is a true one, on rows and columns stretched to the 16 x 16 patches of its pretraining. Raises
     ValueError for any other version.
     """
 
@@ -53,37 +53,44 @@ class VideoEncoder(nn.Module):
             self.patch_embed_img = nn.ModuleDict({'proj': nn.Conv3d(3, width, (1, 16, 16), stride=(1, 16, 16))})
             self.img_mod_embed = nn.Parameter(torch.zeros(1, 1, width))
             self.video_mod_embed = nn.Parameter(torch.zeros(1, 1, width))
-            # The last one is the output's. The others served the distillation of intermediate layers.
+            # Only the last one is used. The others belong to intermediate layers, for distillation.
             self.norms_block = nn.ModuleList(nn.LayerNorm(width, eps=1e-6) for _ in range(4))
 
     def embed(self, video):
         """Video (B,3,F,H,W) → patches (B,D,T,rows,columns)."""
         single = video.shape[2] == 1
-        if self.version == '2':
-            # A tubelet is two frames: a single one is doubled.
-            return self.patch_embed['proj'](video.repeat(1, 1, 2, 1, 1) if single else video)
-        if single:
+        if self.version == '2.1' and single:
             return self.patch_embed_img['proj'](video) + self.img_mod_embed.view(-1, 1, 1, 1)
-        return self.patch_embed['proj'](video) + self.video_mod_embed.view(-1, 1, 1, 1)
+        if self.version == '2.1':
+            return self.patch_embed['proj'](video) + self.video_mod_embed.view(-1, 1, 1, 1)
+        if single:
+            # A tubelet is two frames, so a single frame is repeated.
+            video = video.repeat(1, 1, 2, 1, 1)
+        return self.patch_embed['proj'](video)
 
     def forward(self, video):
         """
-        Normalised video (B,3,F,H,W) → features (B,T*N,D) ordered time, row, column; what fills no patch is dropped.
+        Normalised video (B,3,F,H,W) → features (B,T*N,D) in raster order: time, row, column.
 
-        A single frame gives one step. Raises ValueError for a video without frames and, in 2.1, for one row or one column.
+        A single frame gives one step. Frames and pixels beyond the last whole patch are dropped. Raises ValueError for a
+        video without frames and, in 2.1, for a single row or column of patches.
         """
         if video.shape[2] == 0:
             raise ValueError('the video has no frames')
         x = self.embed(video)
         steps, rows, columns = x.shape[2:]
-        position = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in (steps, rows, columns)))
+        time = torch.arange(steps, device=x.device)
+        row = torch.arange(rows, device=x.device)
+        column = torch.arange(columns, device=x.device)
+        position = torch.cartesian_prod(time, row, column)
         if self.version == '2.1':
             if min(rows, columns) == 1:
                 raise ValueError(f'V-JEPA 2.1 needs two rows and two columns of patches, not {rows} x {columns}')
             position = position * torch.tensor([1, 15 / (rows - 1), 15 / (columns - 1)], device=x.device)
-        angle = rope_angles(position, self.head_dim, 'vjepa2' if self.version == '2' else 'paired')
+        form = 'vjepa2' if self.version == '2' else 'paired'
+        angle = rope_angles(position, self.head_dim, form)
         rope = angle.cos(), angle.sin()
-        # (B,1,S,D): one step of tokens, so there is no mask.
+        # As a single step of tokens, (B,1,S,D), which Block does not mask.
         x = x.flatten(2).transpose(1, 2).unsqueeze(1)
         for block in self.blocks:
             x, _ = block(x, (rope, rope))
@@ -93,12 +100,12 @@ class VideoEncoder(nn.Module):
 
 # ---- published files -------------------------------------------------------------------------------------------------
 
-# width → heads of the published models
+# The number of heads of the published models, by their width.
 HEADS = {
     'encoder': {768: 12, 1024: 16, 1280: 16, 1408: 22, 1664: 26},
     'predictor': {1024: 16, 384: 16},
 }
-# Hugging Face's names → those of the official files
+# The official names of tensors, by their Hugging Face names.
 TENSORS = {
     'embeddings.patch_embeddings.proj': 'patch_embed.proj', 'layernorm': 'norm', 'layer': 'blocks',
     'attention.proj': 'attn.proj', 'attention.query': 'attn.q', 'attention.key': 'attn.k', 'attention.value': 'attn.v',
@@ -109,8 +116,8 @@ def read_weights(path, part):
     """
     The tensors of one part of an official V-JEPA 2 file under their official names → ({name: tensor}, heads or None).
 
-    path: an official .pt, a .safetensors file, or a Hugging Face folder with config.json and *.safetensors. Nothing in a
-    file is executed. Raises Refusal for a missing or broken file, and for a part that it does not have.
+    path: an official .pt, a .safetensors file, or a Hugging Face folder with config.json and *.safetensors. No code in a
+    file is run. Raises Refusal for a missing or broken file, and for a part that it does not have.
     """
     if not os.path.exists(path):
         raise Refusal(f'no V-JEPA 2 weights at {path!r}')
@@ -123,8 +130,8 @@ def read_weights(path, part):
         return read_official(path, part), None
     if part == 'predictor':
         raise Refusal(f'{path}: Hugging Face files hold no action-conditioned predictor; take vjepa2-ac-vitg.pt')
-    stored, heads = read_safetensors(path, files)
-    return official_names(stored), heads
+    tensors, heads = read_safetensors(path, files)
+    return official_names(tensors), heads
 
 
 def read_official(path, part):
@@ -132,17 +139,22 @@ def read_official(path, part):
     parts = {name: value for name, value in peek(path).items() if isinstance(value, dict) and value}
     if part not in parts:
         raise Refusal(f'{path} has no part {part!r}; it has {", ".join(map(repr, parts)) or "none"}')
-    return {str(name).removeprefix('module.').removeprefix('backbone.'): value for name, value in parts[part].items()}
+    state = {}
+    for name, tensor in parts[part].items():
+        name = str(name).removeprefix('module.').removeprefix('backbone.')
+        state[name] = tensor
+    return state
 
 
 def read_safetensors(path, files):
-    """The tensors of .safetensors files under their own names, and the heads that a config.json in path names, or None."""
+    """The tensors of .safetensors files under their own names, and the number of heads in path/config.json, or None."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError:
         raise Refusal(f'{path}: .safetensors need the package: pip install safetensors') from None
-    state, heads = {}, None
+    state = {}
+    heads = None
     config = os.path.join(path, 'config.json')
     try:
         for file in files:
@@ -163,13 +175,15 @@ def official_names(stored):
         if not name.startswith('encoder.'):
             continue
         name = name.removeprefix('encoder.')
-        for theirs, ours in TENSORS.items():
-            name = re.sub(rf'(^|\.){re.escape(theirs)}\.', rf'\1{ours}.', name)
+        for theirs, official in TENSORS.items():
+            name = re.sub(rf'(^|\.){re.escape(theirs)}\.', rf'\1{official}.', name)
         state[name] = tensor
-    for query in [name for name in state if '.attn.q.' in name]:
+    queries = [name for name in state if '.attn.q.' in name]
+    for query in queries:
         names = [query.replace('.attn.q.', f'.attn.{x}.') for x in 'qkv']
         if all(name in state for name in names):
-            state[query.replace('.attn.q.', '.attn.qkv.')] = torch.cat([state.pop(name) for name in names])
+            q, k, v = (state.pop(name) for name in names)
+            state[query.replace('.attn.q.', '.attn.qkv.')] = torch.cat([q, k, v])
     return state
 
 
@@ -177,41 +191,45 @@ def load_vjepa2(path, part='target_encoder', heads=None, grid=None):
     """
     A module with official V-JEPA 2 weights, in eval mode, its sizes read from the weights.
 
-    part: 'target_encoder' (what the action-conditioned model was trained on), 'encoder' or 'ema_encoder' (where the two
-    distilled encoders of V-JEPA 2.1 lie) → VideoEncoder of V-JEPA 2 or 2.1, as the weights are; 'predictor' → Predictor,
+    part: 'target_encoder' (whose features the action-conditioned model was trained on), 'encoder' or 'ema_encoder' (the two
+    distilled encoders of V-JEPA 2.1) → VideoEncoder of V-JEPA 2 or 2.1, as the weights are; 'predictor' → Predictor,
     called as predictor(z, a, states=s), whose output is not layer-normed (as published). path: see read_weights.
-    heads: where neither the width nor a config.json tells. grid: (rows, columns) of patches that the predictor is to
-    see; None means square. Raises Refusal that names the first missing, unexpected or misshapen tensor; nothing is half
-    loaded. Raises ValueError for the grid of an encoder, which reads it off the video.
+    heads: their number, where neither the width nor a config.json tells it. grid: (rows, columns) of the predictor's
+    patches; None means square. Raises Refusal that names the first missing, unexpected or misshapen tensor. Raises
+    ValueError for a grid with an encoder, which takes it from the video.
     """
     if grid and part != 'predictor':
         raise ValueError(f'grid belongs to the predictor; part {part!r} takes it from the video')
     if part not in ('target_encoder', 'encoder', 'ema_encoder', 'predictor'):
         raise Refusal(f"part {part!r}: allowed are 'target_encoder', 'encoder', 'ema_encoder' and 'predictor'")
-    state, told = read_weights(path, part)
+    state, configured_heads = read_weights(path, part)
     where = f'{path}, {part}'
     for name, value in state.items():
         if not torch.is_tensor(value):
             raise Refusal(f'{where}: {name} is not a tensor')
-    # Some files hold a table of positions, which a rotary model has no use for.
+    # Some files have a table of positions, which the rotary models do not use.
     state.pop('pos_embed', None)
-    # Sizes first, memory only when all of them fit.
+    # On the meta device, sizes can be compared before any memory is allocated.
     with torch.device('meta'):
         if part == 'predictor':
             net = empty_predictor(state, where, heads, grid)
         else:
-            net = empty_encoder(state, where, heads or told)
-    wanted = net.state_dict()
-    for name, tensor in wanted.items():
+            net = empty_encoder(state, where, heads or configured_heads)
+    check_tensors(state, net.state_dict(), where)
+    net.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    return net.eval()
+
+
+def check_tensors(state, expected, where):
+    """Raise Refusal unless a file's tensors have the names and shapes of the expected ones."""
+    for name, tensor in expected.items():
         if name not in state:
             raise Refusal(f'{where}: tensor {name} is missing')
         if state[name].shape != tensor.shape:
             raise Refusal(f'{where}: tensor {name} is {tuple(state[name].shape)}, must be {tuple(tensor.shape)}')
-    unexpected = sorted(set(state) - set(wanted))
+    unexpected = sorted(set(state) - set(expected))
     if unexpected:
         raise Refusal(f'{where}: {len(unexpected)} unexpected tensors, the first is {unexpected[0]}')
-    net.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
-    return net.eval()
 
 
 def length(state, where, name, axis=0):
@@ -222,7 +240,7 @@ def length(state, where, name, axis=0):
 
 
 def depth_of(state, blocks):
-    """The number of blocks that the names of the tensors tell, at most that of the tensors: a name alone is no block."""
+    """The number of blocks, from the tensors' names. The number of tensors is the cap, against hostile names."""
     numbers = [int(name.split('.')[1]) for name in state if re.match(rf'{blocks}\.\d+\.', name)]
     return min(1 + max(numbers), len(state))
 
@@ -230,13 +248,13 @@ def depth_of(state, blocks):
 def check_heads(heads, width, where):
     """Raise Refusal for a number of heads that is not known or does not divide the width."""
     if not heads:
-        raise Refusal(f'{where}: width {width} does not tell the number of heads; name it with heads=')
+        raise Refusal(f'{where}: the number of heads is not known for width {width}; give it with heads=')
     if width % heads:
         raise Refusal(f'{where}: width {width} is not a multiple of {heads} heads')
 
 
 def empty_encoder(state, where, heads):
-    """A VideoEncoder of the sizes that the weights tell."""
+    """A VideoEncoder of the weights' sizes."""
     width = length(state, where, 'patch_embed.proj.weight')
     hidden = length(state, where, 'blocks.0.mlp.fc1.weight')
     heads = heads or HEADS['encoder'].get(width)
@@ -246,7 +264,7 @@ def empty_encoder(state, where, heads):
 
 
 def empty_predictor(state, where, heads, grid):
-    """A Predictor of the sizes that the weights tell, in the published form."""
+    """A Predictor of the weights' sizes, in the published form."""
     width = length(state, where, 'predictor_norm.weight')
     hidden = length(state, where, 'predictor_blocks.0.mlp.fc1.weight')
     heads = heads or HEADS['predictor'].get(width)
@@ -263,11 +281,12 @@ def empty_predictor(state, where, heads, grid):
 
 def start_from(predictor, path):
     """
-    Give a predictor the weights of a checkpoint, ours or an official action-conditioned one → (names that start anew,
-    names that are dropped).
+    Load the weights of a checkpoint, ours or an official action-conditioned one, into a predictor → (names of tensors that
+    keep their initial values, names of stored tensors that are dropped).
 
-    Ours must fit in every tensor. Of an official one the encoders of actions and states may have other sizes or be absent
-    here (own clips have a push of two numbers and no states): those start anew or are dropped. Raises Refusal else.
+    One of ours must fit in every tensor. The encoders of actions and states of an official one may have other sizes than
+    here, or not exist here (own clips have a push of two numbers and no states): these keep their initial values or are
+    dropped. Raises Refusal for any other difference.
     """
     if not os.path.isfile(path):
         raise Refusal(f'init_from = {path}: there is no such file')
@@ -279,25 +298,26 @@ def start_from(predictor, path):
     try:
         predictor.load_state_dict(state)
     except RuntimeError as error:
-        raise Refusal(f'init_from = {path}: not this predictor: {" ".join(str(error).split())[:200]}') from None
+        words = ' '.join(str(error).split())[:200]
+        raise Refusal(f'init_from = {path}: does not fit this predictor: {words}') from None
     return new, dropped
 
 
 def official_start(predictor, path):
-    """What a predictor takes of an official file → (its weights, names that start anew, names that are dropped)."""
-    mine = predictor.state_dict()
+    """The weights of an official file for a predictor → (weights, names that keep initial values, names dropped)."""
+    initial = predictor.state_dict()
     state = load_vjepa2(path, 'predictor', predictor.sizes.heads).state_dict()
     if predictor.sizes.rope != 'vjepa2':
-        raise Refusal(f"{path}: official weights know the published rotation only; set rope = 'vjepa2'")
+        raise Refusal(f"{path}: official weights need the published rotation; set rope = 'vjepa2'")
     new, dropped = [], []
-    for name in {**state, **mine}:
+    for name in {**state, **initial}:
         if not name.startswith(('action_encoder', 'state_encoder', 'extrinsics_encoder')):
             continue
-        if name not in mine:
+        if name not in initial:
             del state[name]
             dropped.append(name)
-        elif name not in state or state[name].shape != mine[name].shape:
-            state[name] = mine[name]
+        elif name not in state or state[name].shape != initial[name].shape:
+            state[name] = initial[name]
             new.append(name)
     return state, new, dropped
 
@@ -305,13 +325,14 @@ def official_start(predictor, path):
 # ---- download ----------------------------------------------------------------------------------------------------------
 
 class Official(NamedTuple):
-    """An official encoder: where its weights are published, and what it was trained on."""
-    # On Hugging Face; None where the official file is all there is.
+    """An official encoder: where its weights are published, and the pictures that it was trained on."""
+    # The Hugging Face repository; None where there is only an official file
     repository: str | None
-    # The official file, and the part of it that is the published encoder.
+    # The official file
     file: str
+    # The part of the file that is the published encoder
     part: str
-    # Side of a picture.
+    # Side of a picture
     pixels: int
 
 
@@ -344,12 +365,13 @@ def official_weights(encoder):
 
 def download(encoder, repository, address, path):
     """
-    The official weights of a Hugging Face repository, into path. An interrupted download goes on where it stopped; size
-    and sha256 are compared with the server's before the file gets its name. Raises Refusal without network, which names
-    the encoder and the address of the same weights elsewhere.
+    Download the official weights of a Hugging Face repository to path.
+
+    An interrupted download goes on where it stopped. Size and sha256 are compared with the server's before the file is
+    renamed to path. Without network it raises a Refusal that names the encoder and another address of the same weights.
     """
     try:
-        # Before a gigabyte is fetched that could not be read.
+        # Needed to read the file. Checked before a gigabyte is downloaded.
         import safetensors  # noqa: F401
     except ImportError:
         raise Refusal(f'--encoder={encoder}: official weights need the package: pip install safetensors') from None
@@ -357,30 +379,30 @@ def download(encoder, repository, address, path):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     partial = path + '.part'
     try:
-        digest, length = ask_for_checksum(url)
-        fetch(url, partial, length, f'downloading {encoder}')
+        digest, size = ask_for_checksum(url)
+        fetch(url, partial, size, f'downloading {encoder}')
     # URLError, a timeout and a full disk are OSErrors.
     except (OSError, http.client.HTTPException) as error:
         raise Refusal(f'--encoder={encoder}: cannot download ({error}); get model.safetensors from '
                       f'https://huggingface.co/{repository} or {address} and name it with --weights') from None
     done = os.path.getsize(partial)
-    if done < length:
-        raise Refusal(f'{url}: the connection ended after {done:,} of {length:,} bytes; the same command goes on')
-    if done > length or sha256(partial) != digest:
+    if done < size:
+        raise Refusal(f'{url}: the connection ended after {done:,} of {size:,} bytes; the same command goes on')
+    if done > size or sha256(partial) != digest:
         os.remove(partial)
-        raise Refusal(f'{url}: what came does not have the sha256 that the server named; try again')
+        raise Refusal(f'{url}: the downloaded file does not have the sha256 that the server gave; try again')
     os.replace(partial, path)
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """The first answer of the server carries the size and sha256 of a file; where it sends us does not."""
+    """Follows no redirect: size and sha256 of a file are in the server's first answer only."""
 
     def redirect_request(self, *args):
         return None
 
 
 def ask_for_checksum(url):
-    """The sha256 and the size in bytes that Hugging Face names for a file."""
+    """The sha256 and the size in bytes that Hugging Face gives for a file."""
     request = urllib.request.Request(url, method='HEAD')
     try:
         answer = urllib.request.build_opener(NoRedirect).open(request, timeout=30)
@@ -389,23 +411,25 @@ def ask_for_checksum(url):
             raise
         answer = error
     digest = (answer.headers.get('X-Linked-Etag') or '').strip('"')
-    length = int(answer.headers.get('X-Linked-Size') or 0)
-    if not re.fullmatch('[0-9a-f]{64}', digest) or not length:
-        raise Refusal(f'{url}: the server names no size and sha256 to check a download by')
-    return digest, length
+    size = int(answer.headers.get('X-Linked-Size') or 0)
+    if not re.fullmatch('[0-9a-f]{64}', digest) or not size:
+        raise Refusal(f'{url}: the server gives no size and sha256 to check the download by')
+    return digest, size
 
 
-def fetch(url, path, length, label):
-    """Append to path what is missing of the `length` bytes at url, until the connection ends."""
-    done = os.path.getsize(path) if os.path.exists(path) else 0
-    if done >= length:
+def fetch(url, path, size, label):
+    """Append to path what is missing of the `size` bytes at url, until the connection ends."""
+    done = 0
+    if os.path.exists(path):
+        done = os.path.getsize(path)
+    if done >= size:
         return
     request = urllib.request.Request(url, headers={'Range': f'bytes={done}-'})
     with urllib.request.urlopen(request, timeout=30) as body, open(path, 'ab') as f:
         if body.status != 206:
-            # The server starts from the beginning.
+            # The server sends the whole file, not the range asked for.
             done = 0
             f.truncate(done)
-        mebibytes = math.ceil((length - done) / 2**20)
+        mebibytes = math.ceil((size - done) / 2**20)
         for _ in data.progress(range(mebibytes), label, 'MiB'):
             f.write(body.read(2**20))

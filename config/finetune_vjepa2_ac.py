@@ -12,8 +12,8 @@ mlp_hidden = 4096
 data = 'mine_vitg'
 loss = 'rollout'
 rollout_steps = 2
-# The published loss is the plain sum of the two terms: equal weights from the first step to the last. They add up to one
-# here, so the gradient is half of the published one; AdamW does not notice, and grad_clip is half of the published 1.01.
+# The published loss is the plain sum of the two terms throughout. Here the weights must add up to one, which halves the
+# gradient. AdamW's steps do not depend on its scale, and grad_clip is half of the published 1.01.
 lambda_start = 0.5
 lambda_end = 0.5
 batch_size = 32

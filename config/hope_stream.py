@@ -1,5 +1,5 @@
-# Streams of worlds: the HOPE of config/hope_jump.py goes on learning on streams of 4 clips with one action gain each, the
-# Titan memory carried along and the CMS levels written after every clip. Needs out/hope.pt; took 6 minutes on one CPU core.
+# Streams of worlds: trains the HOPE of config/hope_jump.py further, on streams of 4 clips with one action gain each. The
+# Titan memory is carried along, the CMS levels are written after every clip. Needs out/hope.pt; 6 minutes on one CPU core.
 model = 'hope'
 mixer = 'both'
 cms_hidden = 236

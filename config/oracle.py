@@ -1,4 +1,4 @@
-# The oracle: the trained ViT-AC fine-tuned on other clips of B. Nobody may know B before meeting it; this is the bound.
+# The oracle: the trained ViT-AC fine-tuned on other clips of B. It is the bound for methods that do not know B beforehand.
 # Needs out/vit.pt (config/vit_jump.py); takes 2 minutes on two CPU cores. Its `val` line is on A, where it gets worse.
 model = 'vit'
 init_from = 'out/vit.pt'

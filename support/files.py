@@ -2,10 +2,10 @@
 Files: atomic writes, locks, checksums, the manifest of a data set, checkpoints.
 
     save('out/hope.pt', predictor, step=6)           hope.load() reads it back, as a predictor
-    write_atomically(path, lambda f: f.write(b''))   path is either as it was or whole
-    claim('data/slide')                              other runs stay out until this one ends
+    write_atomically(path, lambda f: f.write(b''))   path has its old content or the whole new one
+    claim('data/slide')                              refuses other runs there until this one ends
 
-A file that is missing, damaged or not ours raises Refusal, which names it. No file is ever executed.
+A file that is missing, damaged or of another kind raises Refusal, which names it. No code in a file is ever run.
 """
 import dataclasses
 import hashlib
@@ -22,13 +22,13 @@ from configurator import ROOT, Refusal
 try:
     import fcntl
 except ImportError:
-    # Windows: two runs into one place are not kept apart there.
+    # Windows does not have it, so two runs with one output are not detected there.
     fcntl = None
 
-# The version of the training code, stored in every checkpoint. Raise it when the same settings would no longer give the
-# same weights: a run that was begun with another version is then not resumed.
+# The version of the training code, stored in every checkpoint. Raise it when the same settings no longer give the same
+# weights. A run that was started with another version is refused on resume.
 VERSION = 3
-# What reading a file with unexpected content can raise.
+# The exceptions that unexpected content of a file can raise.
 MALFORMED = ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
 
 
@@ -36,8 +36,9 @@ MALFORMED = ArithmeticError, AssertionError, AttributeError, LookupError, Runtim
 
 def write_atomically(path, write):
     """
-    Call write(file) on a temporary neighbour, sync it and rename it: path is either old or whole, also after a loss of
-    power. Raises Refusal where the system does not let it be written (disk full, no permission); path is then untouched.
+    Call write(file) on a temporary file, sync it and rename it to path, which so has its old content or the whole new one,
+    even after a power failure. Raises Refusal where the system fails to write (disk full, no permission); path then keeps
+    its old content.
     """
     temporary = path + '.tmp'
     try:
@@ -51,7 +52,7 @@ def write_atomically(path, write):
             if os.path.exists(temporary):
                 os.unlink(temporary)
         if os.name == 'posix':
-            # The new name is safe once its folder is synced.
+            # Without this sync of the folder, a power failure could undo the renaming.
             folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
@@ -62,11 +63,11 @@ def write_atomically(path, write):
 
 def claim(path, *outputs):
     """
-    Keep other runs out of a file or folder until this process ends, however it ends, and remove what a killed run left
-    half-written of these outputs. Raises Refusal where another run is at work.
+    Lock a file or folder until this process ends, however it ends, and remove the temporary files that a killed run left
+    beside these outputs. Raises Refusal where another run has the lock.
     """
     if fcntl:
-        # Stays open: the system lets go of the lock when the process ends.
+        # Never closed: the system releases the lock when the process ends.
         lock = os.open(path, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -84,7 +85,7 @@ def sha256(path):
 
 
 def read_bytes(path):
-    """The bytes of a file; raises Refusal where the system does not let it be read."""
+    """The bytes of a file; raises Refusal where the system fails to read it."""
     try:
         with open(path, 'rb') as f:
             return f.read()
@@ -98,7 +99,7 @@ def read_bytes(path):
 # data/<name>/<split>_physics.npz     what data.simulate() returned
 # data/<name>/manifest.json           shapes, domains, encoder, seed, sha256 of every file and of itself, complete or not
 
-# The manifest's last entry: the sha256 of every byte before it.
+# The start of the manifest's last entry, the sha256 of every byte before it.
 MANIFEST_SEAL = b',\n "checksum": "'
 MANIFEST_KEYS = 'made_from', 'complete', 'shape', 'sha256', 'splits'
 
@@ -111,7 +112,7 @@ def folder_of(name):
 
 
 def write_manifest(folder, manifest):
-    """Write the manifest of a data set atomically, closed by its own checksum."""
+    """Write the manifest of a data set atomically, with its own checksum at the end."""
     entries = {key: value for key, value in manifest.items() if key != 'checksum'}
     text = json.dumps(entries, indent=1).encode().removesuffix(b'\n}')
     seal = MANIFEST_SEAL + hashlib.sha256(text).hexdigest().encode() + b'"\n}'
@@ -119,7 +120,7 @@ def write_manifest(folder, manifest):
 
 
 def parse_manifest(path):
-    """The manifest at a path, its 'checksum' verified; raises Refusal where a byte of it is not as it was written."""
+    """The manifest at a path; raises Refusal where a byte of it differs from what was written."""
     raw = read_bytes(path)
     text, _, seal = raw.rpartition(MANIFEST_SEAL)
     if seal != hashlib.sha256(text).hexdigest().encode() + b'"\n}':
@@ -143,22 +144,22 @@ def read_manifest(name):
 
 
 def intact(folder, manifest, file):
-    """Whether a file of a data set is there and has the sha256 that the manifest noted."""
+    """Whether a file of a data set exists and has the sha256 of the manifest."""
     path = os.path.join(folder, file)
     return os.path.isfile(path) and sha256(path) == manifest['sha256'].get(file)
 
 
 def verify(folder, manifest, files):
-    """Raise Refusal unless each of these files has the sha256 that the manifest noted. Reads every byte of them."""
+    """Raise Refusal unless each of these files has the sha256 of the manifest. Reads every byte of them."""
     for file in files:
         if not intact(folder, manifest, file):
-            raise Refusal(f'{os.path.join(folder, file)} is damaged or missing; prepare.py, called as at first, mends it')
+            raise Refusal(f'{os.path.join(folder, file)} is damaged or missing; prepare.py, run as before, repairs it')
 
 
 def map_array(folder, file):
     """
-    A .npy file of a data set, memory-mapped. Its header must claim exactly the bytes that the file has; its content is not
-    read. Raises Refusal for a file that is missing, cut short or not a .npy file.
+    A .npy file of a data set, memory-mapped. Only its header is read, which must fit the size of the file. Raises Refusal
+    for a file that is missing, cut short or not a .npy file.
     """
     if os.path.basename(file) != file:
         raise Refusal(f'{folder}: its manifest names {file!r}, which is not a file of this folder')
@@ -166,22 +167,22 @@ def map_array(folder, file):
     try:
         array = np.load(path, mmap_mode='r', allow_pickle=False)
         whole = array.offset + array.nbytes == os.path.getsize(path)
-    # A damaged header raises one of a dozen kinds, up to those of Python's tokenizer.
+    # A damaged header can raise a dozen kinds of exceptions, such as those of Python's tokenizer.
     except Exception:
         whole = False
     if not whole:
-        raise Refusal(f'{path} is damaged or missing; prepare.py, called as at first, mends it')
+        raise Refusal(f'{path} is damaged or missing; prepare.py, run as before, repairs it')
     return array
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------------------
 
-# A file of write_sealed ends in the hex SHA-256 of every byte before it.
+# A file of write_sealed ends with the SHA-256 of every byte before it, as 64 hex digits.
 SEAL_BYTES = 64
 
 
 def write_sealed(path, content):
-    """Write a dict of tensors, numbers, text and containers of them atomically, closed by its checksum."""
+    """Write a dict of tensors, numbers, text and containers of them atomically, with its checksum at the end."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     seal = hashlib.sha256(buffer.getbuffer()).hexdigest().encode()
@@ -190,12 +191,12 @@ def write_sealed(path, content):
 
 
 def read_sealed(path, device='cpu'):
-    """What write_sealed wrote; raises Refusal where a byte differs from what was written, or for what it never writes."""
+    """The content of a file of write_sealed; raises Refusal where a byte differs from what was written."""
     raw = memoryview(read_bytes(path))
     content, seal = raw[:-SEAL_BYTES], raw[-SEAL_BYTES:]
     if hashlib.sha256(content).hexdigest().encode() != seal:
         raise Refusal(f'{path} is damaged or cut short, or was not written by this code: its checksum does not fit; '
-                      'put back a copy, or delete it and make it again')
+                      'restore a copy, or delete it and make it again')
     try:
         return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except (*MALFORMED, pickle.UnpicklingError, EOFError) as error:
@@ -204,8 +205,8 @@ def read_sealed(path, device='cpu'):
 
 def peek(path):
     """
-    What a file of torch.save holds, ours or official, memory-mapped: only tensors that are used are read, and no checksum
-    is compared. Raises Refusal for anything else.
+    The content of a file of torch.save, ours or official, memory-mapped: only tensors that are used are read, and no
+    checksum is compared. Raises Refusal for any other file.
     """
     try:
         stored = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
@@ -216,9 +217,9 @@ def peek(path):
 
 def save(path, predictor, **more):
     """
-    Write a checkpoint atomically: sizes, weights and what else is handed in (tensors and plain values only).
+    Write a checkpoint atomically: sizes, weights and further entries (tensors and plain values only).
 
-    Raises Refusal for weights that are not finite and where it cannot be written; an earlier checkpoint is then untouched.
+    Raises Refusal for weights that are not finite and where writing fails; an earlier checkpoint is then untouched.
     """
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     state = predictor.state_dict()
@@ -229,8 +230,9 @@ def save(path, predictor, **more):
 
 def read_checkpoint(path, device='cpu', **fields):
     """
-    What save() wrote → dict with 'sizes' (dict), 'predictor' (its weights) and more; fields: name=type of what else it must
-    hold. hope.load() makes a predictor of it. Raises Refusal where it is missing, damaged, not finite or not a checkpoint.
+    Read a file of save() → dict with 'sizes' (dict), 'predictor' (its weights) and further entries; hope.load() makes a
+    predictor of it. fields: the names and types of further entries that it must have. Raises Refusal for a checkpoint that
+    is missing, damaged, not finite or not one of this code.
     """
     if not os.path.isfile(path):
         raise Refusal(f'no checkpoint at {path}; train one with: python train.py config/hope_jump.py')

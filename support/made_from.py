@@ -1,4 +1,4 @@
-"""The code that a data set is made from: prepare.py refuses to go on with a set that other code has made."""
+"""The code that a data set is made from: prepare.py refuses to continue a set that was made by other code."""
 import ast
 import hashlib
 import inspect
@@ -12,7 +12,7 @@ FOLDERS = ROOT, os.path.join(ROOT, 'support')
 
 
 def is_ours(value):
-    """Whether this is a function or a class of the project; exceptions do not count, no result depends on them."""
+    """Whether this is a function or a class of the project. Exceptions do not count, because no result depends on them."""
     if not inspect.isfunction(value) and not inspect.isclass(value):
         return False
     if inspect.isclass(value) and issubclass(value, BaseException):
@@ -22,13 +22,13 @@ def is_ours(value):
 
 
 def changes_a_result(statement):
-    """False for a docstring and for a refusal."""
+    """Whether a result may depend on a statement: not on a docstring, and not on a raise."""
     docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
     return not docstring and not isinstance(statement, ast.Raise)
 
 
 def code_of(function):
-    """The syntax tree of a function or class, without comments, docstrings and refusals."""
+    """The syntax tree of a function or class, without comments, docstrings and raise statements."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     for node in ast.walk(tree):
         if isinstance(getattr(node, 'body', None), list):
@@ -37,7 +37,7 @@ def code_of(function):
 
 
 def names_in(tree, module):
-    """The names that code of a module uses → (module, name) pairs; `data.GRAVITY` belongs to the module data."""
+    """The names that code of a module uses → pairs (module, name). `data.GRAVITY` gives (data, 'GRAVITY')."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
             yield module, node.id
@@ -51,9 +51,12 @@ def depends_on(functions):
     """
     What the results of functions (or classes) depend on → {'constants': {'data.GRAVITY': 9.81, ...}, 'code': sha256}.
 
-    The functions and classes of the project that they name are followed, and so on; a constant is a name in capitals.
+    It includes the functions and classes of the project that they name, those that these name, and so on. A constant is a
+    name in capitals.
     """
-    constants, code, waiting = {}, {}, list(functions)
+    constants = {}
+    code = {}
+    waiting = list(functions)
     while waiting:
         function = waiting.pop()
         if function in code:
@@ -65,8 +68,8 @@ def depends_on(functions):
             if is_ours(value):
                 waiting.append(value)
             elif name.isupper() and isinstance(value, (int, float, str, tuple, list, dict)):
-                # By its file: a script that runs is called __main__.
-                place = inspect.getmodulename(module.__file__)
-                constants[f'{place}.{name}'] = value
+                # The name of the file, because the script that runs is called __main__.
+                module_name = inspect.getmodulename(module.__file__)
+                constants[f'{module_name}.{name}'] = value
     text = '\n'.join(sorted(code.values()))
     return {'constants': constants, 'code': hashlib.sha256(text.encode()).hexdigest()}

@@ -1,5 +1,5 @@
 """
-Own clips: the folders and files that they come in. Everything is read without executing anything, and refused by name.
+Own clips: the folders and files that they come in. No code in a file is run, and a bad file is refused by its name.
 
     <clip>/actions_states/actions.npy, or <clip>/actions.npy   (rows,A), the impulse in its first non-zero row
     <clip>/feature_maps/<any>.npy                              features, (T*256,D) or (T,N,D), float16 or float32
@@ -7,8 +7,8 @@ Own clips: the folders and files that they come in. Everything is read without e
     <clip>/<any>.npy                                           or pictures, (frames,height,width,3) uint8
     <clip>/<any>.mp4, .avi, .mov, .mkv or .webm                or a video file
 
-Which clip belongs to which split is told by folders, <source>/<split>/<clip>, or by the numbers at the end of the clips'
-names. To add a layout, change read_content; to read actions that come in another way, change read_actions.
+The splits are folders, <source>/<split>/<clip>, or ranges of the numbers at the end of the clips' names. To add a layout,
+change read_content; to read other files of actions, change read_actions.
 """
 import os
 import re
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from configurator import Refusal
 
 VIDEOS = '.mp4', '.avi', '.mov', '.mkv', '.webm'
-# Patches per step of features that are stored as (T*PATCHES,D).
+# Patches per step of features that are stored as (T*PATCHES,D)
 PATCHES = 256
 
 
@@ -34,14 +34,14 @@ def number_of(path):
 
 
 def only(folder, files, what):
-    """The one of these files that a clip's folder has; raises Refusal by name where there are none or several."""
+    """The path of the only one of these files; raises Refusal that names the folder where there are none or several."""
     if len(files) != 1:
-        raise Refusal(f'{folder}: has {len(files) or "no"} {what}')
+        raise Refusal(f'{folder}: has {len(files)} {what}')
     return os.path.join(folder, files[0])
 
 
 def read_array(path):
-    """A .npy file, memory-mapped; raises Refusal by name."""
+    """A .npy file, memory-mapped; raises Refusal that names it."""
     try:
         return np.load(path, mmap_mode='r', allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -49,8 +49,9 @@ def read_array(path):
 
 
 def read_picture(path):
-    """A .png file → (H,W,3) uint8; raises Refusal by name."""
-    from PIL import Image  # comes with matplotlib
+    """A .png file → (H,W,3) uint8; raises Refusal that names it."""
+    # Installed with matplotlib.
+    from PIL import Image
     try:
         with Image.open(path, formats=['PNG']) as picture:
             return np.asarray(picture.convert('RGB'))
@@ -60,9 +61,13 @@ def read_picture(path):
 
 def read_pictures(folder):
     """A folder of pictures with consecutive numbers → frames (F,H,W,3) uint8."""
-    names = sorted((f for f in os.listdir(folder) if f.endswith('.png')), key=number_of)
-    numbers = [number_of(name) for name in names]
-    if not names or None in numbers or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+    names = [name for name in os.listdir(folder) if name.endswith('.png')]
+    numbered = names and None not in map(number_of, names)
+    if numbered:
+        names.sort(key=number_of)
+        first = number_of(names[0])
+        numbered = [number_of(name) for name in names] == list(range(first, first + len(names)))
+    if not numbered:
         raise Refusal(f'{folder}: holds no unbroken row of numbered pictures (frame_00001.png, frame_00002.png, ...)')
     frames = []
     for name in names:
@@ -81,7 +86,8 @@ def read_video_file(path):
         raise Refusal(f'{path}: video files need the package: pip install av') from None
     try:
         with av.open(path) as container:
-            return np.stack([frame.to_ndarray(format='rgb24') for frame in container.decode(video=0)])
+            frames = [frame.to_ndarray(format='rgb24') for frame in container.decode(video=0)]
+        return np.stack(frames)
     except (av.error.FFmpegError, ValueError, IndexError) as error:
         raise Refusal(f'{path}: not a readable video ({error})') from None
 
@@ -101,7 +107,7 @@ def read_frames(path):
 def read_features(path):
     """A .npy file of features, (T*256,D) or (T,N,D), float16 or float32 → (T,N,D) float16."""
     z = read_array(path)
-    whole_steps = z.ndim == 3 or z.ndim == 2 and len(z) % PATCHES == 0
+    whole_steps = z.ndim == 3 or (z.ndim == 2 and len(z) % PATCHES == 0)
     if z.dtype not in (np.float16, np.float32) or 0 in z.shape or not whole_steps:
         raise Refusal(f'{path}: must be (T*256,D) or (T,N,D), float16 or float32, not {z.shape} {z.dtype}')
     if z.ndim == 2:
@@ -116,16 +122,17 @@ def read_features(path):
 
 @dataclass
 class Crop:
-    """How own pictures become square: the short side is resized to `short` pixels, then the middle is cut out."""
-    # Pixels a side that are left.
+    """How own pictures become square: they are resized, then the middle is cut out."""
+    # Side of the square in pixels
     size: int
+    # Short side of the resized picture in pixels
     short: int
-    # Frames per time step.
+    # Frames per time step
     tubelet: int
 
 
 def resized(height, width, short):
-    """Size of a picture whose short side becomes `short` pixels; the long side is rounded down, as V-JEPA 2 was trained."""
+    """Size of a picture whose short side becomes `short` pixels. The long side is rounded down, as in V-JEPA 2."""
     least = min(height, width)
     return short * height // least, short * width // least
 
@@ -133,14 +140,16 @@ def resized(height, width, short):
 def resize_and_crop(frames, size, short):
     """Frames (F,H,W,3) uint8 of any size → (F,size,size,3) uint8, the middle of the picture."""
     x = torch.from_numpy(frames).permute(0, 3, 1, 2).float()           # (F,3,H,W)
-    x = F.interpolate(x, resized(*x.shape[-2:], short), mode='bilinear', antialias=True)
-    top, left = (x.shape[-2] - size) // 2, (x.shape[-1] - size) // 2
+    height, width = resized(*x.shape[-2:], short)
+    x = F.interpolate(x, (height, width), mode='bilinear', antialias=True)
+    top = (height - size) // 2
+    left = (width - size) // 2
     x = x[..., top:top + size, left:left + size]
     return x.clamp(0, 255).round().byte().permute(0, 2, 3, 1)          # (F,size,size,3)
 
 
 def read_content(folder, crop):
-    """What a clip's folder shows: features (T,N,D) float16, or frames (F,size,size,3) uint8."""
+    """The content of a clip's folder: features (T,N,D) float16, or frames (F,size,size,3) uint8."""
     if not os.path.isdir(folder):
         raise Refusal(f'{folder}: there is no such clip')
     maps = os.path.join(folder, 'feature_maps')
@@ -177,18 +186,18 @@ def read_actions(folder, steps):
 
 @dataclass
 class Clip:
-    """One clip, read."""
+    """The data of one clip."""
     folder: str
-    # Features (T,N,D) float16, or frames (F,size,size,3) uint8.
+    # Features (T,N,D) float16, or frames (F,size,size,3) uint8
     content: torch.Tensor
     # (T,A) float32
     actions: np.ndarray
 
 
 class OwnClips:
-    """A Source (see prepare.py) of clips that lie in folders. skip_bad: leave out what cannot be read, and name it."""
+    """A Source (see prepare.py) of clips in folders. skip_bad: leave out clips that cannot be read, and print why."""
 
-    # Unknown.
+    # Not known for own clips.
     physics = {}
 
     def __init__(self, folders, domain, first, crop, skip_bad, device):
@@ -197,7 +206,7 @@ class OwnClips:
         self.count = len(folders)
 
     def example(self):
-        """The content of the clip that all others must be shaped like."""
+        """The content of the first clip, whose shape all others must have."""
         return self.first.content[None].to(self.device)
 
     def actions(self, indices):
@@ -206,7 +215,7 @@ class OwnClips:
         return np.stack([read_actions(self.folders[i], steps) for i in indices])
 
     def content(self, start, end):
-        """Frames or features of the readable ones among clips start..end-1, and the indices of these."""
+        """Frames or features of the readable ones among clips start..end-1, and their indices."""
         clips = []
         readable = []
         for index in range(start, end):
@@ -222,20 +231,20 @@ class OwnClips:
         return torch.stack(clips).to(self.device), readable
 
     def read(self, folder):
-        """The content of one clip; raises Refusal where it is not shaped like the first."""
+        """The content of one clip; raises Refusal where its shape differs from that of the first."""
         first = self.first
         steps, numbers = first.actions.shape
-        clip = read_content(folder, self.crop)
-        if clip.shape != first.content.shape:
-            shapes = f'shape {tuple(clip.shape)} differs from {tuple(first.content.shape)}'
+        content = read_content(folder, self.crop)
+        if content.shape != first.content.shape:
+            shapes = f'shape {tuple(content.shape)} differs from {tuple(first.content.shape)}'
             raise Refusal(f'{folder}: {shapes} of {first.folder}')
         if read_actions(folder, steps).shape != first.actions.shape:
             raise Refusal(f'{folder}: its actions do not have the {numbers} numbers of {first.folder}')
-        return clip
+        return content
 
 
 def numbered_clips(parent):
-    """The clip folders in a folder, by their number or, without one, their name → {key: path}, in order of name."""
+    """The clips in a folder → {number: path}, in the order of their names. A clip without a number has its name as key."""
     numbered = {}
     for path in sorted(f.path for f in os.scandir(parent) if f.is_dir()):
         number = number_of(path)
@@ -248,18 +257,25 @@ def numbered_clips(parent):
 
 def clips_by_folder(source):
     """<source>/<split>/<clip> → {split: [folder, ...]}."""
-    names = sorted(f.name for f in os.scandir(source) if f.is_dir() and not f.name.startswith('.'))
-    return {name: list(numbered_clips(os.path.join(source, name)).values()) for name in names}
+    splits = sorted(f.name for f in os.scandir(source) if f.is_dir() and not f.name.startswith('.'))
+    found = {}
+    for split in splits:
+        clips = numbered_clips(os.path.join(source, split))
+        found[split] = list(clips.values())
+    return found
 
 
 def parse_ranges(ranges):
     """'train:17000-21999,B:22000-22999' → [(range as written, name, numbers), ...]; raises Refusal where two overlap."""
-    parsed, taken = [], set()
+    parsed = []
+    taken = set()
     for word in ranges.split(','):
         match = re.fullmatch(r'(\w+):(\d+)-(\d+)', word.strip())
         if not match or int(match[2]) > int(match[3]):
             raise Refusal(f'--split={ranges}: {word!r} is not name:first-last, such as train:17000-21999')
-        numbers = range(int(match[2]), int(match[3]) + 1)
+        first = int(match[2])
+        last = int(match[3])
+        numbers = range(first, last + 1)
         if len(numbers) > 10**7 or taken.intersection(numbers):
             raise Refusal(f'--split={ranges}: {word!r} has clips of another range, or more than ten million')
         taken.update(numbers)
@@ -268,8 +284,8 @@ def parse_ranges(ranges):
 
 
 def split_called(name):
-    """The split that a range's name means: train, val and fit_... as they are, a phase of adapt.py is test_<phase>."""
-    # A1 and A2 are both the world of A.
+    """The split of a range's name: train, val, fit_... and test_... stay; a phase of adapt.py becomes test_<phase>."""
+    # A1 and A2 are both of domain A.
     if name in ('A1', 'A2'):
         return 'test_A'
     if re.fullmatch('train|val|(fit|test)_.*', name):
@@ -282,25 +298,29 @@ def clips_by_number(source, ranges, skip_bad):
     numbered = numbered_clips(source)
     found = {}
     for written, name, numbers in parse_ranges(ranges):
-        missing = [os.path.join(source, f'clip_{number:05d}') for number in numbers if number not in numbered]
+        present = found.setdefault(split_called(name), [])
+        missing = []
+        for number in numbers:
+            if number in numbered:
+                present.append(numbered[number])
+            else:
+                missing.append(os.path.join(source, f'clip_{number:05d}'))
         if missing and not skip_bad:
             raise Refusal(f'{missing[0]}: clip is missing ({len(missing)} of {written})')
-        present = [numbered[number] for number in numbers if number in numbered]
-        found.setdefault(split_called(name), []).extend(present)
         if missing:
             print(f'skipped: {len(missing)} clips of {written} are missing, the first is {missing[0]}')
     return found
 
 
 def find_clips(source, ranges, skip_bad):
-    """The folders of own clips → {split: [folder, ...]}; without a val, every tenth clip of train is held out as one."""
+    """The folders of own clips → {split: [folder, ...]}. Without a val, every tenth clip of train is held out as val."""
     if not os.path.isdir(source):
         raise Refusal(f'--source={source}: neither "physics" nor a folder')
     found = clips_by_number(source, ranges, skip_bad) if ranges else clips_by_folder(source)
     for split in ('train', *found):
         if not found.get(split):
-            raise Refusal(f'--source={source}: split {split} has no clips; they belong into '
-                          f'{os.path.join(source, split)}/<clip>/ or into a range of --split')
+            raise Refusal(f'--source={source}: split {split} has no clips; they belong in '
+                          f'{os.path.join(source, split)}/<clip>/ or in a range of --split')
     if 'val' not in found:
         train = found['train']
         found['val'] = train[9::10] or train[-1:]
@@ -311,7 +331,7 @@ def find_clips(source, ranges, skip_bad):
 
 
 def first_clip(source, folders, crop, skip_bad):
-    """The first clip of train that can be read: the one that all others must be shaped like."""
+    """The first clip of train that can be read. All others must have its shape."""
     for folder in folders:
         try:
             content = read_content(folder, crop)
@@ -322,14 +342,15 @@ def first_clip(source, folders, crop, skip_bad):
         except Refusal:
             if not skip_bad:
                 raise
-    raise Refusal(f'--source={source}: not one of {len(folders)} clips of train can be read')
+    raise Refusal(f'--source={source}: none of the {len(folders)} clips of train can be read')
 
 
 def open_sources(source, ranges, crop, skip_bad, device):
-    """Every split of own clips → {split: OwnClips}. ranges: which numbers are which split ('' = by folder)."""
+    """Every split of own clips → {split: OwnClips}. ranges: the numbers of each split; '' = splits are folders."""
     found = find_clips(source, ranges, skip_bad)
     first = first_clip(source, found['train'], crop, skip_bad)
     sources = {}
     for split, folders in found.items():
-        sources[split] = OwnClips(folders, split.removeprefix('test_'), first, crop, skip_bad, device)
+        domain = split.removeprefix('test_')
+        sources[split] = OwnClips(folders, domain, first, crop, skip_bad, device)
     return sources

@@ -1,4 +1,4 @@
-"""Everything that is drawn, one function per panel. Each gets its numbers handed in."""
+"""All plots, one function per panel. Each gets its numbers as parameters."""
 import numpy as np
 
 
@@ -17,7 +17,7 @@ def draw_stream(file, rows, n, loss_label, diagnosed=None):
     A→B→A with n clips a phase: loss along the stream, held-out probes, and the diagnostics of one row.
 
     file: path or open file, written as PNG. rows: [{'title', 'loss': running mean, 'probes': {'A': [(clip, loss), ...],
-    'B': ...}, 'bold', 'dotted'}, ...]. diagnosed: (title, {name: values (3n,)}, what the surprise is relative to) or None.
+    'B': ...}, 'bold', 'dotted'}, ...]. diagnosed: (title, {name: values (3n,)}, reference of the surprise) or None.
     """
     plt = pyplot()
     heights = [2, 1.2, 1, 1] if diagnosed else [2, 1.2]
@@ -26,7 +26,7 @@ def draw_stream(file, rows, n, loss_label, diagnosed=None):
     for ax in axes:
         ax.axvspan(n, 2 * n, color='0.93', zorder=0)
         ax.margins(x=0.01)
-    # The two predictions that know nothing of motion come first, in grey.
+    # Grey for the first two rows, the baselines without a model.
     colours = ['0.6', '0.8'] + [f'C{i % 10}' for i in range(len(rows))]
     loss_panel(axes[0], rows, colours, n, loss_label)
     probe_panel(axes[1], rows, colours)
@@ -59,40 +59,45 @@ def probe_panel(ax, rows, colours):
     for row, colour in zip(rows, colours):
         for name, style in (('A', '-'), ('B', '--')):
             if row['probes']:
-                seen, losses = zip(*row['probes'][name])
-                ax.plot(seen, losses, style, color=colour, marker='.')
+                clips, losses = zip(*row['probes'][name])
+                ax.plot(clips, losses, style, color=colour, marker='.')
     ax.set(ylabel='held-out probes\nA (solid), B (dashed)', ylim=(0, None))
 
 
 def surprise_panel(ax, title, seen, n, reference):
     """Surprises over their mean in A₁, and in bold their means over 1, 2, 4, ... clips since the last switch of worlds."""
     x = np.arange(3 * n) + 1
-    doubling = [2 ** i - 1 for i in range(n.bit_length()) if 2 ** i <= n]
-    starts = [phase * n + clip for phase in range(3) for clip in doubling]
-    widths = np.diff(starts + [3 * n])
+    # The interval of 2^i clips starts at clip 2^i - 1 of a phase.
+    starts = []
+    for phase in range(3):
+        for i in range(n.bit_length()):
+            starts.append(phase * n + 2 ** i - 1)
+    lengths = np.diff(starts + [3 * n])
     for key, values in seen.items():
         kind, _, name = key.partition(', ')
         if kind == 'surprise':
             values = values / values[:n].mean()
-            means = np.repeat(np.add.reduceat(values, starts) / widths, widths)
-            line, = ax.plot(x, means, lw=1.2, label=name or f'loss over {reference}')
+            means = np.add.reduceat(values, starts) / lengths
+            line, = ax.plot(x, np.repeat(means, lengths), lw=1.2, label=name or f'loss over {reference}')
             ax.plot(x, values, color=line.get_color(), alpha=0.25, lw=0.8)
     ax.set(ylabel=f'surprise, over its mean in A₁\n{title}', ylim=(0, 1.3 * ax.get_ylim()[1]))
     ax.legend(fontsize=8, loc='upper left', ncols=3)
 
 
 def drift_panel(ax, title, seen):
-    """How far each block's memory and each CMS level is from its initial weights."""
+    """Distance of each block's memory and of each CMS level from its initial weights."""
     for key, values in seen.items():
         kind, _, name = key.partition(', ')
         if kind == 'drift':
-            ax.plot(np.arange(len(values)) + 1, values, label=name, ls='--' if 'CMS' in key else '-', lw=1.2)
+            x = np.arange(len(values)) + 1
+            style = '--' if 'CMS' in key else '-'
+            ax.plot(x, values, label=name, ls=style, lw=1.2)
     ax.set(ylabel=f'drift from initial weights\n{title}', yscale='log', ylim=(1e-4, 20))
     ax.legend(fontsize=8, loc='upper left', ncols=3)
 
 
 def draw_predictions(file, columns):
-    """What the last clips of B looked like, and what was predicted: {heading: pictures (clips,H,W,3) in 0..1} → PNG."""
+    """The last clips of B and their predictions: {heading: pictures (clips,H,W,3) in 0..1} → PNG."""
     plt = pyplot()
     rows = len(next(iter(columns.values())))
     size = 1.35 * len(columns), 1.4 * rows + 0.4
@@ -113,7 +118,7 @@ def draw_predictions(file, columns):
 
 def draw_domains(path, rows):
     """
-    What clips of each domain look like: a row per domain, a picture per clip.
+    Clips of each domain: a row per domain, a picture per clip.
 
     rows: {label: frames (n,F,H,W,3) float in [0,1]}, n the same in all. In each picture the first frame is dim, the
     middle one brighter and the last one bright.
@@ -136,7 +141,7 @@ def draw_domains(path, rows):
 
 
 def draw_displacement(path, a, b):
-    """Histograms of how far the objects of A and of B slide over a clip: a, b (clips,) in cm, the same impulses in both."""
+    """Histograms of the displacement over a clip in A and in B: a, b (clips,) in cm, the same impulses in both."""
     plt = pyplot()
     fig, ax = plt.subplots(figsize=(7, 3))
     edges = np.geomspace(a.min(), b.max(), 40)

@@ -397,7 +397,7 @@ def test_opening_a_split_reads_no_shard(tiny, tmp_path):
         f.seek(-1, os.SEEK_END)
         f.write(b'x')
     clips = data.open_split(folder, 'val')
-    with pytest.raises(Refusal, match='val_00000.npy is damaged or missing; prepare.py, called as at first, mends it'):
+    with pytest.raises(Refusal, match='val_00000.npy is damaged or missing; prepare.py, run as before, repairs it'):
         files.verify(folder, clips.manifest, ['val_00000.npy'])
     with open(path, 'ab') as f:
         f.write(b'x')
