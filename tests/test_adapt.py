@@ -6,13 +6,11 @@ import os
 
 import pytest
 import torch
-from conftest import TINY, refused, run
+from conftest import FEW, TINY, refused, run
 
 import adapt
 from configurator import Refusal
 from data import DOMAINS, open_split
-
-FEW = ['--clips=6', '--probe_clips=6', '--probe_every=6', '--tune_clips=1']
 
 
 @pytest.fixture(scope='module')
@@ -47,7 +45,7 @@ def test_every_method_is_tested():
 
 @pytest.mark.parametrize('method, rate', LEARNING)
 def test_a_clip_is_scored_before_it_is_shown(hope, experiment, method, rate):
-    """Known mistake 8: changing clip t beyond its target steps, or later clips, leaves the losses up to t untouched."""
+    """Changing clip t beyond its target steps, or later clips, leaves the losses up to t untouched."""
     (z, a), t = experiment.stream, 5
     before = losses(hope, method, rate, (z, a))
     z2, a2 = z.clone(), a.clone()
@@ -233,7 +231,7 @@ def test_finished_rows_are_not_run_again(hope, experiment, tmp_path, monkeypatch
 def out(tiny, trained, tmp_path_factory):
     """The folder of a finished comparison of both checkpoints."""
     folder = tmp_path_factory.mktemp('aba')
-    run('adapt.py', f'--ckpt={trained["hope"]},{trained["vit"]}', f'--data={tiny}', f'--out={folder}', *FEW)
+    run('adapt.py', f'--ckpt={trained["hope"]},{trained["vit"]}', f'--data={tiny}', f'--out={folder}', *FEW, pictures=True)
     return folder
 
 

@@ -119,18 +119,17 @@ def test_scripts_refuse_with_status_2_and_write_nothing(tmp_path):
 def test_config_files_are_found_from_any_folder(tiny, tmp_path):
     done = run('train.py', 'config/hope_jump.py', *TINY, f'--data={tiny}', '--max_iters=1', '--out=here/x.pt', cwd=tmp_path)
     assert (tmp_path / 'here' / 'x.pt').exists() and 'finished' in done.stdout
-    assert ROOT not in str(tmp_path)
 
 
 ENDS = f'''"""Ends as it is told to."""
 import sys
 sys.path.insert(0, {ROOT!r})
-import torch.distributed
 from configurator import Refusal, configure
 what = 'refusal'         # how it ends
 torchrun = False         # whether torchrun has started it
 settings = configure(globals())
 if torchrun:
+    import torch.distributed
     torch.distributed.init_process_group('gloo')
 errors = {{'refusal': Refusal('two\\nlines'), 'disk': OSError(28, 'No space left on device', 'x.pt'), 'memory': MemoryError(),
           'stop': KeyboardInterrupt(), 'bug': ZeroDivisionError()}}
@@ -162,7 +161,7 @@ def test_a_mistake_of_the_code_keeps_its_traceback(ends):
 
 
 @pytest.mark.parametrize('what, line', [
-    ('refusal', 'ends.py: two lines'),
+    pytest.param('refusal', 'ends.py: two lines', marks=pytest.mark.trust),
     ('disk', 'ends.py: No space left on device: x.pt'),
 ])
 def test_torchrun_shows_the_line_too(ends, what, line):
@@ -176,9 +175,7 @@ def test_torchrun_shows_the_line_too(ends, what, line):
 def test_scripts_find_the_project_from_any_folder(tmp_path):
     """support/ is no installed package: the folder of the script is what counts."""
     for script in ('prepare.py', 'train.py', 'adapt.py', 'bench.py', 'ablate.py'):
-        command = [sys.executable, os.path.join(ROOT, script), '--help']
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0 and '--device' in done.stdout, done.stderr
+        assert '--device' in run(script, '--help', cwd=tmp_path).stdout
 
 
 def test_imports_run_one_way():

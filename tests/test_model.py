@@ -72,7 +72,7 @@ def test_causality(kind):
 
 @both
 def test_a_clip_never_sees_another_clip(kind):
-    """Known mistake 1: memory shared across the batch."""
+    """A memory shared across the batch would tell of other clips."""
     net = train(predictor(kind))
     z, a = clips()
     tau = torch.tensor([2, 3, 4])
@@ -89,7 +89,7 @@ def test_a_clip_never_sees_another_clip(kind):
 
 @both
 def test_patches_and_action_of_a_frame_meet(kind):
-    """Known mistake 5: a frame read before it was written. Every patch's jump depends on every patch and the action."""
+    """A frame is written before it is read: every patch's jump depends on every patch and on the action."""
     net = train(predictor(kind))
     z, a = clips()
     tau = torch.tensor([2, 3, 4])
@@ -126,7 +126,7 @@ def test_teacher_forcing_is_a_jump_by_one(kind):
 
 @both
 def test_a_jump_is_made_before_its_clip_is_shown(kind):
-    """Known mistake 6: the jump's prediction depends on step 1 and the action alone."""
+    """The jump's prediction depends on step 1 and the action alone, not on a memory that has read the answer."""
     net = train(predictor(kind))
     z, a = clips()
     tau = torch.tensor([2, 3, 4])
@@ -141,7 +141,7 @@ def test_a_jump_is_made_before_its_clip_is_shown(kind):
 
 @both
 def test_every_parameter_has_a_gradient_after_two_steps(kind):
-    """Known mistake 3: adaptive projections that never trained."""
+    """Nothing is left that never trains."""
     net = train(predictor(kind), steps=2)
     z, a = clips()
     net.zero_grad()
@@ -160,7 +160,7 @@ def test_every_parameter_has_a_gradient_after_two_steps(kind):
 
 
 def test_initial_values_are_those_of_v_jepa_2():
-    """Known mistake 7: a general initialisation that undoes the special values."""
+    """No general initialisation has undone the special values."""
     sizes = dict(width=192, heads=4, mlp_hidden=384, cms_hidden=256, depth=3)
     for kind, mixer, last in (('vit', 'attn', 'mlp.fc2'), ('hope', 'titan', 'cms.levels.2.fc2')):
         net = predictor(kind, **sizes)

@@ -335,7 +335,7 @@ def test_own_pictures_are_resized_by_that_rule(height, width, high, wide, tmp_pa
 
 
 def test_features_see_one_step_or_the_whole_clip(tmp_path):
-    """encode='step': z_1 is the same whatever happens later. encode='clip': it is not (known mistake 10)."""
+    """encode='step': z_1 is the same whatever happens later. encode='clip': it is not, it has seen the future."""
     source = own_clips(tmp_path / 'clips', ('train', 'val'), 'video')
     videos = [source / 'train' / f'clip_{i:05d}' / 'video.npy' for i in (0, 1)]
     frames = [np.load(v) for v in videos]

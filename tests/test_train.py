@@ -1,13 +1,11 @@
 """Training: repeatable, resumable, the same on several processes, and stopped before damage is done."""
 import csv
-import sys
 
 import pytest
 import torch
 from conftest import TINY, refused, run
 
 STREAMS = ['--stream=4', '--stream_from=0.4', '--action_gain=0.5', '--cms_rate=5']
-TWO_PROCESSES = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 
 
 def content(path):
@@ -78,8 +76,8 @@ def test_accumulation_and_processes_change_nothing(tiny, tmp_path):
     run('train.py', *args, f'--out={tmp_path}/two.pt', '--accumulation=2')
     assert close(tmp_path / 'one.pt', tmp_path / 'two.pt', atol=2e-4)
     args.append(f'--out={tmp_path}/ddp.pt')
-    assert '2 processes' in run('train.py', *args, '--stop_at=2', launcher=TWO_PROCESSES).stdout
-    assert run('train.py', *args, '--resume=True', launcher=TWO_PROCESSES).stdout.count('finished') == 1
+    assert '2 processes' in run('train.py', *args, '--stop_at=2', processes=2).stdout
+    assert run('train.py', *args, '--resume=True', processes=2).stdout.count('finished') == 1
     assert close(tmp_path / 'one.pt', tmp_path / 'ddp.pt', atol=2e-4)
 
 
@@ -130,14 +128,14 @@ def test_the_loss_at_each_place_of_a_stream_is_logged(tiny, tmp_path):
 def test_streams_on_processes_and_micro_batches(tiny, tmp_path):
     args = [*TINY, f'--data={tiny}', *STREAMS, '--stream_from=0', '--stream=2', '--max_iters=2', '--seed=3']
     run('train.py', *args, f'--out={tmp_path}/one.pt', '--accumulation=2')
-    run('train.py', *args, f'--out={tmp_path}/ddp.pt', launcher=TWO_PROCESSES)
+    run('train.py', *args, f'--out={tmp_path}/ddp.pt', processes=2)
     assert close(tmp_path / 'one.pt', tmp_path / 'ddp.pt', atol=2e-4)
 
 
 # ---- optimiser ---------------------------------------------------------------------------------------------------------
 
 def test_only_matrices_decay(tiny, tmp_path):
-    """Known mistake 14: decay by role. Decay alone moves the matrices of linear maps and nothing else."""
+    """Chosen by dim() > 1, decay reached the memory's retention. It moves the matrices of linear maps and nothing else."""
     args = [*TINY, f'--data={tiny}', '--max_iters=1', '--warmup=0', '--decay=0', '--learning_rate=0.5']
     run('train.py', *args, '--weight_decay=0', f'--out={tmp_path}/without.pt')
     run('train.py', *args, '--weight_decay=1', f'--out={tmp_path}/with.pt')

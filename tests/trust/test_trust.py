@@ -25,19 +25,12 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import NUMBERS, ROOT, TINY, own_clips, refused, run
+from conftest import FEW, NUMBERS, ROOT, SMALL_SET, TINY, counted, own_clips, refused, run
 
 import data
 import hope
 from configurator import Refusal
 from support import files
-
-FEW = ['--clips=6', '--probe_clips=6', '--probe_every=6', '--tune_clips=1', '--device=cpu']
-
-
-def counted(few, every):
-    """Run a test with its argument `count` = few in the quick suite, = every under -m trust."""
-    return pytest.mark.parametrize('count', [few, pytest.param(every, marks=pytest.mark.trust)])
 
 
 def spread(cases, count):
@@ -160,12 +153,12 @@ def test_killed_in_training(count, tiny, tmp_path):
 def killed(script, args, folder, count, longest):
     """
     SIGKILL a script `count` times, up to `longest` seconds after it has touched its folder, calling it again each time, and
-    let the last call end. Yields the kills so far after every call that ended by itself.
+    let the last call end. Yields the kills so far after every call that ended by itself. Many kills meet pictures, too.
     """
     rng, kills = random.Random(count), 0
     while True:
         more = kills < count
-        done = run(script, *args, ok=not more,
+        done = run(script, *args, ok=not more, pictures=count > 1,
                    meanwhile=killing(signal.SIGKILL, touched(folder), rng.uniform(0, longest)) if more else None)
         if done.returncode == -signal.SIGKILL:
             kills += 1
@@ -179,7 +172,7 @@ def killed(script, args, folder, count, longest):
 def test_killed_in_preparing(count, tmp_path):
     whole, folder = tmp_path / 'whole', tmp_path / 'set'
     args = ['--size=32', '--dim=24', '--clips=60', '--test_clips=24', '--device=cpu']
-    run('prepare.py', *args, f'--name={whole}')
+    run('prepare.py', *args, f'--name={whole}', pictures=count > 1)
     sets, equals = 0, 0
     for kills in killed('prepare.py', [*args, f'--name={folder}'], folder, count, 1):
         sets, equals = sets + 1, equals + (files_of(whole) == files_of(folder))
@@ -272,7 +265,7 @@ def test_two_runs_into_one_place(tiny, trained, tmp_path):
     (tmp_path / 'x.csv').write_text(begun)
     places = {folder: ('adapt.py', f'--ckpt={trained["vit"]}', f'--data={tiny}', f'--out={folder}', *FEW, '--methods=frozen'),
               tmp_path / 'x.csv': ('train.py', *TINY, f'--data={tiny}', f'--out={out}', '--max_iters=1'),
-              tiny: ('prepare.py', f'--name={tiny}', '--size=32', '--dim=24', '--clips=48', '--test_clips=24')}
+              tiny: ('prepare.py', f'--name={tiny}', *SMALL_SET)}
     hold = ('import sys\nfrom support import files\n[files.claim(path) for path in sys.argv[1:]]\n'
             'print(1, flush=True)\nsys.stdin.read()')
     holder = subprocess.Popen([sys.executable, '-c', hold, *map(str, places)], cwd=ROOT, stdin=subprocess.PIPE,
@@ -304,8 +297,8 @@ def test_no_room_and_no_permission(tiny, tmp_path, monkeypatch):
                 files.write_atomically(str(out), lambda f: f.write(b'new'))
         assert out.read_bytes() == before and not os.path.exists(f'{out}.tmp')
     assert 'File exists' in refused(run('train.py', *TINY, f'--data={tiny}', f'--out={out}/x.pt', ok=False))
-    assert 'could not be written' in refused(run('prepare.py', f'--name={tmp_path}/set', '--size=32', '--dim=24', '--clips=48',
-                                                    '--test_clips=24', ok=False, limits={'RLIMIT_FSIZE': 20000}))
+    assert 'could not be written' in refused(run('prepare.py', f'--name={tmp_path}/set', *SMALL_SET, ok=False,
+                                                 limits={'RLIMIT_FSIZE': 20000}))
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='needs the size of a process')
@@ -384,7 +377,7 @@ def test_a_damaged_shard_is_mended_by_the_same_command(tiny, tmp_path):
     (folder / 'val_00000.npy').write_bytes(b'damaged')
     (folder / 'test_B_actions.npy').unlink()
     (folder / 'val_00000.npy.tmp').write_bytes(b'left over')
-    said = run('prepare.py', f'--name={folder}', '--size=32', '--dim=24', '--clips=48', '--test_clips=24').stdout
+    said = run('prepare.py', f'--name={folder}', *SMALL_SET).stdout
     assert 'val_00000.npy, test_B_actions.npy: damaged or missing' in said
     assert files_of(folder) == files_of(tiny)
 
