@@ -2,6 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import counted
 
 import hope
 import model
@@ -35,8 +36,9 @@ def without_randomness(layer, eta):
 
 
 def turn(tokens, seed=2):
-    """A rope of random angles for `tokens` tokens."""
-    torch.manual_seed(seed)
+    """A rope of random angles for `tokens` tokens; seed None goes on with the random numbers."""
+    if seed is not None:
+        torch.manual_seed(seed)
     angle = torch.randn(1, 1, tokens, d).double()[..., ::2].repeat_interleave(2, -1)
     return angle.cos(), angle.sin()
 
@@ -366,24 +368,30 @@ def test_a_new_memory_keeps_four_fifths_over_a_clip():
     assert 0.8 < state.norm() / start.norm() < 1
 
 
+@counted(1000, 10_000)
 @pytest.mark.parametrize('variant', [VARIANTS[0], VARIANTS[1], *VARIANTS[-2:]], ids=str)
-@pytest.mark.parametrize('eta_bias', [-100.0, 0.0, 1000.0])
-@pytest.mark.parametrize('alpha_bias', [-100.0, 100.0])
-def test_extreme_rates_stay_finite(eta_bias, alpha_bias, variant):
-    layer = memory_layer(**variant)
+def test_extreme_rates_stay_finite(variant, count):
+    """Random writes, each head with other rates of writing and of forgetting: none, some, and as good as infinite."""
+    rates = [(eta, alpha) for eta in (-100.0, 0.0, 1000.0) for alpha in (-100.0, 100.0)]
+    layer = memory_layer(width=6 * d, heads=6, **variant)
+    torch.manual_seed(1)
     with torch.no_grad():
-        layer.eta_bias.fill_(eta_bias)
-        layer.alpha_bias.fill_(alpha_bias)
-        state, inputs = fresh(layer), [chunk(t) for t in range(7)]
-        for t in range(100):
-            k_in, v_in, rope = inputs[t % 7]
-            state = write(layer, state, 100 * k_in, 100 * v_in, rope)
+        for head, (eta, alpha) in enumerate(rates):
+            layer.eta_bias[head], layer.alpha_bias[head] = eta, alpha
+        state = fresh(layer)
+        for _ in range(count):
+            k_in, v_in = 100 * torch.randn(2, B, 6, P, d).double()
+            state = write(layer, state, k_in, v_in, turn(P, seed=None))
     assert state.isfinite().all() and state.abs().max() < 1e4
 
 
-@pytest.mark.parametrize('variant, times', [({'surprise': False}, 10_000), ({'surprise': False, 'memory_hidden': 4}, 3_000)], ids=str)
-def test_a_memory_does_not_feed_on_itself(variant, times):
-    """All keys of a frame ask for the same self-generated target, along the sum of the keys, thousands of times."""
+@counted(1000, 10_000)
+@pytest.mark.parametrize('variant', [{'surprise': False}, {'surprise': False, 'memory_hidden': 4}], ids=str)
+def test_a_memory_does_not_feed_on_itself(variant, count):
+    """
+    All keys of a frame ask for the same self-generated target, along the sum of the keys, thousands of times, and nothing
+    is forgotten. The matrix memory comes to rest; that of two layers grows no faster than the root of the number of writes.
+    """
     layer = memory_layer(**variant)
     keys = torch.linalg.qr(torch.randn(1, H, d, d).double())[0]
     same = keys.sum(2, keepdim=True).expand(-1, -1, d, -1).contiguous()
@@ -391,9 +399,9 @@ def test_a_memory_does_not_feed_on_itself(variant, times):
     with torch.no_grad():
         layer.eta_bias.fill_(10.0)
         layer.alpha_bias.fill_(-40.0)
-        for _ in range(times):
+        for _ in range(count):
             state = write(layer, state, keys, same, STILL)
-    assert state.isfinite().all() and state.norm() < 1000
+    assert state.norm() < (12 * count ** 0.5 if 'memory_hidden' in variant else 20)
 
 
 def test_an_idle_token_has_a_finite_gradient():
@@ -427,9 +435,9 @@ def test_memory_stays_in_float32_under_bfloat16():
     assert (low - exact).abs().mean() < 0.05 * exact.abs().mean()
 
 
-def cms_model():
+def cms_model(depth=2):
     torch.manual_seed(0)
-    sizes = model.Sizes(model='hope', feature_dim=12, grid=(2, 2), depth=2, width=24, heads=2, cms_hidden=16)
+    sizes = model.Sizes(model='hope', feature_dim=12, grid=(2, 2), depth=depth, width=24, heads=2, cms_hidden=16)
     net = hope.build(sizes).double().eval()
     z = F.layer_norm(torch.randn(3, 8, 4, 12).double(), (12,))
     actions = torch.zeros(3, 8, 2).double()
@@ -546,7 +554,7 @@ def test_mixers(mixer):
 
 def test_no_graph_breaks_under_compile():
     """Traced in one piece, forward and backward (without generating code, which takes a compiler and minutes)."""
-    net, loss = cms_model()
+    net, loss = cms_model(depth=1)
     expected = loss(net)
     net.compile(backend='aot_eager', fullgraph=True)
     torch.testing.assert_close(loss(net), expected)
