@@ -6,7 +6,6 @@ from conftest import counted
 
 import hope
 import model
-from configurator import Refusal
 
 # Five tokens a frame: the action and a grid of 2 x 2 patches
 B, H, P, d = 2, 2, 5, 6
@@ -322,15 +321,6 @@ def test_memories_that_do_not_adapt_stay():
     state = write(layer, fresh(layer), *chunk())
     moved = state.abs().amax((0, 1, 3)) > 0
     assert moved.tolist() == [False] * d + [True] * d + [False] * d + [False, True]
-    with pytest.raises(Refusal, match='allowed are k, v'):
-        memory_layer(adapts=('key',))
-
-
-@pytest.mark.parametrize('part', [{'adapts': ('mem',)}, {'self_targets': False}], ids=str)
-def test_two_layers_adapt_together_or_not_at_all(part):
-    """The memories share the hidden layer: a write of M_mem alone would change M_k. (Without targets eta and alpha stay.)"""
-    with pytest.raises(Refusal, match='share the hidden layer'):
-        memory_layer(memory_hidden=4, **part)
 
 
 def test_the_convolution_knows_the_grid_and_not_the_order_of_tokens():

@@ -282,16 +282,6 @@ def test_bad_clips_in_a_run(tmp_path):
     assert stored[1].tobytes() == np.load(source / 'train' / 'clip_00002' / MAPS).tobytes()
 
 
-@pytest.mark.parametrize('args, words', [
-    (['--source=nowhere'], 'neither "physics" nor a folder'),
-    (['--split=train:1-2'], 'name their folder with --source'),
-    (['--size=33'], 'must be a multiple of 16'),
-])
-def test_settings_that_do_not_go_together(args, words, tmp_path):
-    assert words in refused(run('prepare.py', *args, f'--name={tmp_path}/set', ok=False))
-    assert not (tmp_path / 'set').exists()
-
-
 SIZES = [                    # height, width, short side → height, width, by hand
     (480, 640, 292, 292, 389),                             # landscape: 389.33
     (640, 480, 292, 389, 292),                             # portrait
@@ -354,18 +344,13 @@ def test_features_see_one_step_or_the_whole_clip(tmp_path):
 
 @pytest.mark.parametrize('encoder, width, part', [('vitb2.1', 768, 'ema_encoder'), ('vitg2.1', 1408, 'target_encoder')])
 def test_v_jepa_2_1(encoder, width, part, tmp_path):
-    """Its encoders come from official files alone, and from the part that they were published under."""
+    """Its encoders come from the part of an official file that they were published under."""
     args = f'--name={tmp_path}/set', f'--encoder={encoder}', '--size=32', '--clips=4', '--test_clips=2'
-    line = refused(run('prepare.py', *args, ok=False))
-    file = {'vitb2.1': 'vjepa2_1_vitb_dist_vitG_384.pt', 'vitg2.1': 'vjepa2_1_vitg_384.pt'}[encoder]
-    assert f'get https://dl.fbaipublicfiles.com/vjepa2/{file} and name it with --weights' in line
     args += f'--weights={official_weights(tmp_path / "w.pt", width, part=part, version="2.1")}',
     assert f'the {part} of' in run('prepare.py', *args).stdout
     z, _ = data.open_split(f'{tmp_path}/set', 'train')[[0, 1]]
     assert z.shape == (2, 8, 4, width) and not torch.allclose(z[0], z[1], atol=1e-2)
     assert json.load(open(tmp_path / 'set' / 'manifest.json'))['made_from']['part'] == part
-    assert f"no part 'encoder'; it has '{part}'" in refused(run('prepare.py', *args, '--part=encoder', ok=False))
-    assert 'two rows and two columns' in refused(run('prepare.py', *args, '--size=16', ok=False))
 
 
 def test_the_read_out_is_leave_one_out_regression():
@@ -466,4 +451,3 @@ def test_no_weights_and_no_network_is_one_sentence(tmp_path, monkeypatch):
     line = refused(run('prepare.py', f'--name={tmp_path}/x', '--encoder=vitl', ok=False))
     assert 'cannot download' in line and 'vitl.pt' in line and 'facebook/vjepa2-vitl-fpc64-256' in line and '--weights' in line
     assert not (tmp_path / 'x').exists()
-    assert 'no V-JEPA 2 weights at' in refused(run('prepare.py', '--encoder=vitl', '--weights=none.pt', ok=False))
