@@ -102,17 +102,16 @@ def run(script, *args, cwd=ROOT, launcher=(), processes=1, ok=True, meanwhile=No
     """
     Run a script of the project as a user would → CompletedProcess; ok=True asserts that it exits with 0.
 
-    launcher: the command that starts it, such as torchrun. processes: so many at once, told of each other as torchrun would;
-    one that fails counts. meanwhile(pid) is called once it runs. limits: {'RLIMIT_FSIZE': bytes, ...}. pictures: with
-    matplotlib, which takes longer than all the rest.
+    launcher: the command that starts it, such as torchrun. processes: so many at once, told of each other as torchrun
+    would; one that fails counts. meanwhile(pid) is called once it runs. limits: {'RLIMIT_FSIZE': bytes, ...}. pictures:
+    with matplotlib, which takes longer than all the rest.
     """
     command = [os.path.join(ROOT, script), *map(str, args)]
-    environment = {'OMP_NUM_THREADS': '1', 'COLUMNS': '100'}
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'COLUMNS': '100'}
     if launcher:
-        done = subprocess.run([*launcher, *command], cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment})
+        done = subprocess.run([*launcher, *command], cwd=cwd, capture_output=True, text=True, env=environment)
         assert not ok or done.returncode == 0, done.stdout + done.stderr
         return done
-    environment = {**os.environ, **environment}
     if processes > 1:
         environment.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port(), WORLD_SIZE=str(processes))
     with tempfile.TemporaryDirectory() as folder:
@@ -207,7 +206,7 @@ def official_weights(path, width=768, depth=1, part='target_encoder', version='2
 
 
 def official_predictor(path):
-    """A file with the keys of an official action-conditioned checkpoint and random weights, of the size of TINY → its path."""
+    """A file with the keys of an official action-conditioned checkpoint and random weights, as large as TINY → its path."""
     import hope
     import model
     torch.manual_seed(0)

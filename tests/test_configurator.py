@@ -64,7 +64,8 @@ def test_help_prints_every_knob_with_default_and_comment(script, capsys):
         script('--help')
     text = capsys.readouterr().out
     assert end.value.code == 0
-    for piece in ('What the script does.', 'first group', '--steps=10', 'how many [1..100]', 'second group', '--flag=False'):
+    for piece in ('What the script does.', 'first group', '--steps=10', 'how many [1..100]', 'second group',
+                  '--flag=False'):
         assert piece in text
 
 
@@ -83,8 +84,8 @@ settings = configure(globals())
 if torchrun:
     import torch.distributed
     torch.distributed.init_process_group('gloo')
-errors = {{'refusal': Refusal('two\\nlines'), 'disk': OSError(28, 'No space left on device', 'x.pt'), 'memory': MemoryError(),
-          'stop': KeyboardInterrupt(), 'bug': ZeroDivisionError()}}
+errors = {{'refusal': Refusal('two\\nlines'), 'disk': OSError(28, 'No space left on device', 'x.pt'),
+          'memory': MemoryError(), 'stop': KeyboardInterrupt(), 'bug': ZeroDivisionError()}}
 raise errors[what]
 '''
 

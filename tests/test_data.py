@@ -54,7 +54,7 @@ def test_the_motion_follows_the_impulse_and_starts_after_step_1(domain):
 
 
 def test_time_matters():
-    """In A half of the objects and more move by a pixel between the first and the last jump target; else no step is told apart."""
+    """In A half of the objects move by a pixel between the first and the last jump target; at rest all steps are one."""
     position = data.simulate('A', 5000, 1, 'x')['position']
     first, last = position[:, 5 * data.TUBELET + 1], position[:, 7 * data.TUBELET + 1]  # last frames of steps 6 and 8
     pixels = np.linalg.norm(last - first, axis=1) * 64 / data.WORLD

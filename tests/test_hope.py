@@ -10,7 +10,8 @@ import model
 # Five tokens a frame: the action and a grid of 2 x 2 patches
 B, H, P, d = 2, 2, 5, 6
 VARIANTS = [{'rule': 'delta'}, {'rule': 'dgd'}, {'conv': False}, {'surprise': False}, {'self_targets': False},
-            {'adapts': ('k', 'mem'), 'rule': 'dgd'}, {'memory_hidden': 4, 'rule': 'delta'}, {'memory_hidden': 4, 'rule': 'dgd'}]
+            {'adapts': ('k', 'mem'), 'rule': 'dgd'}, {'memory_hidden': 4, 'rule': 'delta'},
+            {'memory_hidden': 4, 'rule': 'dgd'}]
 RULES = pytest.mark.parametrize('rule', ['delta', 'dgd'])
 STILL = torch.ones(1, 1, d, d), torch.zeros(1, 1, d, d)
 
@@ -182,7 +183,8 @@ def test_exact(variant):
     for run in (layer, lambda *args: token_by_token(layer, *args)):
         y, state = run(x, rope, carried)
         weight = torch.linspace(-1, 1, y.numel()).double().view(y.shape)
-        results.append([y, state, *torch.autograd.grad((y * weight).sum() + state.square().sum(), leaves, allow_unused=True)])
+        total = (y * weight).sum() + state.square().sum()
+        results.append([y, state, *torch.autograd.grad(total, leaves, allow_unused=True)])
     for ours, reference in zip(*results):
         assert (ours is None) == (reference is None)
         if ours is not None:
@@ -250,9 +252,9 @@ def test_the_two_layer_memory_is_well_conditioned(rule):
 def test_the_tokens_of_a_frame_have_no_order():
     layer, (k_in, v_in, (cos, sin)) = memory_layer(), chunk()
     order = torch.randperm(P)
+    shuffled = [x[:, :, order] for x in (k_in, v_in, cos, sin)]
     torch.testing.assert_close(write(layer, fresh(layer), k_in, v_in, (cos, sin)),
-                               write(layer, fresh(layer), k_in[:, :, order], v_in[:, :, order], (cos[:, :, order], sin[:, :, order])),
-                               rtol=0, atol=1e-12)
+                               write(layer, fresh(layer), *shuffled[:2], shuffled[2:]), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize('pairs', [d, 32])
@@ -432,7 +434,11 @@ def cms_model(depth=2):
     z = F.layer_norm(torch.randn(3, 8, 4, 12).double(), (12,))
     actions = torch.zeros(3, 8, 2).double()
     actions[:, 0] = torch.randn(3, 2)
-    return net, lambda run, clips=slice(0, 1): model.jump_loss(run, z[clips], actions[clips], torch.tensor([7] * len(z[clips])))
+
+    def loss(run, clips=slice(0, 1)):
+        tau = torch.full((len(z[clips]),), 7)
+        return model.jump_loss(run, z[clips], actions[clips], tau)
+    return net, loss
 
 
 def test_cms_levels_write_at_their_own_pace():
@@ -456,7 +462,7 @@ def test_cms_levels_write_at_their_own_pace():
 
 
 def test_cms_write_is_eq_71():
-    """After a window: what was retained, minus the level's rate times the sum of the gradients of loss^2 / 2, as retained."""
+    """After a window: what was retained, minus the level's rate times the retained sum of the gradients of loss^2 / 2."""
     net, loss = cms_model()
     name = 'predictor_blocks.0.cms.levels.1.fc2.weight'
     with torch.no_grad():

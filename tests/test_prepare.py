@@ -165,10 +165,12 @@ def test_clips_by_their_numbers(tmp_path):
     ranges = '--split=train:17000-17011,B:22000-22001,A2:23000-23002'
     assert 'held out as val' in run('prepare.py', f'--name={tmp_path}/set', *args, ranges).stdout
     manifest = json.load(open(tmp_path / 'set' / 'manifest.json'))
-    assert {s: e['domain'] for s, e in manifest['splits'].items()} == {'train': 'train', 'val': 'val', 'test_B': 'B', 'test_A': 'A'}
+    domains = {split: entry['domain'] for split, entry in manifest['splits'].items()}
+    assert domains == {'train': 'train', 'val': 'val', 'test_B': 'B', 'test_A': 'A'}
     pushes = {s: data.open_split(str(tmp_path / 'set'), s).actions[:, 0, 0].tolist() for s in manifest['splits']}
     assert pushes == {'train': [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12], 'val': [10], 'test_B': [13, 14], 'test_A': [15, 16, 17]}
-    out = run('prepare.py', f'--name={tmp_path}/y', *args, '--split=train:17000-17012,B:22000-22001', '--skip_bad=True').stdout
+    ranges = '--split=train:17000-17012,B:22000-22001'
+    out = run('prepare.py', f'--name={tmp_path}/y', *args, ranges, '--skip_bad=True').stdout
     assert 'skipped: 1 clips' in out and len(data.open_split(f'{tmp_path}/y', 'test_B')) == 2
 
 
@@ -383,8 +385,10 @@ def hub(tmp_path):
     state = torch.load(official_weights(tmp_path / 'w.pt'), weights_only=True)['target_encoder']
     theirs = {}
     for name, tensor in state.items():
-        name = 'encoder.' + name.removeprefix('module.backbone.').replace('patch_embed.', 'embeddings.patch_embeddings.')
-        name = name.replace('blocks.', 'layer.').replace('encoder.norm.', 'encoder.layernorm.').replace('attn.proj', 'attention.proj')
+        name = 'encoder.' + name.removeprefix('module.backbone.')
+        for ours, published in (('patch_embed.', 'embeddings.patch_embeddings.'), ('blocks.', 'layer.'),
+                                ('encoder.norm.', 'encoder.layernorm.'), ('attn.proj', 'attention.proj')):
+            name = name.replace(ours, published)
         if 'attn.qkv' in name:
             for part, rows in zip(('query', 'key', 'value'), tensor.chunk(3)):
                 theirs[name.replace('attn.qkv', f'attention.{part}')] = rows.clone()
@@ -449,5 +453,6 @@ def test_no_weights_and_no_network_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     line = refused(run('prepare.py', f'--name={tmp_path}/x', '--encoder=vitl', ok=False))
-    assert 'cannot download' in line and 'vitl.pt' in line and 'facebook/vjepa2-vitl-fpc64-256' in line and '--weights' in line
+    for words in ('cannot download', 'vitl.pt', 'facebook/vjepa2-vitl-fpc64-256', '--weights'):
+        assert words in line
     assert not (tmp_path / 'x').exists()

@@ -1,9 +1,9 @@
 """
 What the user can mend, in one table: the script, its arguments, and words of the one line that it ends with.
 
-A row is checked in this process, by the functions that the script calls before it begins. One row of each script goes through
-the script itself, which must exit with status 2 and write nothing; so does every row under -m trust. Elsewhere: bad clips in
-test_prepare.py, files of official weights in test_vjepa2.py, damaged and hostile files in trust/.
+A row is checked in this process, by the functions that the script calls before it begins. One row of each script goes
+through the script itself, which must exit with status 2 and write nothing; so does every row under -m trust. Elsewhere: bad
+clips in test_prepare.py, files of official weights in test_vjepa2.py, damaged and hostile files in trust/.
 """
 import ast
 import importlib.util
@@ -273,7 +273,7 @@ def check_prepare(settings):
 CHECKS = {'train.py': check_train, 'adapt.py': check_adapt, 'prepare.py': check_prepare}
 
 
-def one_line(refusal, words):
+def says(refusal, words):
     """Whether a Refusal is one line with these words in it."""
     return words in str(refusal.value) and '\n' not in str(refusal.value)
 
@@ -282,7 +282,7 @@ def one_line(refusal, words):
 def test_knobs(script, written, words):
     with pytest.raises(Refusal) as refusal:
         settings_of(script, written.split(' '))
-    assert one_line(refusal, words), refusal.value
+    assert says(refusal, words), refusal.value
 
 
 @pytest.mark.parametrize('text, words', CONFIGS)
@@ -291,7 +291,7 @@ def test_configs(text, words, tmp_path):
     path.write_text(text)
     with pytest.raises(Refusal) as refusal:
         settings_of('train.py', [str(path)])
-    assert one_line(refusal, words) and 'config.py' in str(refusal.value), refusal.value
+    assert says(refusal, words) and 'config.py' in str(refusal.value), refusal.value
 
 
 @pytest.mark.parametrize('script, written, words', [row for row in REQUESTS if row not in SCRIPTS and row[0] in CHECKS])
@@ -299,7 +299,7 @@ def test_requests(script, written, words, places):
     settings = settings_of(script, arguments(script, written, places))
     with pytest.raises(Refusal) as refusal:
         CHECKS[script](settings)
-    assert one_line(refusal, words), refusal.value
+    assert says(refusal, words), refusal.value
 
 
 def test_a_good_command_line_passes(places):
@@ -323,9 +323,9 @@ def test_scripts(count, places, tmp_path):
             config.write_text(text[0])
             written = str(config)
         done = run(script, *arguments(script, written, places), cwd=cwd, ok=False)
-        lines = done.stderr.strip().splitlines()
-        left = os.listdir(cwd) + os.listdir(places['empty'])
-        if done.returncode != 2 or len(lines) != 1 or not lines[0].startswith(f'{script}: ') or words not in lines[0] or left:
+        said, left = done.stderr.strip(), os.listdir(cwd) + os.listdir(places['empty'])
+        one_line = said.startswith(f'{script}: ') and words in said and '\n' not in said
+        if done.returncode != 2 or not one_line or left:
             wrong.append((script, written, done.returncode, done.stderr[-500:], left))
     NUMBERS.append(('malformed command lines and configs', len(rows),
                     f'{len(wrong)} without one line, status 2 and nothing written'))

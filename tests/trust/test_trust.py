@@ -177,14 +177,16 @@ def test_killed_in_preparing(count, tmp_path):
     for kills in killed('prepare.py', [*args, f'--name={folder}'], folder, count, 1):
         sets, equals = sets + 1, equals + (files_of(whole) == files_of(folder))
         shutil.rmtree(folder)
-    NUMBERS.append(('kills of prepare.py (SIGKILL)', kills, f'{equals} of {sets} data sets equal in every byte of every file'))
+    NUMBERS.append(('kills of prepare.py (SIGKILL)', kills,
+                    f'{equals} of {sets} data sets equal in every byte of every file'))
     assert equals == sets
 
 
 @counted(1, 20)
 def test_killed_in_adapting(count, tiny, trained, tmp_path):
     whole, out = tmp_path / 'whole', tmp_path / 'aba'
-    args = [f'--ckpt={trained["vit"]}' if count == 1 else f'--ckpt={trained["hope"]},{trained["vit"]}', f'--data={tiny}', *FEW]
+    checkpoints = trained['vit'] if count == 1 else f'{trained["hope"]},{trained["vit"]}'
+    args = [f'--ckpt={checkpoints}', f'--data={tiny}', *FEW]
     run('adapt.py', *args, f'--out={whole}')
     ends, equals = 0, 0
     for kills in killed('adapt.py', [*args, f'--out={out}'], out, count, 2):
@@ -263,7 +265,8 @@ def test_two_runs_into_one_place(tiny, trained, tmp_path):
     folder.mkdir()
     begun = 'step,loss,teacher_forcing,jump\n'
     (tmp_path / 'x.csv').write_text(begun)
-    places = {folder: ('adapt.py', f'--ckpt={trained["vit"]}', f'--data={tiny}', f'--out={folder}', *FEW, '--methods=frozen'),
+    places = {folder: ('adapt.py', f'--ckpt={trained["vit"]}', f'--data={tiny}', f'--out={folder}', *FEW,
+                       '--methods=frozen'),
               tmp_path / 'x.csv': ('train.py', *TINY, f'--data={tiny}', f'--out={out}', '--max_iters=1'),
               tiny: ('prepare.py', f'--name={tiny}', *SMALL_SET)}
     hold = ('import sys\nfrom support import files\n[files.claim(path) for path in sys.argv[1:]]\n'
@@ -615,10 +618,12 @@ def test_not_a_number(count, tiny, trained, tmp_path):
         return ['prepare.py', f'--source={own}', f'--name={tmp_path}/own']
     features, actions = (np.concatenate([x, x]) for x in BAD[np.nan])
     cases = [
-        ('features', ['train.py', *training, f'--data={other(put("train_00000.npy", features))}', f'--out={tmp_path}/y.pt']),
+        ('features', ['train.py', *training, f'--data={other(put("train_00000.npy", features))}',
+                      f'--out={tmp_path}/y.pt']),
         ('optimiser', ['train.py', *training, f'--out={spoilt("m.pt", moment)}', '--resume=True']),
         ('gradient', ['train.py', *training, f'--out={tmp_path}/g.pt', '--learning_rate=1e30', '--warmup=0']),
-        ('actions', ['train.py', *training, f'--data={other(put("train_actions.npy", actions))}', f'--out={tmp_path}/y.pt']),
+        ('actions', ['train.py', *training, f'--data={other(put("train_actions.npy", actions))}',
+                     f'--out={tmp_path}/y.pt']),
         ('weights', ['adapt.py', f'--ckpt={spoilt("w.pt", weight)}', *adapting]),
         ('weights to start from', ['train.py', *training, f'--out={tmp_path}/y.pt', f'--init_from={tmp_path}/w.pt']),
         ('decoder', ['adapt.py', f'--ckpt={trained["vit"]}', *adapting,
