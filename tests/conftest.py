@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import resource
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -11,58 +12,122 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TESTS = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(TESTS)
 sys.path.insert(0, ROOT)
-torch.set_num_threads(2)
-NUMBERS = []                 # rows of the table that `pytest -m trust` ends with: what, how many, outcome
+torch.set_num_threads(1)
+# Rows of the table that `pytest -m trust` ends with: what, how many, outcome.
+NUMBERS = []
 
 TINY = ['--depth=2', '--width=24', '--heads=2', '--mlp_hidden=32', '--cms_hidden=10', '--batch_size=8', '--max_iters=6',
         '--teacher_every=2', '--eval_interval=3', '--eval_clips=8', '--log_interval=1', '--device=cpu']
+# A stream of adapt.py with every kind of clip in it.
+FEW = ['--clips=6', '--probe_clips=6', '--probe_every=6', '--tune_clips=1', '--device=cpu']
+# A data set of 2 x 2 patches, D = 24.
+SMALL_SET = ['--size=32', '--dim=24', '--clips=48', '--test_clips=24', '--device=cpu']
 
-FORKS = multiprocessing.get_context('forkserver')                      # imports torch once, not at every start of a script
+
+def counted(few, every):
+    """Run a test with its argument `count` = few in the quick suite, = every under -m trust."""
+    return pytest.mark.parametrize('count', [few, pytest.param(every, marks=pytest.mark.trust)])
+
+
+# ---- running the scripts -----------------------------------------------------------------------------------------------
+
+# It imports torch once; a script then starts in a fork of it, in a tenth of the time.
+FORKS = multiprocessing.get_context('forkserver')
 FORKS.set_forkserver_preload(['torch', 'torch._dynamo', 'numpy', 'matplotlib.pyplot'])
 
 
-def child(path, args, cwd, environment, out, err, limits):
+def child(path, args, cwd, environment, out, err, limits, pictures):
     """Run a script as `python path args` would, in this fresh process."""
     for stream, file in ((1, out), (2, err)):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
+        if file:
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
     os.environ.update(environment)
     os.chdir(cwd)
     torch.set_num_threads(1)
+    if not pictures:
+        # Importing it fails, as where it is not installed.
+        sys.modules['matplotlib'] = None
+    # A GPU's threads would not survive a fork.
+    if not torch.cuda.is_available():
+        subprocess.run = fork_script
     for name, most in limits.items():
-        if name == 'RLIMIT_AS':                                        # bytes beyond what is mapped already
+        if name == 'RLIMIT_AS':
+            # Bytes beyond what is mapped already.
             with open('/proc/self/statm') as f:
                 most += int(f.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(getattr(resource, name), (most, most))
-    sys.argv, sys.path[0] = [path, *args], os.path.dirname(path)
+    sys.argv = [path, *args]
+    # As for a user, the project is found by the folder of the script and in no other way.
+    sys.path[:] = [os.path.dirname(path), *(folder for folder in sys.path if folder not in ('', ROOT, TESTS))]
     try:
         runpy.run_path(path, run_name='__main__')
-    except Exception:
+    except (Exception, KeyboardInterrupt):
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
 
 
-def run(script, *args, cwd=ROOT, launcher=(), ok=True, meanwhile=None, limits=()):
+def text_of(file):
+    """What stands in a file; nothing where it is missing."""
+    if not os.path.exists(file):
+        return ''
+    with open(file, encoding='utf-8') as f:
+        return f.read()
+
+
+def fork_script(command, capture_output=False, text=False):
+    """subprocess.run for a script that starts another one of the project: a fork is quicker than a new Python."""
+    assert command[0] == sys.executable
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = [os.path.join(folder, name) for name in ('out', 'err')] if capture_output else (None, None)
+        pictures = sys.modules['matplotlib'] is not None
+        args = command[1], command[2:], os.getcwd(), {}, out, err, {}, pictures
+        process = multiprocessing.get_context('fork').Process(target=child, args=args)
+        process.start()
+        process.join()
+        said = [text_of(out), text_of(err)] if capture_output else []
+    return subprocess.CompletedProcess(command, process.exitcode, *said)
+
+
+def free_port():
+    """A port that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return str(s.getsockname()[1])
+
+
+def run(script, *args, cwd=ROOT, launcher=(), processes=1, ok=True, meanwhile=None, limits=(), pictures=False):
     """
-    Run a script of the project as a user would → CompletedProcess; ok=True asserts that it exits with 0. meanwhile(pid) is
-    called once it runs; limits: {'RLIMIT_FSIZE': bytes, ...}.
+    Run a script of the project as a user would → CompletedProcess; ok=True asserts that it exits with 0.
+
+    launcher: the command that starts it, such as torchrun. processes: so many at once, told of each other as torchrun
+    would; one that fails counts. meanwhile(pid) is called once it runs. limits: {'RLIMIT_FSIZE': bytes, ...}. pictures:
+    with matplotlib, which takes longer than all the rest.
     """
     command = [os.path.join(ROOT, script), *map(str, args)]
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'COLUMNS': '100'}
     if launcher:
         done = subprocess.run([*launcher, *command], cwd=cwd, capture_output=True, text=True, env=environment)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            out, err = os.path.join(folder, 'out'), os.path.join(folder, 'err')
-            args = command[0], command[1:], str(cwd), environment, out, err, dict(limits)
-            process = FORKS.Process(target=child, args=args)
-            process.start()
-            if meanwhile:
-                meanwhile(process.pid)
+        assert not ok or done.returncode == 0, done.stdout + done.stderr
+        return done
+    if processes > 1:
+        environment.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port(), WORLD_SIZE=str(processes))
+    with tempfile.TemporaryDirectory() as folder:
+        outs, errs = ([os.path.join(folder, f'{name}{rank}') for rank in range(processes)] for name in ('out', 'err'))
+        started = []
+        for rank in range(processes):
+            ranked = {**environment, 'RANK': str(rank), 'LOCAL_RANK': str(rank)} if processes > 1 else environment
+            arguments = command[0], command[1:], str(cwd), ranked, outs[rank], errs[rank], dict(limits), pictures
+            started.append(FORKS.Process(target=child, args=arguments))
+            started[-1].start()
+        if meanwhile:
+            meanwhile(started[0].pid)
+        for process in started:
             process.join()
-            texts = [open(file, encoding='utf-8').read() if os.path.exists(file) else '' for file in (out, err)]
-        done = subprocess.CompletedProcess(command, process.exitcode, *texts)
+        status = next((process.exitcode for process in started if process.exitcode), 0)
+        done = subprocess.CompletedProcess(command, status, ''.join(map(text_of, outs)), ''.join(map(text_of, errs)))
     assert not ok or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -74,6 +139,8 @@ def refused(done):
     return lines[0]
 
 
+# ---- what several tests look at ---------------------------------------------------------------------------------------
+
 def pytest_terminal_summary(terminalreporter, config):
     """The numbers of the trust suite."""
     if NUMBERS and config.option.markexpr == 'trust':
@@ -84,9 +151,9 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(scope='session')
 def tiny(tmp_path_factory):
-    """A data set of 2 x 2 patches, D = 24: its folder."""
+    """The folder of a small data set, with its pictures."""
     folder = tmp_path_factory.mktemp('data') / 'tiny'
-    run('prepare.py', f'--name={folder}', '--size=32', '--dim=24', '--clips=48', '--test_clips=24')
+    run('prepare.py', f'--name={folder}', *SMALL_SET, pictures=True)
     return str(folder)
 
 
@@ -110,7 +177,8 @@ def own_clip(clip, number, layout='features'):
         (clip / 'feature_maps').mkdir()
         np.save(clip / 'feature_maps' / 'vjepa2_vitl16.npy', rng.normal(size=(2048, 1024)).astype(np.float16))
         return
-    video = np.kron(rng.integers(0, 256, (16, 5, 6, 3), dtype=np.uint8), np.ones((1, 8, 8, 1), np.uint8))  # (16,40,48,3)
+    # (16,40,48,3)
+    video = np.kron(rng.integers(0, 256, (16, 5, 6, 3), dtype=np.uint8), np.ones((1, 8, 8, 1), np.uint8))
     if layout == 'video':
         np.save(clip / 'video.npy', video)
     elif layout == 'pictures':
@@ -138,7 +206,7 @@ def official_weights(path, width=768, depth=1, part='target_encoder', version='2
 
 
 def official_predictor(path):
-    """A file with the keys of an official action-conditioned checkpoint and random weights, of the size of TINY → its path."""
+    """A file with the keys of an official action-conditioned checkpoint and random weights, as large as TINY → its path."""
     import hope
     import model
     torch.manual_seed(0)

@@ -1,11 +1,11 @@
-"""Config files and flags: every mistake is one line that says what is wrong and what is allowed."""
+"""Config files and flags over a script's knobs, and how a script ends. What is refused: test_refusals.py."""
 import ast
 import os
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY, refused, run
+from conftest import ROOT, TINY, run
 
 from configurator import Refusal, configure
 
@@ -50,45 +50,6 @@ def test_text_may_hold_equals_signs_and_numbers(script):
     assert script('--flag=True')['flag'] is True
 
 
-@pytest.mark.parametrize('arg, words', [
-    ('--stepz=3', ["'stepz'", "did you mean 'steps'"]),
-    ('--steps=many', ['steps must be a whole number', "'many'"]),
-    ('--steps=1.5', ['steps must be a whole number', '1.5']),
-    ('--steps=True', ['steps must be a whole number', 'True']),
-    ('--flag=1', ['flag must be True or False']),
-    ('--rate=nan', ['rate must be a number']),
-    ('--rate=1e999', ['rate must be finite']),
-    ('--rate=0', ['rate = 0.0', '>0']),
-    ('--steps=101', ['steps = 101', '1..100']),
-    ('--share=-0.1', ['share = -0.1', '0..1']),
-    ('--loss=jumps', ["'jumps'", 'jump | rollout']),
-    ('--steps', ['--steps=value', 'equals sign']),
-    ('steps=3', ['two dashes', '--steps=3']),
-    ('stray', ['stray', 'neither']),
-    ('missing.py', ['missing.py not found']),
-])
-def test_refusals_name_the_key_and_what_is_allowed(script, arg, words):
-    with pytest.raises(Refusal) as refusal:
-        script(arg)
-    assert all(word in str(refusal.value) for word in words), refusal.value
-    assert '\n' not in str(refusal.value)
-
-
-@pytest.mark.parametrize('text, words', [
-    ('steps = = 3', ['line 1', 'SyntaxError']),
-    ('name = "x"\nsteps = 1 / 0', ['line 2', 'ZeroDivisionError']),
-    ('stepz = 3', ["'stepz'", "'steps'"]),
-    ('steps = "3"', ['steps must be a whole number']),
-    ('import os', ['ImportError']),
-])
-def test_broken_config_files_are_refused(script, tmp_path, text, words):
-    path = tmp_path / 'broken.py'
-    path.write_text(text)
-    with pytest.raises(Refusal) as refusal:
-        script(str(path))
-    assert all(word in str(refusal.value) for word in ['broken.py', *words]), refusal.value
-
-
 def test_nothing_is_changed_by_a_refusal(tmp_path):
     path = tmp_path / 'script.py'
     path.write_text(SCRIPT)
@@ -103,37 +64,28 @@ def test_help_prints_every_knob_with_default_and_comment(script, capsys):
         script('--help')
     text = capsys.readouterr().out
     assert end.value.code == 0
-    for piece in ('What the script does.', 'first group', '--steps=10', 'how many [1..100]', 'second group', '--flag=False'):
+    for piece in ('What the script does.', 'first group', '--steps=10', 'how many [1..100]', 'second group',
+                  '--flag=False'):
         assert piece in text
-
-
-def test_scripts_refuse_with_status_2_and_write_nothing(tmp_path):
-    out = tmp_path / 'x.pt'
-    line = refused(run('train.py', f'--out={out}', '--max_iterz=3', cwd=tmp_path, ok=False))
-    assert line.startswith('train.py:') and "'max_iters'" in line
-    assert list(tmp_path.iterdir()) == []
-    assert "'name'" in refused(run('prepare.py', '--nam=x', cwd=tmp_path, ok=False))
-    assert 'ckpt' in run('adapt.py', '--help', cwd=tmp_path).stdout
 
 
 def test_config_files_are_found_from_any_folder(tiny, tmp_path):
     done = run('train.py', 'config/hope_jump.py', *TINY, f'--data={tiny}', '--max_iters=1', '--out=here/x.pt', cwd=tmp_path)
     assert (tmp_path / 'here' / 'x.pt').exists() and 'finished' in done.stdout
-    assert ROOT not in str(tmp_path)
 
 
 ENDS = f'''"""Ends as it is told to."""
 import sys
 sys.path.insert(0, {ROOT!r})
-import torch.distributed
 from configurator import Refusal, configure
 what = 'refusal'         # how it ends
 torchrun = False         # whether torchrun has started it
 settings = configure(globals())
 if torchrun:
+    import torch.distributed
     torch.distributed.init_process_group('gloo')
-errors = {{'refusal': Refusal('two\\nlines'), 'disk': OSError(28, 'No space left on device', 'x.pt'), 'memory': MemoryError(),
-          'stop': KeyboardInterrupt(), 'bug': ZeroDivisionError()}}
+errors = {{'refusal': Refusal('two\\nlines'), 'disk': OSError(28, 'No space left on device', 'x.pt'),
+          'memory': MemoryError(), 'stop': KeyboardInterrupt(), 'bug': ZeroDivisionError()}}
 raise errors[what]
 '''
 
@@ -162,7 +114,7 @@ def test_a_mistake_of_the_code_keeps_its_traceback(ends):
 
 
 @pytest.mark.parametrize('what, line', [
-    ('refusal', 'ends.py: two lines'),
+    pytest.param('refusal', 'ends.py: two lines', marks=pytest.mark.trust),
     ('disk', 'ends.py: No space left on device: x.pt'),
 ])
 def test_torchrun_shows_the_line_too(ends, what, line):
@@ -176,9 +128,7 @@ def test_torchrun_shows_the_line_too(ends, what, line):
 def test_scripts_find_the_project_from_any_folder(tmp_path):
     """support/ is no installed package: the folder of the script is what counts."""
     for script in ('prepare.py', 'train.py', 'adapt.py', 'bench.py', 'ablate.py'):
-        command = [sys.executable, os.path.join(ROOT, script), '--help']
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0 and '--device' in done.stdout, done.stderr
+        assert '--device' in run(script, '--help', cwd=tmp_path).stdout
 
 
 def test_imports_run_one_way():

@@ -2,15 +2,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import counted
 
 import hope
 import model
-from configurator import Refusal
 
 # Five tokens a frame: the action and a grid of 2 x 2 patches
 B, H, P, d = 2, 2, 5, 6
 VARIANTS = [{'rule': 'delta'}, {'rule': 'dgd'}, {'conv': False}, {'surprise': False}, {'self_targets': False},
-            {'adapts': ('k', 'mem'), 'rule': 'dgd'}, {'memory_hidden': 4, 'rule': 'delta'}, {'memory_hidden': 4, 'rule': 'dgd'}]
+            {'adapts': ('k', 'mem'), 'rule': 'dgd'}, {'memory_hidden': 4, 'rule': 'delta'},
+            {'memory_hidden': 4, 'rule': 'dgd'}]
 RULES = pytest.mark.parametrize('rule', ['delta', 'dgd'])
 STILL = torch.ones(1, 1, d, d), torch.zeros(1, 1, d, d)
 
@@ -35,8 +36,9 @@ def without_randomness(layer, eta):
 
 
 def turn(tokens, seed=2):
-    """A rope of random angles for `tokens` tokens."""
-    torch.manual_seed(seed)
+    """A rope of random angles for `tokens` tokens; seed None goes on with the random numbers."""
+    if seed is not None:
+        torch.manual_seed(seed)
     angle = torch.randn(1, 1, tokens, d).double()[..., ::2].repeat_interleave(2, -1)
     return angle.cos(), angle.sin()
 
@@ -181,7 +183,8 @@ def test_exact(variant):
     for run in (layer, lambda *args: token_by_token(layer, *args)):
         y, state = run(x, rope, carried)
         weight = torch.linspace(-1, 1, y.numel()).double().view(y.shape)
-        results.append([y, state, *torch.autograd.grad((y * weight).sum() + state.square().sum(), leaves, allow_unused=True)])
+        total = (y * weight).sum() + state.square().sum()
+        results.append([y, state, *torch.autograd.grad(total, leaves, allow_unused=True)])
     for ours, reference in zip(*results):
         assert (ours is None) == (reference is None)
         if ours is not None:
@@ -249,9 +252,9 @@ def test_the_two_layer_memory_is_well_conditioned(rule):
 def test_the_tokens_of_a_frame_have_no_order():
     layer, (k_in, v_in, (cos, sin)) = memory_layer(), chunk()
     order = torch.randperm(P)
+    shuffled = [x[:, :, order] for x in (k_in, v_in, cos, sin)]
     torch.testing.assert_close(write(layer, fresh(layer), k_in, v_in, (cos, sin)),
-                               write(layer, fresh(layer), k_in[:, :, order], v_in[:, :, order], (cos[:, :, order], sin[:, :, order])),
-                               rtol=0, atol=1e-12)
+                               write(layer, fresh(layer), *shuffled[:2], shuffled[2:]), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize('pairs', [d, 32])
@@ -290,7 +293,7 @@ def test_memory_carried_over_two_calls_is_one_long_call(variant):
 
 @pytest.mark.parametrize('variant', VARIANTS, ids=str)
 def test_clips_do_not_touch_each_other(variant):
-    """Known mistake 1: the write of one clip must not change another's memory or output."""
+    """The write of one clip changes no other clip's memory or output."""
     layer = memory_layer(**variant)
     x, rope = torch.randn(3, 4, P, H * d).double(), turn(4 * P)
     other = x.clone()
@@ -320,15 +323,6 @@ def test_memories_that_do_not_adapt_stay():
     state = write(layer, fresh(layer), *chunk())
     moved = state.abs().amax((0, 1, 3)) > 0
     assert moved.tolist() == [False] * d + [True] * d + [False] * d + [False, True]
-    with pytest.raises(Refusal, match='allowed are k, v'):
-        memory_layer(adapts=('key',))
-
-
-@pytest.mark.parametrize('part', [{'adapts': ('mem',)}, {'self_targets': False}], ids=str)
-def test_two_layers_adapt_together_or_not_at_all(part):
-    """The memories share the hidden layer: a write of M_mem alone would change M_k. (Without targets eta and alpha stay.)"""
-    with pytest.raises(Refusal, match='share the hidden layer'):
-        memory_layer(memory_hidden=4, **part)
 
 
 def test_the_convolution_knows_the_grid_and_not_the_order_of_tokens():
@@ -356,7 +350,7 @@ def test_the_gate_opens_with_the_retrieval_error():
 
 
 def test_a_new_memory_keeps_four_fifths_over_a_clip():
-    """Known mistake 2: retention that starts so low that nothing can be remembered."""
+    """Retention that starts lower leaves nothing to remember: from 0.5 a step, 0.3 % after a clip."""
     layer = hope.TitanMemory(model.Sizes(width=H * d, heads=H)).double()
     with torch.no_grad():
         layer.eta_bias.fill_(-40.0)                                    # nothing is written: what is left is retention
@@ -366,24 +360,30 @@ def test_a_new_memory_keeps_four_fifths_over_a_clip():
     assert 0.8 < state.norm() / start.norm() < 1
 
 
+@counted(1000, 10_000)
 @pytest.mark.parametrize('variant', [VARIANTS[0], VARIANTS[1], *VARIANTS[-2:]], ids=str)
-@pytest.mark.parametrize('eta_bias', [-100.0, 0.0, 1000.0])
-@pytest.mark.parametrize('alpha_bias', [-100.0, 100.0])
-def test_extreme_rates_stay_finite(eta_bias, alpha_bias, variant):
-    layer = memory_layer(**variant)
+def test_extreme_rates_stay_finite(variant, count):
+    """Random writes, each head with other rates of writing and of forgetting: none, some, and as good as infinite."""
+    rates = [(eta, alpha) for eta in (-100.0, 0.0, 1000.0) for alpha in (-100.0, 100.0)]
+    layer = memory_layer(width=6 * d, heads=6, **variant)
+    torch.manual_seed(1)
     with torch.no_grad():
-        layer.eta_bias.fill_(eta_bias)
-        layer.alpha_bias.fill_(alpha_bias)
-        state, inputs = fresh(layer), [chunk(t) for t in range(7)]
-        for t in range(100):
-            k_in, v_in, rope = inputs[t % 7]
-            state = write(layer, state, 100 * k_in, 100 * v_in, rope)
+        for head, (eta, alpha) in enumerate(rates):
+            layer.eta_bias[head], layer.alpha_bias[head] = eta, alpha
+        state = fresh(layer)
+        for _ in range(count):
+            k_in, v_in = 100 * torch.randn(2, B, 6, P, d).double()
+            state = write(layer, state, k_in, v_in, turn(P, seed=None))
     assert state.isfinite().all() and state.abs().max() < 1e4
 
 
-@pytest.mark.parametrize('variant, times', [({'surprise': False}, 10_000), ({'surprise': False, 'memory_hidden': 4}, 3_000)], ids=str)
-def test_a_memory_does_not_feed_on_itself(variant, times):
-    """All keys of a frame ask for the same self-generated target, along the sum of the keys, thousands of times."""
+@counted(1000, 10_000)
+@pytest.mark.parametrize('variant', [{'surprise': False}, {'surprise': False, 'memory_hidden': 4}], ids=str)
+def test_a_memory_does_not_feed_on_itself(variant, count):
+    """
+    All keys of a frame ask for the same self-generated target, along the sum of the keys, thousands of times, and nothing
+    is forgotten. The matrix memory comes to rest; that of two layers grows no faster than the root of the number of writes.
+    """
     layer = memory_layer(**variant)
     keys = torch.linalg.qr(torch.randn(1, H, d, d).double())[0]
     same = keys.sum(2, keepdim=True).expand(-1, -1, d, -1).contiguous()
@@ -391,9 +391,9 @@ def test_a_memory_does_not_feed_on_itself(variant, times):
     with torch.no_grad():
         layer.eta_bias.fill_(10.0)
         layer.alpha_bias.fill_(-40.0)
-        for _ in range(times):
+        for _ in range(count):
             state = write(layer, state, keys, same, STILL)
-    assert state.isfinite().all() and state.norm() < 1000
+    assert state.norm() < (12 * count ** 0.5 if 'memory_hidden' in variant else 20)
 
 
 def test_an_idle_token_has_a_finite_gradient():
@@ -427,18 +427,22 @@ def test_memory_stays_in_float32_under_bfloat16():
     assert (low - exact).abs().mean() < 0.05 * exact.abs().mean()
 
 
-def cms_model():
+def cms_model(depth=2):
     torch.manual_seed(0)
-    sizes = model.Sizes(model='hope', feature_dim=12, grid=(2, 2), depth=2, width=24, heads=2, cms_hidden=16)
+    sizes = model.Sizes(model='hope', feature_dim=12, grid=(2, 2), depth=depth, width=24, heads=2, cms_hidden=16)
     net = hope.build(sizes).double().eval()
     z = F.layer_norm(torch.randn(3, 8, 4, 12).double(), (12,))
     actions = torch.zeros(3, 8, 2).double()
     actions[:, 0] = torch.randn(3, 2)
-    return net, lambda run, clips=slice(0, 1): model.jump_loss(run, z[clips], actions[clips], torch.tensor([7] * len(z[clips])))
+
+    def loss(run, clips=slice(0, 1)):
+        tau = torch.full((len(z[clips]),), 7)
+        return model.jump_loss(run, z[clips], actions[clips], tau)
+    return net, loss
 
 
 def test_cms_levels_write_at_their_own_pace():
-    """Known mistake 4: levels that were plain MLPs. Each level's weights change at its ticks and at no other time."""
+    """Each level's weights change at its ticks and at no other time; a level that never writes is a plain MLP."""
     net, loss = cms_model()
     writer = hope.CMSWriter(net, 1.0)
     before = {name: p.clone() for name, p in net.named_parameters()}
@@ -458,7 +462,7 @@ def test_cms_levels_write_at_their_own_pace():
 
 
 def test_cms_write_is_eq_71():
-    """After a window: what was retained, minus the level's rate times the sum of the gradients of loss^2 / 2, as retained."""
+    """After a window: what was retained, minus the level's rate times the retained sum of the gradients of loss^2 / 2."""
     net, loss = cms_model()
     name = 'predictor_blocks.0.cms.levels.1.fc2.weight'
     with torch.no_grad():
@@ -546,7 +550,7 @@ def test_mixers(mixer):
 
 def test_no_graph_breaks_under_compile():
     """Traced in one piece, forward and backward (without generating code, which takes a compiler and minutes)."""
-    net, loss = cms_model()
+    net, loss = cms_model(depth=1)
     expected = loss(net)
     net.compile(backend='aot_eager', fullgraph=True)
     torch.testing.assert_close(loss(net), expected)

@@ -165,10 +165,12 @@ def test_clips_by_their_numbers(tmp_path):
     ranges = '--split=train:17000-17011,B:22000-22001,A2:23000-23002'
     assert 'held out as val' in run('prepare.py', f'--name={tmp_path}/set', *args, ranges).stdout
     manifest = json.load(open(tmp_path / 'set' / 'manifest.json'))
-    assert {s: e['domain'] for s, e in manifest['splits'].items()} == {'train': 'train', 'val': 'val', 'test_B': 'B', 'test_A': 'A'}
+    domains = {split: entry['domain'] for split, entry in manifest['splits'].items()}
+    assert domains == {'train': 'train', 'val': 'val', 'test_B': 'B', 'test_A': 'A'}
     pushes = {s: data.open_split(str(tmp_path / 'set'), s).actions[:, 0, 0].tolist() for s in manifest['splits']}
     assert pushes == {'train': [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12], 'val': [10], 'test_B': [13, 14], 'test_A': [15, 16, 17]}
-    out = run('prepare.py', f'--name={tmp_path}/y', *args, '--split=train:17000-17012,B:22000-22001', '--skip_bad=True').stdout
+    ranges = '--split=train:17000-17012,B:22000-22001'
+    out = run('prepare.py', f'--name={tmp_path}/y', *args, ranges, '--skip_bad=True').stdout
     assert 'skipped: 1 clips' in out and len(data.open_split(f'{tmp_path}/y', 'test_B')) == 2
 
 
@@ -283,16 +285,6 @@ def test_bad_clips_in_a_run(tmp_path):
     assert stored[1].tobytes() == np.load(source / 'train' / 'clip_00002' / MAPS).tobytes()
 
 
-@pytest.mark.parametrize('args, words', [
-    (['--source=nowhere'], 'neither "physics" nor a folder'),
-    (['--split=train:1-2'], 'name their folder with --source'),
-    (['--size=33'], 'must be a multiple of 16'),
-])
-def test_settings_that_do_not_go_together(args, words, tmp_path):
-    assert words in refused(run('prepare.py', *args, f'--name={tmp_path}/set', ok=False))
-    assert not (tmp_path / 'set').exists()
-
-
 SIZES = [                    # height, width, short side → height, width, by hand
     (480, 640, 292, 292, 389),                             # landscape: 389.33
     (640, 480, 292, 389, 292),                             # portrait
@@ -336,7 +328,7 @@ def test_own_pictures_are_resized_by_that_rule(height, width, high, wide, tmp_pa
 
 
 def test_features_see_one_step_or_the_whole_clip(tmp_path):
-    """encode='step': z_1 is the same whatever happens later. encode='clip': it is not (known mistake 10)."""
+    """encode='step': z_1 is the same whatever happens later. encode='clip': it is not, it has seen the future."""
     source = own_clips(tmp_path / 'clips', ('train', 'val'), 'video')
     videos = [source / 'train' / f'clip_{i:05d}' / 'video.npy' for i in (0, 1)]
     frames = [np.load(v) for v in videos]
@@ -355,18 +347,13 @@ def test_features_see_one_step_or_the_whole_clip(tmp_path):
 
 @pytest.mark.parametrize('encoder, width, part', [('vitb2.1', 768, 'ema_encoder'), ('vitg2.1', 1408, 'target_encoder')])
 def test_v_jepa_2_1(encoder, width, part, tmp_path):
-    """Its encoders come from official files alone, and from the part that they were published under."""
+    """Its encoders come from the part of an official file that they were published under."""
     args = f'--name={tmp_path}/set', f'--encoder={encoder}', '--size=32', '--clips=4', '--test_clips=2'
-    line = refused(run('prepare.py', *args, ok=False))
-    file = {'vitb2.1': 'vjepa2_1_vitb_dist_vitG_384.pt', 'vitg2.1': 'vjepa2_1_vitg_384.pt'}[encoder]
-    assert f'get https://dl.fbaipublicfiles.com/vjepa2/{file} and name it with --weights' in line
     args += f'--weights={official_weights(tmp_path / "w.pt", width, part=part, version="2.1")}',
     assert f'the {part} of' in run('prepare.py', *args).stdout
     z, _ = data.open_split(f'{tmp_path}/set', 'train')[[0, 1]]
     assert z.shape == (2, 8, 4, width) and not torch.allclose(z[0], z[1], atol=1e-2)
     assert json.load(open(tmp_path / 'set' / 'manifest.json'))['made_from']['part'] == part
-    assert f"no part 'encoder'; it has '{part}'" in refused(run('prepare.py', *args, '--part=encoder', ok=False))
-    assert 'two rows and two columns' in refused(run('prepare.py', *args, '--size=16', ok=False))
 
 
 def test_the_read_out_is_leave_one_out_regression():
@@ -399,8 +386,10 @@ def hub(tmp_path):
     state = torch.load(official_weights(tmp_path / 'w.pt'), weights_only=True)['target_encoder']
     theirs = {}
     for name, tensor in state.items():
-        name = 'encoder.' + name.removeprefix('module.backbone.').replace('patch_embed.', 'embeddings.patch_embeddings.')
-        name = name.replace('blocks.', 'layer.').replace('encoder.norm.', 'encoder.layernorm.').replace('attn.proj', 'attention.proj')
+        name = 'encoder.' + name.removeprefix('module.backbone.')
+        for ours, published in (('patch_embed.', 'embeddings.patch_embeddings.'), ('blocks.', 'layer.'),
+                                ('encoder.norm.', 'encoder.layernorm.'), ('attn.proj', 'attention.proj')):
+            name = name.replace(ours, published)
         if 'attn.qkv' in name:
             for part, rows in zip(('query', 'key', 'value'), tensor.chunk(3)):
                 theirs[name.replace('attn.qkv', f'attention.{part}')] = rows.clone()
@@ -465,6 +454,6 @@ def test_no_weights_and_no_network_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     line = refused(run('prepare.py', f'--name={tmp_path}/x', '--encoder=vitl', ok=False))
-    assert 'cannot download' in line and 'vitl.pt' in line and 'facebook/vjepa2-vitl-fpc64-256' in line and '--weights' in line
+    for words in ('cannot download', 'vitl.pt', 'facebook/vjepa2-vitl-fpc64-256', '--weights'):
+        assert words in line
     assert not (tmp_path / 'x').exists()
-    assert 'no V-JEPA 2 weights at' in refused(run('prepare.py', '--encoder=vitl', '--weights=none.pt', ok=False))

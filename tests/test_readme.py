@@ -17,73 +17,99 @@ def readme_commands():
     return list(dict.fromkeys(part.strip() for line in lines for part in line.split('&&') if part.strip()))
 
 
-@pytest.mark.parametrize('command', readme_commands())
+def small_prepare(args, tiny, trained, tmp_path):
+    args += [f'--name={tmp_path}/set', '--size=32', '--dim=24', '--clips=6', '--test_clips=4']
+    if '--source=clips' in args:
+        args.append(f'--source={own_clips(tmp_path / "clips")}')
+    if any(arg.startswith('--encoder=vit') for arg in args):
+        args.append(f'--weights={official_weights(tmp_path / "vitl.pt")}')
+    if any(arg.startswith('--split=') for arg in args):
+        for i, number in enumerate((17000, 17001, 22000, 23000)):
+            own_clip(tmp_path / 'clips' / f'clip_{number}', i + 1)
+        args += [f'--source={tmp_path}/clips', '--split=train:17000-17001,B:22000-22000,A2:23000-23000']
+    return args
+
+
+def small_train(args, tiny, trained, tmp_path):
+    starts = {
+        'config/hope_stream.py': trained['hope'],
+        'config/oracle.py': trained['vit'],
+        'config/finetune_vjepa2_ac.py': official_predictor(tmp_path / 'ac.pt'),
+    }
+    init_from = [f'--init_from={starts[arg]}' for arg in args if arg in starts]
+    args += [*TINY, f'--data={tiny}', f'--out={tmp_path}/x.pt', '--accumulation=1', *init_from]
+    if '--resume=True' in args:
+        run('train.py', *[arg for arg in args if arg != '--resume=True'], '--stop_at=3')
+    return args
+
+
+def small_adapt(args, tiny, trained, tmp_path):
+    # The checkpoints of assets/ do not fit the tiny set; tests/test_data.py runs them.
+    files = {'out/hope.pt': trained['hope'], 'out/vit.pt': trained['vit'], 'out/oracle.pt': trained['vit'],
+             'out/hope_stream.pt': trained['hope'], 'out/memory.pt': f'{tmp_path}/memory.pt',
+             'assets/hope.pt': trained['hope'], 'assets/vit.pt': trained['vit']}
+    for file, small in files.items():
+        args = [arg.replace(file, small) for arg in args]
+    args += [f'--data={tiny}', f'--out={tmp_path}/aba', '--clips=4', '--probe_clips=4', '--tune_clips=1', '--device=cpu']
+    if f'--memory_in={tmp_path}/memory.pt' in args:
+        run('adapt.py', *[arg.replace('memory_in', 'memory_out') for arg in args])
+    return args
+
+
+def small_bench(args, tiny, trained, tmp_path):
+    return [*args, '--features=24', '--grid=2', '--steps=2', '--repeats=1', '--vit=config/vit_jump.py',
+            '--hope=config/hope_jump.py', '--device=cpu']
+
+
+def small_ablate(args, tiny, trained, tmp_path):
+    return [*args, f'--data={tiny}', f'--out={tmp_path}/ablation', '--clips=4', '--tune_clips=1', '--seeds=1',
+            '--max_iters=2', '--variants=HOPE', '--extra=' + ' '.join(TINY), '--device=cpu']
+
+
+# The arguments of each script's commands, on the smallest settings that still run everything.
+SMALL = {'prepare.py': small_prepare, 'train.py': small_train, 'adapt.py': small_adapt, 'bench.py': small_bench,
+         'ablate.py': small_ablate}
+
+
+@pytest.mark.parametrize('command', [c for c in readme_commands() if c.startswith(('python', 'torchrun'))])
 def test_command(command, tiny, trained, tmp_path):
-    words = shlex.split(command)
-    if words[:2] == ['pip', 'install']:                    # what .ci/run does before it calls this suite
-        assert os.path.exists(os.path.join(ROOT, words[-1]))
-        return
-    if words[0] == 'pytest':                               # this suite; a path in it must exist
-        assert all(os.path.exists(os.path.join(ROOT, w)) for w in words[1:] if w.startswith('tests'))
-        return
-    if words[0] in ('git', 'cd'):
-        return
-    launcher = None
-    if words[0] == 'torchrun':
-        flags = [w for w in words[1:] if w.startswith('--') and words.index(w) < words.index('train.py')]
-        launcher = [sys.executable, '-m', 'torch.distributed.run', *(re.sub('nproc_per_node=.*', 'nproc_per_node=2', f) for f in flags)]
-        words = words[words.index('train.py'):]
-    else:
-        assert words.pop(0) == 'python', command
-    script, args = words[0], words[1:]
+    program, *words = shlex.split(command)
+    launcher = ()
+    if program == 'torchrun':
+        while words[0].startswith('--'):
+            launcher += re.sub('nproc_per_node=.*', 'nproc_per_node=2', words.pop(0)),
+        launcher = sys.executable, '-m', 'torch.distributed.run', *launcher
+    script, *args = words
     if '--help' in args:
         assert '--' in run(script, *args).stdout
         return
-    if script == 'prepare.py':
-        args += [f'--name={tmp_path}/set', '--size=32', '--dim=24', '--clips=6', '--test_clips=4']
-        if '--source=clips' in args:
-            args.append(f'--source={own_clips(tmp_path / "clips")}')
-        if any(a.startswith('--encoder=vit') for a in args):
-            args.append(f'--weights={official_weights(tmp_path / "vitl.pt")}')
-        if any(a.startswith('--split=') for a in args):
-            for i, number in enumerate((17000, 17001, 22000, 23000)):
-                own_clip(tmp_path / 'clips' / f'clip_{number}', i + 1)
-            args += [f'--source={tmp_path}/clips', '--split=train:17000-17001,B:22000-22000,A2:23000-23000']
-    elif script == 'train.py':
-        args = [a.replace('out/hope.pt', trained['hope']).replace('out/vit.pt', trained['vit']) for a in args]
-        args += [*TINY, f'--data={tiny}', f'--out={tmp_path}/x.pt', '--accumulation=1']
-        starts = {'config/hope_stream.py': trained['hope'], 'config/oracle.py': trained['vit']}
-        args += [f'--init_from={starts[a]}' for a in words[1:] if a in starts]
-        if 'config/finetune_vjepa2_ac.py' in args:
-            args.append(f'--init_from={official_predictor(tmp_path / "ac.pt")}')
-        if '--resume=True' in args:
-            run(script, *[a for a in args if a != '--resume=True'], '--stop_at=3')
-    elif script == 'adapt.py':
-        args = [a.replace('out/hope.pt', trained['hope']).replace('out/vit.pt', trained['vit']).replace('out/oracle.pt', trained['vit'])
-                .replace('out/hope_stream.pt', trained['hope']) for a in args]
-        args = [a.replace('out/memory.pt', f'{tmp_path}/memory.pt') for a in args]
-        # Those of the laptop set do not fit the tiny one; tests/test_data.py runs them.
-        args = [a.replace('assets/hope.pt', trained['hope']).replace('assets/vit.pt', trained['vit']) for a in args]
-        args += [f'--data={tiny}', f'--out={tmp_path}/aba', '--clips=4', '--probe_clips=4', '--tune_clips=1']
-        if f'--memory_in={tmp_path}/memory.pt' in args:
-            run(script, *[a.replace('memory_in', 'memory_out') for a in args])
-    elif script == 'bench.py':
-        args += ['--features=24', '--grid=2', '--steps=2', '--repeats=1', '--vit=config/vit_jump.py', '--hope=config/hope_jump.py']
-    elif script == 'ablate.py':
-        args += [f'--data={tiny}', f'--out={tmp_path}/ablation', '--clips=4', '--tune_clips=1', '--seeds=1', '--max_iters=2',
-                 '--variants=HOPE', '--extra=' + ' '.join(TINY), '--device=cpu']
-        first, again = run(script, *args).stdout, run(script, *args).stdout
-        assert first.splitlines()[-4:] == again.splitlines()[-4:] and 'step' in first and 'step ' not in again  # made once
-        return
-    else:
-        raise AssertionError(f'no tiny settings for: {command}')
-    run(script, *args, launcher=launcher or ())
+    args = SMALL[script](args, tiny, trained, tmp_path)
+    # With the oracle's row, everything is drawn.
+    done = run(script, *args, launcher=launcher, pictures=any(arg.startswith('--oracle') for arg in args))
+    if script == 'ablate.py':
+        # What is there is not made again.
+        again = run(script, *args)
+        assert done.stdout.splitlines()[-4:] == again.stdout.splitlines()[-4:]
+        assert 'step' in done.stdout and 'step ' not in again.stdout
+
+
+def test_other_commands():
+    """The requirements are there, and so are the tests and the markers that pytest is called with."""
+    with open(os.path.join(ROOT, 'pytest.ini'), encoding='utf-8') as f:
+        markers = re.findall('^markers = (.*?):', f.read(), re.M)
+    others = [shlex.split(c) for c in readme_commands() if not c.startswith(('python', 'torchrun'))]
+    assert {words[0] for words in others} == {'pip', 'pytest'}
+    for program, *words in others:
+        for option, value in zip(words, words[1:]):
+            assert option != '-r' or os.path.exists(os.path.join(ROOT, value))
+            assert option != '-m' or value in markers
 
 
 def test_the_two_commands_are_there():
     with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
         text = f.read()
-    assert 'pip install -r requirements.txt && python train.py config/hope_jump.py && python adapt.py --ckpt=out/hope.pt' in text
+    trained = 'python train.py config/hope_jump.py && python adapt.py --ckpt=out/hope.pt'
+    assert f'pip install -r requirements.txt && {trained}' in text
     assert 'pip install -r requirements.txt && pytest' in text
 
 

@@ -1,13 +1,11 @@
 """Training: repeatable, resumable, the same on several processes, and stopped before damage is done."""
 import csv
-import sys
 
 import pytest
 import torch
 from conftest import TINY, refused, run
 
 STREAMS = ['--stream=4', '--stream_from=0.4', '--action_gain=0.5', '--cms_rate=5']
-TWO_PROCESSES = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 
 
 def content(path):
@@ -50,11 +48,9 @@ def last_of_each_step(path):
 def test_same_seed_same_result_and_resume_is_exact(kind, tiny, trained, tmp_path):
     args = [*TINY, f'--model={kind}', f'--data={tiny}', f'--out={tmp_path}/resumed.pt']
     assert 'stopped at step 4' in run('train.py', *args, '--stop_at=4').stdout
-    assert 'exists' in refused(run('train.py', *args, ok=False))
     run('train.py', *args, '--resume=True')
     assert same(tmp_path / 'resumed.pt', trained[kind])
     assert 'is finished (6 steps)' in run('train.py', *args, '--resume=True').stdout
-    assert 'max_iters' in refused(run('train.py', *args, '--resume=True', '--max_iters=9', ok=False))
 
 
 def test_another_seed_gives_another_result(tiny, trained, tmp_path):
@@ -67,8 +63,6 @@ def test_starting_from_another_checkpoint(tiny, trained, tmp_path):
     run('train.py', *TINY, f'--data={tiny}', start, '--max_iters=1', '--learning_rate=1e-9', '--split=fit_B',
         f'--out={tmp_path}/x.pt')
     assert close(tmp_path / 'x.pt', trained['hope'], atol=1e-6)
-    line = refused(run('train.py', *TINY, f'--data={tiny}', start, '--model=vit', f'--out={tmp_path}/y.pt', ok=False))
-    assert 'init_from' in line
 
 
 def test_accumulation_and_processes_change_nothing(tiny, tmp_path):
@@ -78,8 +72,8 @@ def test_accumulation_and_processes_change_nothing(tiny, tmp_path):
     run('train.py', *args, f'--out={tmp_path}/two.pt', '--accumulation=2')
     assert close(tmp_path / 'one.pt', tmp_path / 'two.pt', atol=2e-4)
     args.append(f'--out={tmp_path}/ddp.pt')
-    assert '2 processes' in run('train.py', *args, '--stop_at=2', launcher=TWO_PROCESSES).stdout
-    assert run('train.py', *args, '--resume=True', launcher=TWO_PROCESSES).stdout.count('finished') == 1
+    assert '2 processes' in run('train.py', *args, '--stop_at=2', processes=2).stdout
+    assert run('train.py', *args, '--resume=True', processes=2).stdout.count('finished') == 1
     assert close(tmp_path / 'one.pt', tmp_path / 'ddp.pt', atol=2e-4)
 
 
@@ -130,14 +124,14 @@ def test_the_loss_at_each_place_of_a_stream_is_logged(tiny, tmp_path):
 def test_streams_on_processes_and_micro_batches(tiny, tmp_path):
     args = [*TINY, f'--data={tiny}', *STREAMS, '--stream_from=0', '--stream=2', '--max_iters=2', '--seed=3']
     run('train.py', *args, f'--out={tmp_path}/one.pt', '--accumulation=2')
-    run('train.py', *args, f'--out={tmp_path}/ddp.pt', launcher=TWO_PROCESSES)
+    run('train.py', *args, f'--out={tmp_path}/ddp.pt', processes=2)
     assert close(tmp_path / 'one.pt', tmp_path / 'ddp.pt', atol=2e-4)
 
 
 # ---- optimiser ---------------------------------------------------------------------------------------------------------
 
 def test_only_matrices_decay(tiny, tmp_path):
-    """Known mistake 14: decay by role. Decay alone moves the matrices of linear maps and nothing else."""
+    """Chosen by dim() > 1, decay reached the memory's retention. It moves the matrices of linear maps and nothing else."""
     args = [*TINY, f'--data={tiny}', '--max_iters=1', '--warmup=0', '--decay=0', '--learning_rate=0.5']
     run('train.py', *args, '--weight_decay=0', f'--out={tmp_path}/without.pt')
     run('train.py', *args, '--weight_decay=1', f'--out={tmp_path}/with.pt')
@@ -214,35 +208,3 @@ def test_a_file_that_is_not_its_log_is_left_alone(tiny, tmp_path):
     log.write_text('step,loss,teacher_forcing,another figure\r\n')
     assert f'{log} is not the log' in refused(run('train.py', *args, '--resume=True', ok=False))
     assert 'another figure' in log.read_text() and (tmp_path / 'x.pt').read_bytes() == before
-
-
-# ---- refusals ----------------------------------------------------------------------------------------------------------
-
-REFUSED = {
-    '--jump_last=8': 'at most 7',
-    '--loss=rollout --rollout_steps=8': 'at most 7',
-    '--data=./none': 'no data set at',
-    '--width=25': 'multiple of heads',
-    '--device=tpu': 'allowed are auto',
-    '--start_rate=0.1': 'learning_rate',
-    '--accumulation=3': 'multiple of',
-    '--stream=3': 'multiple of',
-    '--action_gain=0.5': 'set stream > 1',
-    '--model=vit --stream=2 --cms_rate=1': 'no CMS levels',
-    '--cms_periods=1,x': 'whole numbers',
-    '--cms_periods=0,4': 'more often',
-    '--adapts=key': 'adapts',
-}
-
-
-@pytest.mark.parametrize('flags', REFUSED)
-def test_bad_requests_are_one_line(flags, tiny, tmp_path):
-    done = run('train.py', *TINY, f'--data={tiny}', f'--out={tmp_path}/x.pt', *flags.split(), ok=False, cwd=tmp_path)
-    assert REFUSED[flags] in refused(done)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
-def test_a_device_that_is_not_here_is_one_line(tiny, tmp_path):
-    done = run('train.py', *TINY, f'--data={tiny}', f'--out={tmp_path}/x.pt', '--device=cuda', ok=False)
-    assert 'no such device' in refused(done)

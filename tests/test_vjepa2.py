@@ -1,12 +1,11 @@
 """Official V-JEPA 2 weights: the published arithmetic, both file layouts, every kind of wrong file."""
-import json
 import math
 import os
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, official_predictor, refused, run
+from conftest import TINY, official_predictor, run
 
 import hope
 import model
@@ -180,7 +179,8 @@ def published_predictor(w, z, rows, columns, **conditions):
 def test_grids_and_extrinsics_agree_with_a_reference(rows, columns, camera, tmp_path):
     """Non-square grids, also with a square number of patches, and the third conditioning token."""
     path = official(tmp_path, 'vjepa2_ac_tiny.pt')
-    w = {name.removeprefix('module.'): v.double() for name, v in golden('vjepa2_ac_tiny.pt')['checkpoint']['predictor'].items()}
+    published = golden('vjepa2_ac_tiny.pt')['checkpoint']['predictor']
+    w = {name.removeprefix('module.'): tensor.double() for name, tensor in published.items()}
     generator = torch.Generator().manual_seed(0)
     z, a, s, e = (torch.randn(2, 3, *shape, generator=generator) for shape in ((rows * columns, 48), (7,), (7,), (6,)))
     predictor = vjepa2.load_vjepa2(path, 'predictor', heads=2, grid=(rows, columns))
@@ -253,7 +253,8 @@ def published_2_1(w, video):
 
 
 @pytest.mark.parametrize('part', ['target_encoder', 'ema_encoder'])
-@pytest.mark.parametrize('shape', [(4, 32, 32), (2, 48, 48), (4, 32, 48), (5, 56, 40), (1, 32, 32), (1, 48, 32), (1, 40, 56)])
+@pytest.mark.parametrize('shape', [(4, 32, 32), (2, 48, 48), (4, 32, 48), (5, 56, 40),
+                                   (1, 32, 32), (1, 48, 32), (1, 40, 56)])
 def test_encoder_2_1_agrees_with_a_reference(shape, part, tmp_path):
     """Clips and single frames, square and not, frames and pixels that fill no patch."""
     w = weights_2_1()
@@ -279,9 +280,11 @@ def test_encoder_2_1_refuses_a_single_row_or_column(tmp_path):
     (lambda w: w.pop('img_mod_embed'), 'img_mod_embed is missing'),
     (lambda w: w.pop('patch_embed_img.proj.weight'), 'patch_embed_img.proj.weight is missing'),
     (lambda w: w.pop('video_mod_embed'), 'is missing'),
-    (lambda w: w.update({'video_mod_embed': torch.zeros(1, 1, 3)}), r'video_mod_embed is \(1, 1, 3\), must be \(1, 1, 40\)'),
+    (lambda w: w.update({'video_mod_embed': torch.zeros(1, 1, 3)}),
+     r'video_mod_embed is \(1, 1, 3\), must be \(1, 1, 40\)'),
     (lambda w: w.update({'norm.weight': torch.zeros(40)}), '1 unexpected tensors, the first is norm.weight'),
-    (lambda w: w.update({'norms_block.4.weight': torch.zeros(40)}), '1 unexpected tensors, the first is norms_block.4.weight'),
+    (lambda w: w.update({'norms_block.4.weight': torch.zeros(40)}),
+     '1 unexpected tensors, the first is norms_block.4.weight'),
 ])
 def test_files_of_2_1_are_strict_too(change, words, tmp_path):
     w = weights_2_1()
@@ -322,7 +325,8 @@ def test_a_stray_position_table_is_tolerated_and_heads_are_asked_for(tmp_path):
     path = official(tmp_path, change=put('pos_embed', torch.zeros(1, 18, 48)))
     features = vjepa2.load_vjepa2(path, heads=2)(reference['video'])
     torch.testing.assert_close(features, reference['target_encoder_out'], atol=5e-5, rtol=0)
-    for arguments, words in ((dict(), 'heads='), (dict(heads=5), 'not a multiple'), (dict(part='decoder'), 'target_encoder')):
+    for arguments, words in ((dict(), 'heads='), (dict(heads=5), 'not a multiple'),
+                             (dict(part='decoder'), 'target_encoder')):
         with pytest.raises(Refusal, match=words):
             vjepa2.load_vjepa2(path, **arguments)
     with pytest.raises(Refusal, match="no part 'predictor'"):
@@ -375,7 +379,8 @@ def test_encoder_agrees_with_transformers(shape, more, tmp_path):
     ours = vjepa2.load_vjepa2(folder)
     steps = max(1, shape[0] // 2)
     used = min(2 * steps, shape[0])
-    if shape[1] != shape[2]:                                           # transformers counts rows and columns on a square crop
+    if shape[1] != shape[2]:
+        # transformers counts rows and columns on a square crop.
         grid = torch.cartesian_prod(*map(torch.arange, (steps, shape[1] // 16, shape[2] // 16)))
         for layer in theirs.encoder.layer:
             layer.attention.get_position_ids = lambda x, masks=None: grid.unbind(1)
@@ -405,14 +410,14 @@ def test_hugging_face_files_are_strict_too(tmp_path):
     save_file(state, file)
     with pytest.raises(Refusal, match='blocks.1.attn.qkv.weight'):
         vjepa2.load_vjepa2(folder)
-    save_file({**state, 'encoder.layer.1.attention.key.weight': removed, 'encoder.layer.1.extra.bias': removed.clone()}, file)
+    extra = {'encoder.layer.1.attention.key.weight': removed, 'encoder.layer.1.extra.bias': removed.clone()}
+    save_file({**state, **extra}, file)
     with pytest.raises(Refusal, match='blocks.1.extra.bias'):
         vjepa2.load_vjepa2(folder)
     with open(file, 'wb') as f:
         f.write(b'no tensors')
     with pytest.raises(Refusal, match='not a file of weights'):
         vjepa2.load_vjepa2(folder)
-    assert json.load(open(os.path.join(folder, 'config.json')))['num_attention_heads'] == 2
 
 
 # ---- fine-tuning -----------------------------------------------------------------------------------------------------
@@ -428,9 +433,9 @@ def test_official_weights_are_fine_tuned_on_own_data(tiny, tmp_path):
     published = torch.load(official_predictor(tmp_path / 'ac.pt'), weights_only=True)['predictor']
     args = [*TINY, f'--data={tiny}', '--model=vit', f'--init_from={tmp_path}/ac.pt', '--loss=rollout', '--max_iters=1',
             '--learning_rate=1e-9', f'--out={tmp_path}/x.pt']
-    assert "set rope = 'vjepa2'" in refused(run('train.py', *args, ok=False))
     out = run('train.py', *args, '--rope=vjepa2').stdout
-    anew, dropped = (next(line for line in out.splitlines() if words in line) for words in ('start anew: ', 'are dropped: '))
+    anew, dropped = (next(line for line in out.splitlines() if words in line)
+                     for words in ('start anew: ', 'are dropped: '))
     assert anew.split(': ')[1] == 'action_encoder.weight'
     assert set(dropped.split(': ')[1].split(', ')) == {f'{name}_encoder.{part}' for name in ('state', 'extrinsics')
                                                        for part in ('weight', 'bias')}
@@ -438,4 +443,3 @@ def test_official_weights_are_fine_tuned_on_own_data(tiny, tmp_path):
     for name, tensor in published.items():
         if name.split('.')[1] not in ('action_encoder', 'state_encoder', 'extrinsics_encoder'):
             torch.testing.assert_close(net.get_parameter(name.removeprefix('module.')).data, tensor, atol=1e-6, rtol=0)
-    assert 'predictor_blocks.1' in refused(run('train.py', *args, '--rope=vjepa2', '--depth=1', f'--out={tmp_path}/y.pt', ok=False))

@@ -1,0 +1,332 @@
+"""
+What the user can mend, in one table: the script, its arguments, and words of the one line that it ends with.
+
+A row is checked in this process, by the functions that the script calls before it begins. One row of each script goes
+through the script itself, which must exit with status 2 and write nothing; so does every row under -m trust. Elsewhere: bad
+clips in test_prepare.py, files of official weights in test_vjepa2.py, damaged and hostile files in trust/.
+"""
+import ast
+import importlib.util
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import FEW, NUMBERS, ROOT, TINY, counted, official_predictor, official_weights, run
+
+import adapt
+import hope
+import prepare
+from configurator import Refusal, configure
+from data import open_split
+from model import Sizes, pick_device
+from support import own_clips
+from support.files import folder_of
+from vjepa2 import MODELS, start_from
+
+# What every row of a script begins with. {names} are files and folders of the fixture `places`.
+BEGINNINGS = {
+    'train.py': [*TINY, '--data={tiny}', '--out={empty}/x.pt'],
+    'adapt.py': [*FEW, '--ckpt={vit}', '--data={tiny}', '--out={empty}/aba'],
+    'prepare.py': ['--name={empty}/set', '--clips=4', '--test_clips=2', '--device=cpu'],
+    'bench.py': [],
+    'ablate.py': [],
+}
+
+# Refused by configure(), which every script begins with.
+KNOBS = [
+    # A name that is no knob.
+    ('train.py', '--lr=1e-3', "no knob is called 'lr'"),
+    ('train.py', '--max_iterz=3', "'max_iterz'; did you mean 'max_iters'?"),
+    ('train.py', '--clips=10', "no knob is called 'clips'; prepare.py, adapt.py, ablate.py has one"),
+    ('train.py', '--=3', "no knob is called ''"),
+    ('adapt.py', '--batch_size=8', "'batch_size'; train.py has one"),
+    ('adapt.py', 'config/hope_jump.py', "no knob is called 'model'; train.py has one"),
+    ('prepare.py', '--nam=x', "did you mean 'name'?"),
+    # What is no --name=value.
+    ('train.py', '--batch_size', 'write --batch_size=value, with an equals sign'),
+    ('train.py', '--', 'with an equals sign'),
+    ('train.py', 'batch_size=8', 'two dashes: --batch_size=8'),
+    ('train.py', '-batch_size=8', 'two dashes: --batch_size=8'),
+    ('train.py', 'config', 'neither a config file (something.py) nor --key=value'),
+    ('train.py', 'config/nowhere.py', 'config file config/nowhere.py not found'),
+    ('train.py', 'config/hope_jump.py.py', 'config file config/hope_jump.py.py not found'),
+    # A value of another type.
+    ('train.py', '--batch_size=many', "batch_size must be a whole number, not 'many'"),
+    ('train.py', '--batch_size=2.5', 'batch_size must be a whole number, not 2.5'),
+    ('train.py', '--batch_size=True', 'batch_size must be a whole number, not True'),
+    ('train.py', '--batch_size=', "batch_size must be a whole number, not ''"),
+    ('train.py', '--max_iters=1e3', 'max_iters must be a whole number, not 1000.0'),
+    ('train.py', '--max_iters=[3]', 'max_iters must be a whole number, not [3]'),
+    ('train.py', '--learning_rate=fast', "learning_rate must be a number, not 'fast'"),
+    ('train.py', '--learning_rate=inf', "learning_rate must be a number, not 'inf'"),
+    ('train.py', '--learning_rate=nan', "learning_rate must be a number, not 'nan'"),
+    ('train.py', '--learning_rate=1e999', 'learning_rate must be finite'),
+    ('train.py', '--resume=yes', "resume must be True or False, not 'yes'"),
+    ('train.py', '--resume=1', 'resume must be True or False, not 1'),
+    ('train.py', '--compile=true', "compile must be True or False, not 'true'"),
+    ('prepare.py', '--clips=many', "clips must be a whole number, not 'many'"),
+    # A value out of range.
+    ('train.py', '--learning_rate=0', 'learning_rate = 0.0 is not allowed; allowed: >0'),
+    ('train.py', '--learning_rate=-1', 'learning_rate = -1.0 is not allowed; allowed: >0'),
+    ('train.py', '--batch_size=0', 'batch_size = 0 is not allowed; allowed: 1..'),
+    ('train.py', '--seed=-1', 'allowed: 0..4294967295'),
+    ('train.py', '--seed=99999999999999999999', 'allowed: 0..4294967295'),
+    ('train.py', '--lambda_start=1.5', 'lambda_start = 1.5 is not allowed; allowed: 0..1'),
+    ('train.py', '--lambda_start=-0.1', 'lambda_start = -0.1 is not allowed; allowed: 0..1'),
+    ('train.py', '--heads=0', 'heads = 0 is not allowed'),
+    ('train.py', '--depth=-1', 'depth = -1 is not allowed'),
+    ('train.py', '--model=transformer', "model = 'transformer' is not allowed; allowed: hope | vit"),
+    ('train.py', '--model=HOPE', "model = 'HOPE' is not allowed; allowed: hope | vit"),
+    ('train.py', '--loss=l2', 'allowed: jump | rollout'),
+    ('train.py', '--mixer=both,titan', 'allowed: titan | attention | both'),
+    ('adapt.py', '--clips=0', 'clips = 0 is not allowed'),
+    ('prepare.py', '--dim=0', 'allowed: 3..1536'),
+    ('prepare.py', '--encoder=resnet', 'allowed: patch | vitl'),
+]
+
+# What stands in a config file of train.py.
+CONFIGS = [
+    ('batch_size = "8"', "batch_size must be a whole number, not '8'"),
+    ('batch_size = True', 'batch_size must be a whole number, not True'),
+    ('depth = 2.0', 'depth must be a whole number, not 2.0'),
+    ('seed = [1]', 'seed must be a whole number, not [1]'),
+    ('model = None', 'model must be text, not None'),
+    ('batch_size = = 8', 'line 1: SyntaxError'),
+    ('while', 'line 1: SyntaxError'),
+    ('"unfinished', 'line 1: SyntaxError: unterminated string'),
+    ('\x00', 'null bytes'),
+    ('seed = 1\nbatch_size = 1 / 0', 'line 2: ZeroDivisionError'),
+    ('import os', 'line 1: ImportError'),
+    ('print(1)', "line 1: NameError: name 'print'"),
+    ('eval("1")', "line 1: NameError: name 'eval'"),
+    ('def f(): pass', "no knob is called 'f'"),
+    ('x = 1', "no knob is called 'x'"),
+    ('clips = 10', 'prepare.py, adapt.py, ablate.py has one'),
+    ('max_iterz = 3', "did you mean 'max_iters'?"),
+]
+
+# Refused by what a script checks before it begins.
+REQUESTS = [
+    # Sizes that do not fit together.
+    ('train.py', '--width=25', 'multiple of heads'),
+    ('train.py', '--heads=96', 'at least 6 channels per head'),
+    ('train.py', '--cms_periods=', "cms_periods = '': must be whole numbers"),
+    ('train.py', '--cms_periods=1;4', "cms_periods = '1;4': must be whole numbers"),
+    ('train.py', '--cms_periods=1,x', "cms_periods = '1,x': must be whole numbers"),
+    ('train.py', '--cms_periods=1,0', 'more often than at every tick'),
+    ('train.py', '--adapts=', "adapts = '': allowed are k, v, mem, eta, alpha"),
+    ('train.py', '--adapts=key', "adapts = 'key': allowed are k, v, mem, eta, alpha"),
+    ('train.py', '--memory_hidden=4 --adapts=mem', 'share the hidden layer'),
+    ('train.py', '--memory_hidden=4 --self_targets=False', 'share the hidden layer'),
+    # Knobs that do not go together.
+    ('train.py', '--accumulation=3', 'multiple of accumulation x processes x teacher_every = 6'),
+    ('train.py', '--stream=3', 'multiple of accumulation x processes x stream = 3'),
+    ('train.py', '--action_gain=0.5', 'set stream > 1'),
+    ('train.py', '--cms_rate=1', 'set stream > 1'),
+    ('train.py', '--model=vit --stream=2 --cms_rate=1', 'no CMS levels'),
+    ('train.py', '--start_rate=0.1', 'rises from it to learning_rate'),
+    ('train.py', '--jump_last=8', 'at most 7 can be jumped to'),
+    ('train.py', '--loss=rollout --rollout_steps=8', 'at most 7 can be predicted'),
+    ('adapt.py', '--methods=frozen,TTA', '--methods=frozen,TTA: allowed are frozen, LN-TTA'),
+    ('adapt.py', '--tune_on=B', 'would prove nothing'),
+    ('adapt.py', '--tune_on=C,A', 'would prove nothing'),
+    ('adapt.py', '--memory_out=x.pt --memory_in=x.pt', 'is --memory_in too'),
+    ('adapt.py', '--memory_out=x.pt --methods=frozen', 'has a memory to keep'),
+    ('prepare.py', '--size=33', 'must be a multiple of 16'),
+    ('prepare.py', '--split=train:1-2', 'name their folder with --source'),
+    ('prepare.py', '--encoder=vitb2.1 --weights={weights_2_1} --size=16', 'two rows and two columns'),
+    ('bench.py', '--steps=8,x', '--steps=8,x: must be whole numbers'),
+    ('ablate.py', '--variants=HOPE,LSTM', '--variants=HOPE,LSTM: allowed are HOPE, ViT-AC'),
+    # Devices.
+    ('train.py', '--device=tpu', 'allowed are auto'),
+    ('train.py', '--device=cuda:x', 'allowed are auto'),
+    ('train.py', '--device=cuda:99', 'no such device'),
+    ('prepare.py', '--device=cuda:99', 'no such device'),
+    # Data sets and splits that are not there, or not enough.
+    ('train.py', '--data=', 'a data set needs a name'),
+    ('train.py', '--data=./nowhere', 'make it with: python prepare.py --name=./nowhere'),
+    ('train.py', '--split=nowhere', "has no split 'nowhere'; it has train, val"),
+    ('adapt.py', '--data=./nowhere', 'no data set at'),
+    ('adapt.py', '--tune_on=moon', "has no split 'test_moon'; it has train, val"),
+    ('adapt.py', '--clips=200', 'lower --clips or --probe_clips'),
+    ('adapt.py', '--tune_clips=200', 'lower --tune_clips'),
+    ('adapt.py', '--data={other}', 'trained on features of size 24'),
+    ('prepare.py', '--name=', 'a data set needs a name'),
+    ('prepare.py', '--source=nowhere', 'neither "physics" nor a folder'),
+    # Checkpoints and weights that are not there, or are no such thing.
+    ('train.py', '--out=', 'must name a file'),
+    ('train.py', '--out=x.csv', 'and not the log'),
+    ('train.py', '--out={vit}', 'exists; go on with --resume=True'),
+    ('train.py', '--resume=True', 'no checkpoint at'),
+    ('train.py', '--resume=True --model=vit --out={vit} --max_iters=9', 'other settings: max_iters = 9 (was 6)'),
+    ('train.py', '--init_from=nowhere.pt', 'there is no such file'),
+    ('train.py', '--init_from={vit}', 'not this predictor'),
+    ('train.py', '--model=vit --init_from={official}', "set rope = 'vjepa2'"),
+    ('train.py', '--model=vit --init_from={official} --rope=vjepa2 --depth=1', 'predictor_blocks.1'),
+    ('adapt.py', '--ckpt=', 'no checkpoint at'),
+    ('adapt.py', '--ckpt=nowhere.pt', 'no checkpoint at nowhere.pt'),
+    ('adapt.py', '--oracle=nowhere.pt', 'no checkpoint at nowhere.pt'),
+    ('adapt.py', '--ckpt={text}', 'text.pt is damaged or cut short, or was not written by this code'),
+    ('adapt.py', '--ckpt={short}', 'short.pt is damaged or cut short'),
+    ('adapt.py', '--ckpt={foreign}', 'foreign.pt is damaged or cut short, or was not written by this code'),
+    ('adapt.py', '--ckpt={rollout},{vit}', 'trained with different losses'),
+    ('adapt.py', '--memory_in=nowhere.pt', 'nowhere.pt could not be read'),
+    ('prepare.py', '--encoder=vitl --weights=none.pt', "no V-JEPA 2 weights at 'none.pt'"),
+    ('prepare.py', '--encoder=vitb2.1', 'vjepa2_1_vitb_dist_vitG_384.pt and name it with --weights'),
+    ('prepare.py', '--encoder=vitg2.1', 'get https://dl.fbaipublicfiles.com/vjepa2/vjepa2_1_vitg_384.pt'),
+    ('prepare.py', '--encoder=vitb2.1 --weights={weights_2_1} --part=encoder', "no part 'encoder'; it has 'ema_encoder'"),
+    ('bench.py', '--vit=nowhere.py', 'config file nowhere.py not found'),
+]
+
+# These go through the script in the quick suite, too: one of each.
+SCRIPTS = [
+    ('train.py', '--max_iterz=3', "'max_iterz'; did you mean 'max_iters'?"),
+    ('train.py', '--resume=True --model=vit --out={vit} --max_iters=9', 'other settings: max_iters = 9 (was 6)'),
+    ('adapt.py', '--data={other}', 'trained on features of size 24'),
+    ('prepare.py', '--source=nowhere', 'neither "physics" nor a folder'),
+    ('bench.py', '--steps=8,x', '--steps=8,x: must be whole numbers'),
+    ('ablate.py', '--variants=HOPE,LSTM', '--variants=HOPE,LSTM: allowed are HOPE, ViT-AC'),
+]
+
+
+@pytest.fixture(scope='module')
+def places(tiny, trained, tmp_path_factory):
+    """The files and folders that rows name: {name: path}."""
+    folder = tmp_path_factory.mktemp('refusals')
+    whole = open(trained['vit'], 'rb').read()
+    (folder / 'empty').mkdir()
+    (folder / 'text.pt').write_text('hello')
+    (folder / 'short.pt').write_bytes(whole[:len(whole) // 2])
+    torch.save({'a': 1}, folder / 'foreign.pt')
+    run('train.py', *TINY, f'--data={tiny}', '--loss=rollout', '--max_iters=1', f'--out={folder}/rollout.pt')
+    run('prepare.py', f'--name={folder}/other', '--size=32', '--dim=12', '--clips=4', '--test_clips=24')
+    official_predictor(folder / 'official.pt')
+    official_weights(folder / 'weights_2_1.pt', part='ema_encoder', version='2.1')
+    files = {name: f'{folder}/{name}.pt' for name in ('text', 'short', 'foreign', 'rollout', 'official', 'weights_2_1')}
+    return {**files, **trained, 'tiny': tiny, 'empty': f'{folder}/empty', 'other': f'{folder}/other'}
+
+
+def arguments(script, written, places):
+    """The whole command line of a row."""
+    return [word.format(**places) for word in [*BEGINNINGS[script], *written.split(' ')]]
+
+
+# ---- in this process ---------------------------------------------------------------------------------------------------
+
+def settings_of(script, args):
+    """The settings that configure() makes of a command line."""
+    return configure({'__file__': os.path.join(ROOT, script)}, args)
+
+
+def function_of(script, name):
+    """A function of a script that would run if it were imported; it gets everything that it uses handed in."""
+    with open(os.path.join(ROOT, script), encoding='utf-8') as f:
+        tree = ast.parse(f.read())
+    tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    scope = {'os': os, 'importlib': importlib, 'Refusal': Refusal}
+    exec(compile(tree, script, 'exec'), scope)
+    return scope[name]
+
+
+def check_train(settings):
+    knobs = SimpleNamespace(**settings)
+    where = pick_device(knobs.device)
+    function_of('train.py', 'check_settings')(knobs, processes=1)
+    Sizes.from_settings(settings)
+    if knobs.resume:
+        hope.load(knobs.out)
+    train_clips = open_split(knobs.data, knobs.split)
+    function_of('train.py', 'check_clips')(knobs, train_clips, open_split(knobs.data, 'val'))
+    if knobs.init_from:
+        sizes = Sizes.from_settings(settings, feature_dim=24, grid=(2, 2))
+        start_from(hope.build(sizes).to(where), knobs.init_from)
+
+
+def check_adapt(settings):
+    knobs = SimpleNamespace(**settings)
+    adapt.check_settings(settings, adapt.METHODS)
+    where = pick_device(knobs.device)
+    checkpoints = adapt.read_checkpoints(knobs.ckpt, knobs.oracle, where)
+    shifts = [f'test_{shift}' for shift in adapt.listed(knobs.tune_on)]
+    splits = {name: open_split(knobs.data, name) for name in ('test_A', 'test_B', 'val', *shifts)}
+    adapt.check_clips(checkpoints, splits['val'].manifest, 2, knobs.data)
+    adapt.check_lengths(settings, splits)
+    plans = [adapt.plan(checkpoint, adapt.listed(knobs.methods) or adapt.METHODS, 0.0, True) for checkpoint in checkpoints]
+    adapt.check_memory_out(settings, plans)
+    if knobs.memory_in:
+        adapt.read_memory(knobs.memory_in, checkpoints[0], adapt.take(splits['val'], 0, 1, where), where)
+
+
+def check_prepare(settings):
+    knobs = SimpleNamespace(**settings)
+    where = pick_device(knobs.device)
+    prepare.check_settings(knobs.size, knobs.source, knobs.split)
+    folder_of(knobs.name)
+    if knobs.source != 'physics':
+        own_clips.find_clips(knobs.source, knobs.split, knobs.skip_bad)
+    if knobs.encoder in MODELS:
+        part = knobs.part or MODELS[knobs.encoder].part
+        prepare.load_vjepa2_encoder(knobs.encoder, knobs.weights, part, knobs.size, knobs.encode, where)
+
+
+CHECKS = {'train.py': check_train, 'adapt.py': check_adapt, 'prepare.py': check_prepare}
+
+
+def says(refusal, words):
+    """Whether a Refusal is one line with these words in it."""
+    return words in str(refusal.value) and '\n' not in str(refusal.value)
+
+
+@pytest.mark.parametrize('script, written, words', KNOBS)
+def test_knobs(script, written, words):
+    with pytest.raises(Refusal) as refusal:
+        settings_of(script, written.split(' '))
+    assert says(refusal, words), refusal.value
+
+
+@pytest.mark.parametrize('text, words', CONFIGS)
+def test_configs(text, words, tmp_path):
+    path = tmp_path / 'config.py'
+    path.write_text(text)
+    with pytest.raises(Refusal) as refusal:
+        settings_of('train.py', [str(path)])
+    assert says(refusal, words) and 'config.py' in str(refusal.value), refusal.value
+
+
+@pytest.mark.parametrize('script, written, words', [row for row in REQUESTS if row not in SCRIPTS and row[0] in CHECKS])
+def test_requests(script, written, words, places):
+    settings = settings_of(script, arguments(script, written, places))
+    with pytest.raises(Refusal) as refusal:
+        CHECKS[script](settings)
+    assert says(refusal, words), refusal.value
+
+
+def test_a_good_command_line_passes(places):
+    """What the rows begin with is refused by nothing."""
+    for script, check in CHECKS.items():
+        check(settings_of(script, arguments(script, '--device=cpu', places)))
+
+
+# ---- through the scripts -----------------------------------------------------------------------------------------------
+
+@counted(len(SCRIPTS), len(KNOBS) + len(CONFIGS) + len(REQUESTS))
+def test_scripts(count, places, tmp_path):
+    """One line, which begins with the script's name, exit status 2, and nothing written."""
+    cwd, config = tmp_path / 'cwd', tmp_path / 'config.py'
+    cwd.mkdir()
+    rows, wrong = SCRIPTS, []
+    if count > len(SCRIPTS):
+        rows = [*KNOBS, *REQUESTS, *(('train.py', None, *row) for row in CONFIGS)]
+    for script, written, *text, words in rows:
+        if text:
+            config.write_text(text[0])
+            written = str(config)
+        done = run(script, *arguments(script, written, places), cwd=cwd, ok=False)
+        said, left = done.stderr.strip(), os.listdir(cwd) + os.listdir(places['empty'])
+        one_line = said.startswith(f'{script}: ') and words in said and '\n' not in said
+        if done.returncode != 2 or not one_line or left:
+            wrong.append((script, written, done.returncode, done.stderr[-500:], left))
+    NUMBERS.append(('malformed command lines and configs', len(rows),
+                    f'{len(wrong)} without one line, status 2 and nothing written'))
+    assert not wrong, '\n'.join(map(str, wrong))
