@@ -38,11 +38,11 @@ clips = 30000            # physics: clips in train; fit_B, for the oracle, has a
 test_clips = 600         # physics: clips in val and in each test_<domain> [1..]
 seed = 1                 # physics: every random number of the set follows from it [0..]
 # how to encode
-size = 0                 # picture size in pixels, a multiple of 16; 0 = 64 for patch, what the V-JEPA 2 model saw else [0..]
+size = 0                 # picture size in pixels, a multiple of 16; 0 = 64 for patch, that of the V-JEPA 2 model else [0..]
 encoder = 'patch'        # frozen: low frequencies of each patch, or V-JEPA 2 [patch | vitl | vith | vitg | vitg384 | vitb2.1 | vitl2.1 | vitg2.1 | vitG2.1]
 dim = 48                 # patch: D, the number of lowest frequencies kept [3..1536]
 weights = ''             # V-JEPA 2: official .pt, .safetensors or Hugging Face folder; '' = download once to torch's cache
-part = ''                # V-JEPA 2: which encoder of an official .pt; '' = the published one [ | target_encoder | encoder | ema_encoder]
+part = ''                # V-JEPA 2: encoder in an official .pt; '' = the published one [ | target_encoder | encoder | ema_encoder]
 encode = 'step'          # V-JEPA 2: each step's own frames, or all at once (then z_1 sees the future) [step | clip]
 # where
 device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
