@@ -38,10 +38,10 @@ KNOBS = [
     # A name that is no knob.
     ('train.py', '--lr=1e-3', "no knob is called 'lr'"),
     ('train.py', '--max_iterz=3', "'max_iterz'; did you mean 'max_iters'?"),
-    ('train.py', '--clips=10', "no knob is called 'clips'; prepare.py, adapt.py, ablate.py has one"),
+    ('train.py', '--clips=10', "no knob is called 'clips'; it is a knob of prepare.py, adapt.py, ablate.py"),
     ('train.py', '--=3', "no knob is called ''"),
-    ('adapt.py', '--batch_size=8', "'batch_size'; train.py has one"),
-    ('adapt.py', 'config/hope_jump.py', "no knob is called 'model'; train.py has one"),
+    ('adapt.py', '--batch_size=8', "'batch_size'; it is a knob of train.py"),
+    ('adapt.py', 'config/hope_jump.py', "no knob is called 'model'; it is a knob of train.py"),
     ('prepare.py', '--nam=x', "did you mean 'name'?"),
     # What is no --name=value.
     ('train.py', '--batch_size', 'write --batch_size=value, with an equals sign'),
@@ -102,7 +102,7 @@ CONFIGS = [
     ('eval("1")', "line 1: NameError: name 'eval'"),
     ('def f(): pass', "no knob is called 'f'"),
     ('x = 1', "no knob is called 'x'"),
-    ('clips = 10', 'prepare.py, adapt.py, ablate.py has one'),
+    ('clips = 10', 'it is a knob of prepare.py, adapt.py, ablate.py'),
     ('max_iterz = 3', "did you mean 'max_iters'?"),
 ]
 
@@ -161,7 +161,7 @@ REQUESTS = [
     ('train.py', '--resume=True', 'no checkpoint at'),
     ('train.py', '--resume=True --model=vit --out={vit} --max_iters=9', 'other settings: max_iters = 9 (was 6)'),
     ('train.py', '--init_from=nowhere.pt', 'there is no such file'),
-    ('train.py', '--init_from={vit}', 'not this predictor'),
+    ('train.py', '--init_from={vit}', 'does not fit this predictor'),
     ('train.py', '--model=vit --init_from={official}', "set rope = 'vjepa2'"),
     ('train.py', '--model=vit --init_from={official} --rope=vjepa2 --depth=1', 'predictor_blocks.1'),
     ('adapt.py', '--ckpt=', 'no checkpoint at'),
