@@ -100,7 +100,7 @@ def test_the_loss_is_the_two_terms_weighted_by_lambda(tiny, tmp_path):
 
 # ---- streams -----------------------------------------------------------------------------------------------------------
 
-def test_streams_resume_exactly(tiny, tmp_path):
+def test_streams_resume_exactly(tiny, trained, tmp_path):
     """Streams begin in mid-run, carry a memory and write the CMS; stopping within them changes nothing."""
     args = [*TINY, f'--data={tiny}', *STREAMS]
     run('train.py', *args, f'--out={tmp_path}/whole.pt')
@@ -110,6 +110,11 @@ def test_streams_resume_exactly(tiny, tmp_path):
     # The rates of the CMS levels' writes are trained, too.
     rates = [tensor for name, tensor in weights(tmp_path / 'whole.pt').items() if name.endswith('levels.0.log_rates.gain')]
     assert rates and all(tensor != 0 for tensor in rates)
+    # So is the share of its state that a head keeps for the next clip; clips that stand alone do not train it.
+    carried = [tensor for name, tensor in weights(tmp_path / 'whole.pt').items() if name.endswith('carry_bias')]
+    alone = [tensor for name, tensor in weights(trained['hope']).items() if name.endswith('carry_bias')]
+    assert len(carried) == 2 and all((tensor != -3).all() for tensor in carried)
+    assert all((tensor == -3).all() for tensor in alone)
 
 
 def test_the_loss_at_each_place_of_a_stream_is_logged(tiny, tmp_path):
