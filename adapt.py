@@ -858,6 +858,8 @@ def check_settings(knobs, table):
     if {'A', 'B'} & set(listed(knobs['tune_on'])):
         raise Refusal(f'--tune_on={knobs["tune_on"]}: rates tuned on the domains under test would prove nothing; '
                       'name other shifts')
+    if not knobs['out']:
+        raise Refusal('--out=: must name a folder for the results')
     kept, given = knobs['memory_out'], knobs['memory_in']
     if kept and given and os.path.realpath(kept) == os.path.realpath(given):
         raise Refusal(f'--memory_out={kept}: is --memory_in too; name another file, so that the run can be run again')

@@ -128,6 +128,7 @@ REQUESTS = [
     ('train.py', '--start_rate=0.1', 'rises from it to learning_rate'),
     ('train.py', '--jump_last=8', 'at most 7 can be jumped to'),
     ('train.py', '--loss=rollout --rollout_steps=8', 'at most 7 can be predicted'),
+    ('adapt.py', '--out=', 'must name a folder for the results'),
     ('adapt.py', '--methods=frozen,TTA', '--methods=frozen,TTA: allowed are frozen, LN-TTA'),
     ('adapt.py', '--tune_on=B', 'would prove nothing'),
     ('adapt.py', '--tune_on=C,A', 'would prove nothing'),
