@@ -211,7 +211,7 @@ class Forgetful(adapt.Frozen):
 ])
 def test_a_half_registered_method_is_refused(method, words):
     """Not run as frozen under another name."""
-    knobs = {name: '' for name in ('methods', 'tune_on', 'memory_in', 'memory_out')}
+    knobs = {'methods': '', 'tune_on': '', 'out': 'out/aba', 'memory_in': '', 'memory_out': ''}
     adapt.check_settings(knobs, adapt.METHODS)
     with pytest.raises(Refusal) as refusal:
         adapt.check_settings(knobs, {**adapt.METHODS, 'mine': method})
