@@ -91,16 +91,17 @@ class Method:
         adapts(net)      the parameters of net that change along the stream
         look_back(z, a)  learn from the clip that was predicted last, z (1,T,N,D) and a (1,T,A)
 
-    A method that does not run on every predictor has a fits(sizes) of its own. carries: what state() hands to a later run,
-    which gets it as `start`. tuned_as: the method whose tuned rate is taken; None = its own.
+    models: those that it can adapt. carries: what state() hands to a later run, which gets it as `start`. tuned_as: the
+    method whose tuned rate is taken; None = its own.
     """
+    models = 'vit', 'hope'
     carries = ()
     tuned_as = None
 
-    @staticmethod
-    def fits(sizes):
+    @classmethod
+    def fits(cls, sizes):
         """Whether the method can run on a predictor of these sizes."""
-        return True
+        return sizes.model in cls.models
 
     def __init__(self, checkpoint, rate=None, start=None):
         self.loss, self.targets = checkpoint.loss, checkpoint.targets
@@ -166,10 +167,7 @@ class LNTTA(TTA):
 class ActionTTA(TTA):
     """TTA of the action encoder alone: a control that any ViT-AC can have."""
     rates = 1e-3, 3e-3, 1e-2, 3e-2
-
-    @staticmethod
-    def fits(sizes):
-        return sizes.model == 'vit'
+    models = ('vit',)
 
     @staticmethod
     def adapts(net):
@@ -179,10 +177,7 @@ class ActionTTA(TTA):
 class FullTTA(TTA):
     """TTA of every parameter."""
     rates = 1e-5, 3e-5, 1e-4, 3e-4
-
-    @staticmethod
-    def fits(sizes):
-        return sizes.model == 'vit'
+    models = ('vit',)
 
     @staticmethod
     def adapts(net):
@@ -192,15 +187,16 @@ class FullTTA(TTA):
 class Memory(Method):
     """HOPE's Titan memory is carried from clip to clip; the look-back shows it the clip as in training."""
     rates = ()
+    models = ('hope',)
     carries = ('memory',)
 
     def __init__(self, checkpoint, rate=None, start=None):
         super().__init__(checkpoint, rate, start)
         self.titans = [block.titan for block in self.predictor.predictor_blocks]
 
-    @staticmethod
-    def fits(sizes):
-        return sizes.model == 'hope' and sizes.mixer != 'attention'
+    @classmethod
+    def fits(cls, sizes):
+        return super().fits(sizes) and sizes.mixer != 'attention'
 
     @staticmethod
     def adapts(net):
@@ -225,6 +221,7 @@ class Memory(Method):
 class CMS(Method):
     """Online writes of HOPE's CMS levels: see hope.CMSWriter."""
     rates = 10.0, 20.0, 40.0, 80.0
+    models = ('hope',)
     carries = ('cms',)
 
     def __init__(self, checkpoint, rate, start=None):
@@ -235,10 +232,6 @@ class CMS(Method):
             log_rate.requires_grad_(False)
         if start and start['cms']:
             self.writer.load(start['cms'])
-
-    @staticmethod
-    def fits(sizes):
-        return sizes.model == 'hope'
 
     @staticmethod
     def adapts(net):
@@ -270,10 +263,6 @@ class MemoryAndCMS(CMS, Memory):
     carries = 'memory', 'cms'
     tuned_as = 'CMS'
 
-    @staticmethod
-    def fits(sizes):
-        return Memory.fits(sizes)
-
     def look_back(self, z, a):
         CMS.look_back(self, z, a)
         Memory.look_back(self, z, a)
@@ -296,7 +285,7 @@ METHODS = {
 def check_methods(table):
     """Raises Refusal for a method of the table {name: class} that lacks something, or would run frozen under its name."""
     for name, method in table.items():
-        for part in ('rates', 'carries', 'tuned_as', 'fits', 'adapts', 'predict', 'look_back', 'diagnostics', 'state'):
+        for part in ('rates', 'models', 'carries', 'tuned_as', 'fits', 'adapts', 'predict', 'look_back', 'diagnostics', 'state'):
             if not hasattr(method, part):
                 raise Refusal(f'method {name!r}: its class {method.__name__} has no {part}')
         if method is not Frozen and method.look_back is Frozen.look_back:
