@@ -285,7 +285,8 @@ METHODS = {
 def check_methods(table):
     """Raises Refusal for a method of the table {name: class} that lacks something, or would run frozen under its name."""
     for name, method in table.items():
-        for part in ('rates', 'models', 'carries', 'tuned_as', 'fits', 'adapts', 'predict', 'look_back', 'diagnostics', 'state'):
+        for part in ('rates', 'models', 'carries', 'tuned_as', 'fits', 'adapts', 'predict', 'look_back', 'diagnostics',
+                     'state'):
             if not hasattr(method, part):
                 raise Refusal(f'method {name!r}: its class {method.__name__} has no {part}')
         if method is not Frozen and method.look_back is Frozen.look_back:
