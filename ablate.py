@@ -33,21 +33,22 @@ device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or
 settings = configure(globals())
 knobs = SimpleNamespace(**settings)
 
-# A row of the table: its name, and its flags for train.py.
+# A row of the table: its name, the method by which it adapts, and its flags for train.py.
 VARIANTS = {
-    'HOPE': '',
-    'ViT-AC': '--model=vit --depth=4',
-    "the plan's own HOPE": '--mixer=titan --memory_hidden=24 --rule=dgd --conv=False --cms_hidden=300',
-    'Titan without attention': '--mixer=titan --cms_hidden=300',
-    'attention without Titan': '--mixer=attention --cms_hidden=300',
-    'two-layer memory': '--memory_hidden=24',
-    'delta rule': '--rule=delta',
-    'only M_mem adapts': '--adapts=mem',
-    'no self-generated targets': '--self_targets=False',
-    'no surprise gate': '--surprise=False',
-    'no convolution': '--conv=False',
-    'one CMS level': '--cms_periods=1 --cms_hidden=708',
-    'streams in the last fifth': '--stream=4 --stream_from=0.8 --action_gain=0.7 --cms_rate=10',
+    'HOPE': ('memory', ''),
+    'ViT-AC': ('LN-TTA', '--model=vit --depth=4'),
+    'ViT-AC with the memory': ('memory', '--model=vit --depth=4'),
+    "the plan's own HOPE": ('CMS', '--action_memory=False --mixer=titan --memory_hidden=24 --conv=False --cms_hidden=300'),
+    'no zoomed clips': ('memory', '--zoom=False'),
+    'Titan without attention': ('memory', '--mixer=titan --cms_hidden=300'),
+    'attention without Titan': ('memory', '--mixer=attention --cms_hidden=300'),
+    'two-layer Titan memory': ('memory', '--memory_hidden=24'),
+    'delta rule': ('memory', '--rule=delta'),
+    'only M_mem adapts': ('memory', '--adapts=mem'),
+    'no self-generated targets': ('memory', '--self_targets=False'),
+    'no surprise gate': ('memory', '--surprise=False'),
+    'no convolution': ('memory', '--conv=False'),
+    'one CMS level': ('memory', '--cms_periods=1 --cms_hidden=708'),
 }
 
 
@@ -68,25 +69,24 @@ def run(script, *flags):
         sys.exit(2)
 
 
-def train_and_adapt(name, flags, seed, knobs):
+def train_and_adapt(name, method, flags, seed, knobs):
     """Train with these flags, or go on with an interrupted training → <name>.pt; then run A→B→A → the folder <name>."""
     checkpoint = f'{name}.pt'
     run('train.py', knobs.config, f'--max_iters={knobs.max_iters}', f'--seed={seed}', f'--data={knobs.data}',
         f'--device={knobs.device}', f'--eval_interval={knobs.max_iters}', *knobs.extra.split(), *flags,
         f'--out={checkpoint}', f'--resume={os.path.exists(checkpoint)}')
-    method = 'LN-TTA' if '--model=vit' in flags else 'CMS'
     run('adapt.py', f'--ckpt={checkpoint}', f'--data={knobs.data}', f'--clips={knobs.clips}',
         f'--probe_clips={knobs.clips}', f'--tune_clips={knobs.tune_clips}', f'--device={knobs.device}',
         f'--out={name}', f'--methods=frozen,{method}')
 
 
-def read_results(name):
+def read_results(name, method):
     """The figures of a finished run → {column: value}."""
     with open(os.path.join(name, 'results.json'), encoding='utf-8') as f:
         rows = json.load(f)['rows']
     figures = {row['method']: row['figures'] for row in rows}
     frozen = figures['frozen']
-    adapted = figures.get('CMS') or figures['LN-TTA']
+    adapted = figures[method]
     with open(f'{name}.csv', newline='', encoding='utf-8') as f:
         speeds = [float(row['clips_per_s']) for row in csv.DictReader(f) if row['clips_per_s']]
     return {
@@ -100,14 +100,15 @@ def read_results(name):
     }
 
 
-def results(variant, flags, seed, knobs):
+def results(variant, seed, knobs):
     """The figures of one variant and seed → {column: value}. Trains and adapts first, unless that was done before."""
+    method, flags = VARIANTS[variant]
     plain = ''.join(c if c.isalnum() else '_' for c in variant)
     name = os.path.join(knobs.out, f'{plain}_{seed}')
     if not os.path.exists(os.path.join(name, 'results.json')):
         print(f'\n== {variant}, seed {seed}', flush=True)
-        train_and_adapt(name, flags, seed, knobs)
-    return read_results(name)
+        train_and_adapt(name, method, flags.split(), seed, knobs)
+    return read_results(name, method)
 
 
 def line(label, cells):
@@ -121,7 +122,7 @@ os.makedirs(out, exist_ok=True)
 claim(out, os.path.join(out, 'table.txt'))
 table = ''
 for variant in chosen:
-    runs = [results(variant, VARIANTS[variant].split(), seed, knobs) for seed in seeds.split(',')]
+    runs = [results(variant, seed, knobs) for seed in seeds.split(',')]
     means = {column: np.mean([one[column] for one in runs]) for column in runs[0]}
     if not table:
         table = line(f'{max_iters} steps, seeds {seeds}', means)
@@ -130,6 +131,6 @@ for variant in chosen:
         digits = 0 if column == 'clips/s' else 4
         cells.append(f'{mean:.{digits}f}')
     table += line(variant, cells)
-table += 'ViT-AC adapts by tuned LN-TTA, the others by CMS writes at their tuned rate; clips/s in training.\n'
+table += "ViT-AC adapts by tuned LN-TTA, the plan's own HOPE by CMS writes, the others by the action memory.\n"
 print('\n' + table)
 write_atomically(os.path.join(out, 'table.txt'), lambda f: f.write(table.encode()))

@@ -3,6 +3,8 @@ A→B→A: how a trained predictor adapts when the physics changes, and what it 
 
     python adapt.py --ckpt=out/hope.pt                       every method that this checkpoint can do
     python adapt.py --ckpt=out/hope.pt,out/vit.pt            compared in one table
+    python adapt.py --ckpt=out/hope.pt --methods=all         with the controls that could refute the result
+    python adapt.py --ckpt=out/hope.pt --shift=turned        another shift in place of B
 
 The stream: phase A, phase B, phase A again, one clip at a time; nobody tells the model where a phase ends. Every clip
 is predicted and scored from its first step and action alone; only then is it shown, and the method may learn from it.
@@ -23,7 +25,7 @@ import torch
 
 from configurator import ROOT, Refusal, configure
 from data import TUBELET, open_split, pictures, progress
-from hope import CMSWriter, Level, load
+from hope import CMSWriter, load
 from model import feature_loss, pick_device, rollout, teacher_forcing_loss
 from support import plots
 from support.files import MALFORMED, claim, folder_of, read_sealed, sha256, verify, write_atomically, write_sealed
@@ -31,11 +33,12 @@ from support.files import MALFORMED, claim, folder_of, read_sealed, sha256, veri
 # what to run
 ckpt = 'out/hope.pt'     # checkpoint, or several separated by commas
 data = 'slide'           # the data set whose test splits make the stream
+shift = 'B'              # the domain of the middle phase
 clips = 200              # clips per phase [1..]
 out = 'out/aba'          # folder for the results
 # the methods
 ln_rate = 1e-4           # LN-TTA's untuned, conservative learning rate [0..]
-methods = ''             # run only these, separated by commas, as they are called in the table; '' = all
+methods = ''             # run only these, separated by commas, as they are called in the table; '' = all but controls, or all
 tune_on = 'C'            # domains whose streams A→X→A choose the learning rates; '' = leave tuned methods out
 tune_clips = 25          # clips per phase of the tuning streams [1..]
 oracle = ''              # checkpoint fine-tuned on other clips of B: the bound that gaps are measured against
@@ -91,19 +94,19 @@ class Method:
         adapts(net)      the parameters of net that change along the stream
         look_back(z, a)  learn from the clip that was predicted last, z (1,T,N,D) and a (1,T,A)
 
-    models: those that it can adapt. carries: what state() hands to a later run, which gets it as `start`. tuned_as: the
-    method whose tuned rate is taken; None = its own.
+    models: those that it can adapt. carries: what state() hands to a later run, which gets it as `start`. control: it is run only where it is asked for. It may look at the
+    Experiment, to know what a method cannot know (None in tuning).
     """
     models = 'vit', 'hope'
     carries = ()
-    tuned_as = None
+    control = False
 
     @classmethod
     def fits(cls, sizes):
         """Whether the method can run on a predictor of these sizes."""
         return sizes.model in cls.models
 
-    def __init__(self, checkpoint, rate=None, start=None):
+    def __init__(self, checkpoint, rate=None, start=None, experiment=None):
         self.loss, self.targets = checkpoint.loss, checkpoint.targets
         self.predictor = copy.deepcopy(checkpoint.predictor).requires_grad_(False)
         self.adapted = self.adapts(self.predictor)
@@ -143,7 +146,7 @@ class Frozen(Method):
 class TTA(Method):
     """Test-time adaptation of some parameters: one step of Adam a clip, on the loss of the clip's prediction."""
 
-    def __init__(self, checkpoint, rate, start=None):
+    def __init__(self, checkpoint, rate, start=None, experiment=None):
         super().__init__(checkpoint, rate, start)
         self.optimizer = torch.optim.Adam(self.adapted, lr=rate)
 
@@ -185,13 +188,49 @@ class FullTTA(TTA):
 
 
 class Memory(Method):
-    """HOPE's Titan memory is carried from clip to clip; the look-back shows it the clip as in training."""
+    """The action memory is carried from clip to clip: see hope.ActionMemory. One forward pass of the shown features."""
     rates = ()
+    carries = ('memory',)
+
+    @classmethod
+    def fits(cls, sizes):
+        return super().fits(sizes) and sizes.action_memory
+
+    @staticmethod
+    def adapts(net):
+        return []
+
+    def look_back(self, z, a):
+        self.write(z, a[:, 0])
+
+    def write(self, z, push):
+        """Show clips z (1,T,N,D) with the push (1,A) to the action memory: teacher forcing shows all steps but the last."""
+        layer = self.predictor.action_memory
+        layer.diagnostics = []
+        state = self.memory[0] if self.memory else None
+        self.memory = [layer.write(z[:, :-1], push, state)]
+
+    def diagnostics(self):
+        """What the memory reported of the clip."""
+        layer = self.predictor.action_memory
+        seen = {f'{key}, action memory': value.item() for key, value in layer.diagnostics[0].items()}
+        layer.diagnostics = None
+        return seen
+
+
+class TitanMemory(Method):
+    """
+    HOPE's Titan memories are carried from clip to clip, without the action memory; the clip is shown as in training.
+
+    The rate is the share of its state that a memory keeps for the next clip.
+    """
+    rates = 0.05, 0.2, 0.5, 1.0
     models = ('hope',)
     carries = ('memory',)
 
-    def __init__(self, checkpoint, rate=None, start=None):
+    def __init__(self, checkpoint, rate, start=None, experiment=None):
         super().__init__(checkpoint, rate, start)
+        self.share = rate
         self.titans = [block.titan for block in self.predictor.predictor_blocks]
 
     @classmethod
@@ -206,7 +245,10 @@ class Memory(Method):
         for titan in self.titans:
             titan.diagnostics = []
         with torch.no_grad():
-            _, self.memory = teacher_forcing_loss(self.net, z, a, self.memory)
+            _, memory = teacher_forcing_loss(self.net, z, a, self.memory)
+        self.memory = [self.share * state for state in memory]
+        if self.predictor.action_memory is not None:
+            self.memory[0] = self.predictor.action_memory.start(1)
 
     def diagnostics(self):
         """What each block's memory reported of the clip, as the mean over its steps."""
@@ -220,29 +262,25 @@ class Memory(Method):
 
 class CMS(Method):
     """Online writes of HOPE's CMS levels: see hope.CMSWriter."""
-    rates = 10.0, 20.0, 40.0, 80.0
+    rates = 1.0, 3.0, 10.0, 30.0
     models = ('hope',)
     carries = ('cms',)
 
-    def __init__(self, checkpoint, rate, start=None):
+    def __init__(self, checkpoint, rate, start=None, experiment=None):
         super().__init__(checkpoint, rate, start)
         self.net = self.writer = CMSWriter(self.predictor, rate)
-        # With a gradient they would keep the graph of every write so far.
-        for log_rate in self.writer.log_rates.values():
-            log_rate.requires_grad_(False)
         if start and start['cms']:
             self.writer.load(start['cms'])
 
     @staticmethod
     def adapts(net):
-        levels = [module for module in net.modules() if isinstance(module, Level)]
-        return [p for level in levels for p in level.parameters()]
+        return [p for name, p in net.named_parameters() if '.cms.levels.' in name]
 
     def look_back(self, z, a):
-        loss = feature_loss(self.z_hat, z[:, self.targets])
+        loss = feature_loss(self.z_hat, z[:, self.targets])[0]
         with torch.no_grad():
             unwritten = predict_targets(self.predictor, self.loss, self.targets, z, a, self.memory)
-            initial_loss = feature_loss(unwritten, z[:, self.targets])
+            initial_loss = feature_loss(unwritten, z[:, self.targets])[0]
         self.writer.tick(loss, initial_loss)
 
     def diagnostics(self):
@@ -257,18 +295,115 @@ class CMS(Method):
         return {'memory': self.memory, 'cms': self.writer.state()}
 
 
-class MemoryAndCMS(CMS, Memory):
-    """Both: first the levels are written, then the clip is shown to the memory through the written levels."""
-    rates = CMS.rates
-    carries = 'memory', 'cms'
-    tuned_as = 'CMS'
+# Controls: what could refute that a memory which sees the clips is what helps.
+
+class GainWriter(Method):
+    """One number by which every push is multiplied, written by the rule of the CMS, for any model."""
+    rates = 10.0, 20.0, 40.0, 80.0
+    control = True
+
+    def __init__(self, checkpoint, rate, start=None, experiment=None):
+        super().__init__(checkpoint, rate, start)
+        self.rate = rate
+        self.change = torch.zeros((), device=self.targets.device, requires_grad=True)
+
+    @staticmethod
+    def adapts(net):
+        return []
+
+    def predict(self, z, a):
+        return super().predict(z, a * (1 + self.change))
 
     def look_back(self, z, a):
-        CMS.look_back(self, z, a)
-        Memory.look_back(self, z, a)
+        loss = feature_loss(self.z_hat, z[:, self.targets]).sum()
+        gradient, = torch.autograd.grad(loss.square() / 2, self.change)
+        with torch.no_grad():
+            unwritten = predict_targets(self.predictor, self.loss, self.targets, z, a)
+            initial_loss = feature_loss(unwritten, z[:, self.targets]).sum()
+            retention = (initial_loss / loss.clamp(min=1e-12)).clamp(max=1).pow(4)
+            self.change.copy_(retention * self.change - self.rate * gradient)
 
     def diagnostics(self):
-        return Memory.diagnostics(self) | CMS.diagnostics(self)
+        return {'gain, written': 1 + self.change.item()}
+
+
+class PushKnown(Memory):
+    """The best constant map of the push in the middle phase, known in advance: what any memory of the push could reach."""
+    control = True
+    carries = ()
+
+    def __init__(self, checkpoint, rate=None, start=None, experiment=None):
+        super().__init__(checkpoint)
+        self.phase = len(experiment.stream[0]) // 3
+        self.known = best_map(checkpoint, *experiment.probes['B'])
+        self.seen = 0
+
+    def look_back(self, z, a):
+        self.seen += 1
+        in_the_middle = self.phase <= self.seen < 2 * self.phase
+        self.memory = [self.known] if in_the_middle else None
+
+    def diagnostics(self):
+        return {}
+
+
+class WrongWorld(Memory):
+    """The memory of clips of another domain, kept as it is."""
+    control = True
+    carries = ()
+
+    def __init__(self, checkpoint, rate=None, start=None, experiment=None):
+        super().__init__(checkpoint)
+        z, a = experiment.other
+        for i in range(len(z)):
+            self.write(z[i:i + 1], a[i:i + 1, 0])
+
+    def look_back(self, z, a):
+        """Nothing more is learned."""
+
+    def diagnostics(self):
+        return {}
+
+
+class Shuffled(Memory):
+    """Each clip is shown with the push of the clip before."""
+    control = True
+    carries = ()
+    push_before = None
+
+    def look_back(self, z, a):
+        push = a[:, 0] if self.push_before is None else self.push_before
+        self.write(z, push)
+        self.push_before = a[:, 0]
+
+
+class NoCarry(Memory):
+    """The memory is written, but not kept for the next clip."""
+    control = True
+    carries = ()
+
+    def look_back(self, z, a):
+        self.write(z, a[:, 0])
+        self.memory = None
+
+
+def best_map(checkpoint, z, a, steps=100):
+    """
+    The constant map of the push under which a predictor loses least on clips z (n,T,N,D), a (n,T,A): the state of an action
+    memory that holds it, (1,2A,3A). The map is found by gradient descent.
+    """
+    net = copy.deepcopy(checkpoint.predictor).requires_grad_(False)
+    layer = net.action_memory
+    M = layer.matrix(layer.start(1))[0].requires_grad_(True)
+    optimizer = torch.optim.Adam([M], lr=0.05)
+    for step in range(steps):
+        optimizer.param_groups[0]['lr'] = 0.05 * (1 - step / steps)
+        batch = torch.randperm(len(z), generator=torch.Generator().manual_seed(step))[:50]
+        z_hat = predict_targets(net, checkpoint.loss, checkpoint.targets, z[batch], a[batch], [layer.state_of(M)])
+        feature_loss(z_hat, z[batch][:, checkpoint.targets]).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return layer.state_of(M.detach())
 
 
 METHODS = {
@@ -276,17 +411,21 @@ METHODS = {
     'LN-TTA': LNTTA,
     'action TTA': ActionTTA,
     'full TTA': FullTTA,
-    'memory': Memory,
+    'Titan memory': TitanMemory,
     'CMS': CMS,
-    'memory + CMS': MemoryAndCMS,
+    'memory': Memory,
+    'gain writer': GainWriter,
+    'push known': PushKnown,
+    'wrong world': WrongWorld,
+    'shuffled': Shuffled,
+    'no carry': NoCarry,
 }
 
 
 def check_methods(table):
     """Raises Refusal for a method of the table {name: class} that lacks something, or would run frozen under its name."""
     for name, method in table.items():
-        for part in ('rates', 'models', 'carries', 'tuned_as', 'fits', 'adapts', 'predict', 'look_back', 'diagnostics',
-                     'state'):
+        for part in ('rates', 'models', 'carries', 'control', 'fits', 'adapts', 'predict', 'look_back', 'diagnostics', 'state'):
             if not hasattr(method, part):
                 raise Refusal(f'method {name!r}: its class {method.__name__} has no {part}')
         if method is not Frozen and method.look_back is Frozen.look_back:
@@ -300,14 +439,16 @@ class Experiment:
     """
     What every method goes through. Clips are (z, a) with z (n,T,N,D) and a (n,T,A), on the device.
 
-    stream: phases A, B and A. probes: {'A': clips, 'B': clips} that are not in the stream. probe_at: after how many clips
-    of the stream they are scored. shown: the clips of the stream whose predictions are kept. tuning: streams A→X→A.
+    stream: phases A, B (or another shift) and A. probes: {'A': clips, 'B': clips} that are not in the stream. probe_at:
+    after how many clips of the stream they are scored. shown: the clips of the stream whose predictions are kept. tuning:
+    streams A→X→A. other: clips of the first domain that is tuned on, None where there is none.
     """
     stream: tuple
     probes: dict
     probe_at: set
     shown: list
     tuning: list
+    other: tuple
 
 
 def run_stream(method, stream, probes=None, probe_at=(), shown=(), label=None):
@@ -365,7 +506,6 @@ def tune(checkpoint, name, streams):
 
 def tuned_rate(checkpoint, name, streams, kept, unfinished):
     """The best of a method's rates on the tuning streams. They are tried once: see run_checkpoint for `kept`."""
-    name = METHODS[name].tuned_as or name
     key = f'{checkpoint.name} {name}'
     if key not in kept['tried']:
         kept['tried'][key] = tune(checkpoint, name, streams)
@@ -386,6 +526,8 @@ def plan(checkpoint, chosen, untuned_rate, tuning):
         if name not in chosen or not method.fits(checkpoint.predictor.sizes):
             continue
         if checkpoint.name == 'oracle' and method is not Frozen:
+            continue
+        if method is WrongWorld and not tuning:
             continue
         if not method.rates:
             rows.append((name, None))
@@ -411,7 +553,7 @@ def run_checkpoint(checkpoint, planned, experiment, kept, unfinished, start=None
             rate = tuned_rate(checkpoint, name, experiment.tuning, kept, unfinished)
         row = {'model': checkpoint.name, 'method': name, 'rate': rate}
         if title(row) not in kept['finished']:
-            method = METHODS[name](checkpoint, rate, start)
+            method = METHODS[name](checkpoint, rate, start, experiment)
             result = run_stream(method, experiment.stream, experiment.probes, experiment.probe_at, experiment.shown,
                                 label=title(row))
             if not keep_state:
@@ -492,11 +634,11 @@ def check_lengths(knobs, splits):
     """Raises Refusal where a split, of {name: split}, has fewer clips than the knobs ask for."""
     n, n_probes = knobs['clips'], knobs['probe_clips']
     needs = [('test_A', 2 * n + n_probes, 'the stream and its probes need', '--clips or --probe_clips'),
-             ('test_B', n + n_probes, 'the stream and its probes need', '--clips or --probe_clips'),
+             ('shift', n + n_probes, 'the stream and its probes need', '--clips or --probe_clips'),
              ('val', 2 * knobs['tune_clips'], 'tuning needs', '--tune_clips')]
     for name, needed, what, lower in needs:
         if len(splits[name]) < needed:
-            raise Refusal(f'split {name} of {knobs["data"]} has {len(splits[name])} clips, {what} {needed}; lower {lower}')
+            raise Refusal(f'{splits[name].name} has {len(splits[name])} clips, {what} {needed}; lower {lower}')
 
 
 def take(split, start, count, where):
@@ -519,15 +661,19 @@ def tuning_stream(validation, shift, n, where):
 def build_experiment(knobs, splits, shifts, where):
     """The Experiment that the knobs ask for, of {name: split}, tuned on the domains `shifts`."""
     n, n_probes = knobs['clips'], knobs['probe_clips']
-    a, b = splits['test_A'], splits['test_B']
+    a, b = splits['test_A'], splits['shift']
     stream = join(take(a, 0, n, where), take(b, 0, n, where), take(a, n, n, where))
     probes = {'A': take(a, 2 * n, n_probes, where), 'B': take(b, n, n_probes, where)}
     # At the end of each phase, too.
     probe_at = {seen for seen in range(1, 3 * n + 1) if seen % knobs['probe_every'] == 0 or seen % n == 0}
     # The last clips of B.
     shown = list(range(2 * n - min(5, n), 2 * n))
-    tuning = [tuning_stream(splits['val'], splits[f'test_{shift}'], knobs['tune_clips'], where) for shift in shifts]
-    return Experiment(stream, probes, probe_at, shown, tuning)
+    tuning = [tuning_stream(splits['val'], splits[f'test_{name}'], knobs['tune_clips'], where) for name in shifts]
+    other = None
+    if shifts:
+        first = splits[f'test_{shifts[0]}']
+        other = take(first, 0, min(25, len(first)), where)
+    return Experiment(stream, probes, probe_at, shown, tuning, other)
 
 
 def travelled(split):
@@ -563,7 +709,9 @@ def read_memory(path, checkpoint, clip, where):
         if start['memory']:
             with torch.no_grad():
                 _, memory = checkpoint.predictor(*clip)
-            pairs += zip(start['memory'], memory, strict=True)
+            if len(start['memory']) > len(memory):
+                raise ValueError('more memories than the predictor has')
+            pairs += zip(start['memory'], memory)
         if start['cms']:
             for name, change in CMSWriter(checkpoint.predictor, 0.0).changes.items():
                 pairs += [(start['cms']['changes'][name], change), (start['cms']['sums'][name], change)]
@@ -604,10 +752,12 @@ COLUMNS = [
     ('B', 'B', '.4f'),
     ('B_within', 'within', '.4f'),
     ('B_beyond', 'beyond', '.4f'),
-    ('B_first', 'B 1-25', '.4f'),
+    ('B_first', '1-25', '.4f'),
     ('return_cost', 'return', '+.3f'),
     ('forgetting', 'forget', '+.3f'),
     ('gap_closed', 'gap', '.0%'),
+    ('way_back', 'to A', '.0%'),
+    ('of_known', 'known', '.0%'),
     ('t50', 't50', 'd'),
     ('ms_per_clip', 'ms', '.1f'),
 ]
@@ -625,9 +775,9 @@ def running_mean(values, width=10):
     return np.convolve(values, np.ones(width) / width, 'valid')
 
 
-def frozen_row(rows, model):
-    """The row of a model that does not adapt, or None."""
-    return next((row for row in rows if row['model'] == model and row['method'] == 'frozen'), None)
+def row_of(rows, model, method):
+    """The row of a model and a method, or None."""
+    return next((row for row in rows if (row['model'], row['method']) == (model, method)), None)
 
 
 def figures(row, rows, beyond):
@@ -652,9 +802,10 @@ def figures(row, rows, beyond):
         found['B_beyond'] = b[beyond].mean()
     if row['probes']:
         found['forgetting'] = forgetting(row['probes']['A'], len(b))
-    frozen = frozen_row(rows, row['model'])
+    frozen = row_of(rows, row['model'], 'frozen')
     if frozen and row is not frozen:
-        found |= against_frozen(row, frozen, frozen_row(rows, 'oracle'))
+        known = row_of(rows, row['model'], 'push known')
+        found |= against_frozen(row, frozen, row_of(rows, 'oracle', 'frozen'), known)
     return found
 
 
@@ -665,22 +816,35 @@ def forgetting(probes, n):
     return after - before
 
 
-def against_frozen(row, frozen, bound):
-    """The figures that compare a row with the model's own frozen row and with the oracle's, `bound`, or None."""
+def against_frozen(row, frozen, bound, known):
+    """
+    The figures that compare a row with the model's own frozen row, with the oracle's, `bound`, or None, and with the one
+    that knows the push, `known`, or None.
+    """
     _, b, a2 = np.split(np.array(row['loss']), 3)
-    _, frozen_b, frozen_a2 = np.split(np.array(frozen['loss']), 3)
+    frozen_a1, frozen_b, frozen_a2 = np.split(np.array(frozen['loss']), 3)
     gain = running_mean(frozen_b - b)
     final = gain[-EARLY:].mean()
     reached = np.flatnonzero(gain >= 0.5 * final)
     found = {'t50': None}
+    least = 0.01 * frozen_b.mean()
     # Half of a gain of nearly nothing would be reached with the first clip.
-    if final > 0.01 * frozen_b.mean() and len(reached):
+    if final > least and len(reached):
         found['t50'] = int(reached[0]) + 1
     if bound:
         _, bound_b, _ = np.split(np.array(bound['loss']), 3)
         gap = (frozen_b - bound_b).mean()
         if gap:
             found['gap_closed'] = (frozen_b - b).mean() / gap
+    lost = frozen_b.mean() - frozen_a1.mean()
+    # A share of nearly nothing would say nothing.
+    if not bound and lost > least:
+        found['way_back'] = (frozen_b - b).mean() / lost
+    if known:
+        _, known_b, _ = np.split(np.array(known['loss']), 3)
+        gain_of_known = (frozen_b - known_b).mean()
+        if gain_of_known > least:
+            found['of_known'] = (frozen_b - b).mean() / gain_of_known
     found['return_cost'] = (a2 - frozen_a2)[:EARLY].mean()
     return found
 
@@ -693,24 +857,36 @@ def cell(row, key, form):
     return 'never' if value is None else format(value, form)
 
 
-def format_table(rows, tried, shifts, loss, targets, n):
+# What the columns are, in the words of the table. X stands for the domain of the middle phase.
+EXPLAINED = {
+    'B_within': 'within / beyond: clips of X that slide no further / further than any training clip of A.',
+    'B_first': f'1-25: the first {EARLY} clips of X.',
+    'return_cost': f'return: loss minus frozen loss on the first {EARLY} clips of A₂.',
+    'forgetting': 'forget: loss on held-out clips of A after X minus before X.',
+    'gap_closed': "gap: share of the way from the own frozen loss on X to the oracle's.",
+    'way_back': 'to A: share of the way from the own frozen loss on X to that on A₁.',
+    'of_known': 'known: share of what the best constant map of the push, known in advance, gains.',
+    't50': 't50: clips of X to half of the own final gain (never: no gain of 1 %).',
+}
+
+
+def format_table(rows, tried, shifts, checkpoint, n, middle):
     """
     The text of table.txt.
 
-    tried: {model and method: {rate: loss}}, tuned on the domains `shifts`. loss, targets: the checkpoints'. n: clips a phase.
+    tried: {model and method: {rate: loss}}, tuned on the domains `shifts`. checkpoint: one of those compared, which have the
+    same loss and targets. n: clips a phase. middle: the domain of the middle phase.
     """
     columns = [column for column in COLUMNS if any(column[0] in row['figures'] for row in rows)]
-    lines = [f'{"loss on the stream":<24}' + ''.join(f'{heading:>7}' for _, heading, _ in columns)]
+    headings = [middle[:6] if key == 'B' else heading for key, heading, _ in columns]
+    lines = [f'{"loss on the stream":<23}' + ''.join(f'{heading:>7}' for heading in headings)]
     for row in rows:
-        lines.append(f'{title(row):<24}' + ''.join(f'{cell(row, key, form):>7}' for key, _, form in columns))
-    steps = ', '.join(str(int(t) + 1) for t in targets)
-    lines.append(f"""
-{loss} L1, mean over target steps {steps}; {n} clips a phase, scored before the look-back.
-within / beyond: clips of B that slide no further / further than any training clip of A.
-return: loss minus frozen loss on the first {EARLY} clips of A₂.
-forget: loss on held-out clips of A after B minus before B.
-t50: clips of B to half of the own final gain (never: no gain of 1 %).
-gap: share of the way from the own frozen loss on B to the oracle's.""")
+        lines.append(f'{title(row):<23}' + ''.join(f'{cell(row, key, form):>7}' for key, _, form in columns))
+    steps = ', '.join(str(int(t) + 1) for t in checkpoint.targets)
+    lines.append(f'\n{checkpoint.loss} L1, mean over target steps {steps}; {n} clips a phase, scored before the look-back.')
+    for key, _, _ in columns:
+        if key in EXPLAINED:
+            lines.append(EXPLAINED[key].replace('X', middle))
     for name, losses in tried.items():
         rates = ', '.join(f'{rate:g}' for rate in losses)
         lines.append(f'Rate of {name} tuned on {", ".join(shifts)} among {rates}.')
@@ -747,8 +923,8 @@ def results_json(knobs, checkpoints, tried, rows):
     }, indent=1)
 
 
-def results_csv(rows, beyond, n):
-    """The text of results.csv: the loss of every clip, n clips a phase; beyond: see figures."""
+def results_csv(rows, beyond, n, middle):
+    """The text of results.csv: the loss of every clip, n clips a phase; beyond: see figures; middle: see format_table."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(['clip', 'phase', 'beyond_A'] + [title(row) for row in rows])
@@ -757,7 +933,7 @@ def results_csv(rows, beyond, n):
     else:
         far = [0] * n + [int(flag) for flag in beyond] + [0] * n
     for i in range(3 * n):
-        phase = ('A1', 'B', 'A2')[i // n]
+        phase = ('A1', middle, 'A2')[i // n]
         writer.writerow([i + 1, phase, far[i]] + [f'{row["loss"][i]:.6f}' for row in rows])
     return text.getvalue()
 
@@ -784,7 +960,8 @@ def drawn_rows(rows, checkpoints):
 
 def diagnosed_row(rows, n):
     """
-    The diagnostics of the last row that carries something → (title, {name: values (3n,)}, reference), or None.
+    The diagnostics of the row with an action memory, or else of the last that carries something, of the first model that
+    has one → (title, {name: values (3n,)}, reference), or None.
 
     The surprise is the loss over that of copying. Where there is a model of each phase, its loss is a better reference,
     because it also depends on how far the object moves.
@@ -792,9 +969,10 @@ def diagnosed_row(rows, n):
     carrying = [row for row in rows if METHODS.get(row['method'], Frozen).carries]
     if not carrying:
         return None
-    row = carrying[-1]
+    first_model = [row for row in carrying if row['model'] == carrying[0]['model']]
+    row = row_of(rows, carrying[0]['model'], 'memory') or first_model[-1]
     seen = {key: np.array([clip[key] for clip in row['diagnostics']]) for key in row['diagnostics'][0]}
-    frozen, bound = frozen_row(rows, row['model']), frozen_row(rows, 'oracle')
+    frozen, bound = row_of(rows, row['model'], 'frozen'), row_of(rows, 'oracle', 'frozen')
     if not frozen or not bound:
         return title(row), seen, "copy's"
     known = np.array(frozen['loss'])
@@ -816,17 +994,17 @@ def predictions(drawn, experiment, decoder, manifest):
     return columns
 
 
-def draw(folder, rows, checkpoints, experiment, decoder, manifest):
+def draw(folder, rows, checkpoints, experiment, decoder, manifest, middle):
     """results.png and, where the data set has a decoder, predictions.png. Raises ImportError without matplotlib."""
     n = len(experiment.stream[0]) // 3
     drawn = drawn_rows(rows, checkpoints)
     label = f'{checkpoints[0].loss} L1, mean of 10 clips'
 
     def draw_results(file):
-        plots.draw_stream(file, drawn, n, label, diagnosed_row(rows, n))
+        plots.draw_stream(file, drawn, n, label, middle, diagnosed_row(rows, n))
 
     def draw_predictions(file):
-        plots.draw_predictions(file, predictions(drawn, experiment, decoder, manifest))
+        plots.draw_predictions(file, predictions(drawn, experiment, decoder, manifest), middle)
 
     write_atomically(os.path.join(folder, 'results.png'), draw_results)
     if decoder is not None:
@@ -840,12 +1018,19 @@ def listed(text):
     return [item.strip() for item in text.split(',') if item.strip()]
 
 
+def chosen_methods(text):
+    """The methods that --methods names: '' → all but the controls, 'all' → all."""
+    if text == 'all':
+        return list(METHODS)
+    return listed(text) or [name for name, method in METHODS.items() if not method.control]
+
+
 def check_settings(knobs, table):
     """Raises Refusal for knobs that cannot be run with a table of methods {name: class}; nothing is read or written."""
     check_methods(table)
-    if set(listed(knobs['methods'])) - set(table):
-        raise Refusal(f'--methods={knobs["methods"]}: allowed are {", ".join(table)}')
-    if {'A', 'B'} & set(listed(knobs['tune_on'])):
+    if knobs['methods'] != 'all' and set(listed(knobs['methods'])) - set(table):
+        raise Refusal(f'--methods={knobs["methods"]}: allowed are {", ".join(table)}, or all')
+    if {'A', 'B', knobs['shift']} & set(listed(knobs['tune_on'])):
         raise Refusal(f'--tune_on={knobs["tune_on"]}: rates tuned on the domains under test would prove nothing; '
                       'name other shifts')
     if not knobs['out']:
@@ -893,14 +1078,14 @@ def main():
     where = pick_device(device)
     shifts = listed(tune_on)
     checkpoints = read_checkpoints(ckpt, oracle, where)
-    splits = {name: open_split(data, name) for name in ('test_A', 'test_B', 'val')}
+    splits = {'test_A': open_split(data, 'test_A'), 'shift': open_split(data, f'test_{shift}'), 'val': open_split(data, 'val')}
     check_clips(checkpoints, splits['test_A'].manifest, splits['test_A'].actions.shape[-1], data)
     check_lengths(settings, splits)
-    for name in ['train'] + [f'test_{shift}' for shift in shifts]:
+    for name in ['train'] + [f'test_{tuned}' for tuned in shifts]:
         splits[name] = open_split(data, name)
     manifest = splits['test_A'].manifest
     experiment = build_experiment(settings, splits, shifts, where)
-    plans = [plan(checkpoint, listed(methods) or METHODS, ln_rate, bool(shifts)) for checkpoint in checkpoints]
+    plans = [plan(checkpoint, chosen_methods(methods), ln_rate, bool(shifts)) for checkpoint in checkpoints]
     check_memory_out(settings, plans)
     one_clip = take(splits['test_A'], 0, 1, where)
     start = read_memory(memory_in, checkpoints[0], one_clip, where) if memory_in else None
@@ -917,16 +1102,16 @@ def main():
     if memory_out:
         keep_memory(memory_out, checkpoints, rows)
 
-    beyond = further_than_training(splits['train'], splits['test_B'], clips)
+    beyond = further_than_training(splits['train'], splits['shift'], clips)
     for row in rows:
         row['figures'] = figures(row, rows, beyond)
-    table = format_table(rows, kept['tried'], shifts, checkpoints[0].loss, targets, clips)
+    table = format_table(rows, kept['tried'], shifts, checkpoints[0], clips, shift)
     print('\n' + table)
     write_text(os.path.join(out, 'table.txt'), table)
     write_text(os.path.join(out, 'results.json'), results_json(settings, checkpoints, kept['tried'], rows))
-    write_text(os.path.join(out, 'results.csv'), results_csv(rows, beyond, clips))
+    write_text(os.path.join(out, 'results.csv'), results_csv(rows, beyond, clips, shift))
     try:
-        draw(out, rows, checkpoints, experiment, decoder, manifest)
+        draw(out, rows, checkpoints, experiment, decoder, manifest, shift)
     except ImportError:
         print('no pictures: pip install matplotlib')
     if os.path.exists(unfinished):

@@ -87,7 +87,7 @@ def turn(vectors, degrees):
     return np.stack([turned_x, turned_y], axis=-1)
 
 
-def simulate(domain, clips, seed, split):
+def simulate(domain, clips, seed, split, zoom=1):
     """
     Draw clips of a domain and solve their motion; one independent random stream per (seed, split).
 
@@ -95,7 +95,12 @@ def simulate(domain, clips, seed, split):
     position (n,FRAMES,2) m in the picture, and for render() corners (n,), radius (n,) m, angle (n,) rad, colour (n,3) in
     0..1. The object rests during the first time step, so z_1 holds no physics; the impulse acts at the last frame of that
     step. The start is drawn so that the object would stay in view in every domain of DOMAINS, so it carries no
-    information about the domain. Raises Refusal for a domain that is not in DOMAINS.
+    information about the domain. Raises Refusal for a domain that is not in DOMAINS,
+    and where an object cannot stay in view.
+
+    zoom: a factor above 1, or one per clip (n,), shows the world from nearer by, through a window of WORLD / zoom. Position
+    and radius are then multiplied by zoom: they are those of the object in the picture, whose side counts as WORLD. The
+    impulse is not. Far motion leaves no room for every domain, so the object then stays in view in this domain only.
     """
     if domain not in DOMAINS:
         raise Refusal(f'no domain is called {domain!r}; there are {", ".join(DOMAINS)}')
@@ -115,22 +120,28 @@ def simulate(domain, clips, seed, split):
         seen_heading = turn(heading, physics.camera)
         return slid[:, :, None] * seen_heading[:, None]
 
-    ends = [path(physics)[:, -1] for physics in DOMAINS.values()]
+    zoom = np.broadcast_to(zoom, clips)[:, None]
+    in_view = [DOMAINS[domain]] if (zoom > 1).any() else DOMAINS.values()
+    ends = [path(physics)[:, -1] for physics in in_view]
     ends = np.stack(ends)                                                 # (domains,n,2)
     furthest_back = np.maximum(0, -ends).max(0)
     furthest_ahead = np.maximum(0, ends).max(0)
     low = radius[:, None] + furthest_back
-    high = WORLD - radius[:, None] - furthest_ahead
+    high = WORLD / zoom - radius[:, None] - furthest_ahead
+    if (low > high).any():
+        raise Refusal(f'domain {domain}, a window of {WORLD / zoom.max():.2f} m: objects slide out of view; enlarge WORLD, or '
+                      'lower ZOOM in prepare.py')
     start = low + (high - low) * u[:, 3:5]
     physics = DOMAINS[domain]
+    position = start[:, None] + path(physics)
     corners = (u[:, 5] * len(CORNERS)).astype(int)
     return {
         'mu': np.full(clips, physics.mu),
         'mass': np.full(clips, physics.mass),
         'impulse': impulse[:, None] * heading,
-        'position': start[:, None] + path(physics),
+        'position': zoom[:, None] * position,
         'corners': np.asarray(CORNERS)[corners],
-        'radius': radius,
+        'radius': zoom[:, 0] * radius,
         'angle': 2 * np.pi * u[:, 6],
         'colour': 0.3 + 0.7 * u[:, 7:10],
     }
@@ -149,7 +160,8 @@ def render(clips, size, device='cpu'):
     scale = size / WORLD
     centre = column('position', n, FRAMES, 2) * scale
     # Only a box around the object is computed. At the border the box is moved inside.
-    box = min(size, 2 * int(RADIUS[1] * scale + 2) + 1)
+    largest = max(RADIUS[1], clips['radius'].max())
+    box = min(size, 2 * int(largest * scale + 2) + 1)
     corner = (centre.long() - box // 2).clamp(0, size - box)           # (n,F,2)
     pixel = corner[..., None] + torch.arange(box, device=device)       # (n,F,2,box)
     x, y = (pixel + 0.5 - centre[..., None]).unbind(2)                 # (n,F,box)
@@ -204,38 +216,46 @@ def pictures(z, decoder, grid, patch):
 
 class Split:
     """
-    One split of a data set, memory-mapped: len(), [indices] → (z, a), .physics (dict of arrays or empty).
+    Splits of a data set, one after the other, memory-mapped: len(), [indices] → (z, a), .physics (dict of arrays or empty).
 
     Opening it checks the size and header of each shard. The prepare.py command that made the set checks every byte.
+    manifest: that of a set that is not finished yet; None to read it.
     """
 
-    def __init__(self, name, split):
+    def __init__(self, name, *splits, manifest=None):
         folder = folder_of(name)
-        self.manifest = read_manifest(name)
-        self.name = f'split {split} of {folder}'
+        self.manifest = manifest or read_manifest(name)
+        self.name = f'split {" + ".join(splits)} of {folder}'
         try:
-            if split not in self.manifest['splits']:
-                raise Refusal(f'data set {name} has no split {split!r}; it has {", ".join(self.manifest["splits"])}')
-            self.open(folder, split)
+            self.shards = []
+            actions, physics = [], []
+            for split in splits:
+                if split not in self.manifest['splits']:
+                    raise Refusal(f'data set {name} has no split {split!r}; it has {", ".join(self.manifest["splits"])}')
+                shards, pushes, arrays = self.open(folder, split)
+                self.shards += shards
+                actions.append(pushes)
+                physics.append(arrays)
+            self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+            self.actions = np.concatenate(actions)
+            self.physics = physics[0] if len(splits) == 1 else {}
             self.check()
         except (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise Refusal(f'{self.name} is not as prepare.py writes it ({type(error).__name__}: {error})') from None
 
     def open(self, folder, split):
-        """Map the shards; read actions and physics, whose checksums are compared."""
+        """Map the shards of a split; read its actions and physics, whose checksums are compared → (shards, actions, physics)."""
         entries = self.manifest['splits'][split]['shards']
-        self.shards = [map_array(folder, entry['file']) for entry in entries]
-        lengths = [len(shard) for shard in self.shards]
-        self.starts = np.cumsum([0] + lengths)
+        shards = [map_array(folder, entry['file']) for entry in entries]
         actions = f'{split}_actions.npy'
         verify(folder, self.manifest, [actions])
-        self.actions = np.array(map_array(folder, actions))
-        self.physics = {}
+        arrays = {}
         physics = f'{split}_physics.npz'
         if physics in self.manifest['sha256']:
             verify(folder, self.manifest, [physics])
-            with np.load(os.path.join(folder, physics)) as arrays:
-                self.physics = dict(arrays)
+            with np.load(os.path.join(folder, physics)) as stored:
+                arrays = dict(stored)
+        return shards, np.array(map_array(folder, actions)), arrays
 
     def check(self):
         """Raise ValueError or Refusal unless the arrays have the manifest's shapes and the actions are finite."""
@@ -279,9 +299,9 @@ class Split:
         return z, torch.from_numpy(self.actions[indices])
 
 
-def open_split(name, split):
-    """A split of a prepared data set (a name under data/ or a folder); raises Refusal if it is missing or unfit."""
-    return Split(name, split)
+def open_split(name, *splits):
+    """Splits of a prepared data set (a name under data/ or a folder), joined; raises Refusal for missing or unfit ones."""
+    return Split(name, *splits)
 
 
 def batch_indices(clips, batch_size, seed, number):
@@ -298,6 +318,12 @@ def batch_indices(clips, batch_size, seed, number):
         missing = batch_size - len(picked)
         picked.extend(order[offset:offset + missing])
     return np.array(picked)
+
+
+def mean_push(actions):
+    """Mean length of the pushes of clips, actions (clips,T,A); 1 where there are none."""
+    sizes = np.linalg.norm(actions[:, 0], axis=1)
+    return float(sizes[sizes > 0].mean()) if sizes.any() else 1.0
 
 
 def explained(x, y):

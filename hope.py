@@ -1,6 +1,6 @@
 """
-HOPE: self-modifying Titan memory, written by Delta Gradient Descent (DGD) or the delta rule, and the Continuum Memory
-System (CMS).
+HOPE: an action memory, which learns what a push means in the present world; self-modifying Titan memory, written by Delta
+Gradient Descent (DGD) or the delta rule; and the Continuum Memory System (CMS).
 
 Source: "Nested Learning: The Illusion of Deep Learning Architectures" (Behrouz et al., 2025); equation numbers are
 that paper's. AC-HOPE-ViT is model.Predictor with HopeBlock: a Titan memory after attention, or in its place, and the CMS
@@ -9,6 +9,7 @@ in place of the MLP. Everything else (tokens, positions, interface) is shared wi
     predictor = build(Sizes(feature_dim=48))                    # ViT-AC or AC-HOPE-ViT, as the sizes say
     predictor, checkpoint = load('out/hope.pt')                 # in eval mode
 """
+import copy
 import math
 
 import torch
@@ -83,9 +84,6 @@ class TitanMemory(nn.Module):
         # Retention is exp(-softplus(-4)) = 0.98 per step and 0.86 over a clip of 8 steps. At 0.5 per step less than 1 % of
         # a write would be left after a clip.
         self.alpha_bias = nn.Parameter(torch.full((heads, 1), -4.0))
-        # The share of its state that a head keeps for the next clip, initially sigmoid(-3) = 0.05. Tokens of two clips have
-        # the same positions, so with a larger share the untrained reads of one clip would mix in the other.
-        self.carry_bias = nn.Parameter(torch.full((heads, 1, 1), -3.0))
         if self.surprise:
             self.gate_bias = nn.Parameter(torch.full((heads, 1), -2.0))
         # Which rows are those of k, of v, of mem, and of eta and alpha, (3d+2,4).
@@ -111,7 +109,7 @@ class TitanMemory(nn.Module):
         """
         x (B,T,P,C), rope: see Predictor.rope, memory: the state or None → y (B,T,P,C), state after the last step.
 
-        Two calls with the state passed on equal one long call. From one clip to the next the state passes hand_over().
+        Two calls with the state passed on equal one long call.
         """
         B, T, P, C = x.shape
         H = self.heads
@@ -161,10 +159,6 @@ class TitanMemory(nn.Module):
         added = self.conv(picture.permute(0, 3, 1, 2))                 # (B*T,C,rows,columns)
         added = added.permute(0, 2, 3, 1).reshape(B, T, rows * columns, C)
         return x + F.pad(added, (0, 0, conditions, 0))
-
-    def hand_over(self, memory):
-        """The state that the next clip starts from."""
-        return self.carry_bias.sigmoid() * memory
 
     def start(self):
         """The weights that every clip starts from, (H,.,.)."""
@@ -344,36 +338,172 @@ class TwoLayerTitanMemory(TitanMemory):
         return torch.cat([new1, new2.mT], 1)
 
 
-class Level(MLP):
+class InverseDynamics(nn.Module):
     """
-    A level of the CMS: adds gain * x + fc2(gelu(fc1(x))) to its input x.
+    Which push explains what was seen: reads it from the features of a clip alone, never from the action.
 
-    The gain starts at 0. It is a single number by which an online write can scale the input, as a change of mass scales
-    the effect of a push. log_rates, trained on streams, are the logarithms of the rates at which the weights of the level
-    are written, relative to each other. The weights may have a leading dimension n: the batch then consists of n equal
-    parts, each with its own weights.
+    A linear map of every patch with a learned place, eight softmax-pooled slots a step, an MLP over the steps. It is trained
+    with the predictor on phase A (ActionMemory.loss), so it answers in terms of A: in a lighter world it reads a stronger
+    push. It reads the first `steps` steps of a clip; those that are missing at the end count as zeros.
     """
 
-    def __init__(self, width, hidden):
-        super().__init__(width, hidden)
-        self.gain = nn.Parameter(torch.zeros(()))
-        log_rates = {}
-        for name, _ in self.named_parameters():
-            # A write of the MLP changes thousands of weights at once, so it starts at a tenth of the gain's rate.
-            log_rate = 0.0 if name == 'gain' else -2.3
-            log_rates[name.replace('.', '_')] = nn.Parameter(torch.tensor(log_rate))
-        self.log_rates = nn.ParameterDict(log_rates)
+    def __init__(self, sizes, channels=48, slots=8, step_size=32, hidden=128):
+        super().__init__()
+        rows, columns = sizes.grid
+        self.steps = sizes.steps
+        self.embed = nn.Linear(sizes.feature_dim, channels)
+        self.place = nn.Parameter(0.02 * torch.randn(rows * columns, channels))
+        self.query = nn.Linear(channels, slots)
+        # Linear, so that the MLP can subtract positions at different steps.
+        self.step = nn.Linear(slots * channels, step_size)
+        self.mlp = nn.Sequential(
+            nn.Linear(self.steps * step_size, hidden), nn.GELU(),
+            nn.Linear(hidden, hidden), nn.GELU(),
+            nn.Linear(hidden, sizes.action_dim))
 
-    def forward(self, x):
-        """x (B,T,P,C) → what the level adds to x, (B,T,P,C)."""
-        if self.fc1.weight.dim() == 2:
-            return self.gain * x + super().forward(x)
-        parts = len(self.fc1.weight)
-        # (n,B/n*T*P,C)
-        rows = x.reshape(parts, -1, x.shape[-1])
-        hidden = F.gelu(torch.baddbmm(self.fc1.bias[:, None], rows, self.fc1.weight.mT))
-        added = torch.baddbmm(self.fc2.bias[:, None], hidden, self.fc2.weight.mT)
-        return (self.gain[:, None, None] * rows + added).view(x.shape)
+    def forward(self, z, shown=None):
+        """z (B,T,N,D), shown (B,): how many of the T steps count, None for all → push (B,A) in units of the mean push."""
+        z = z[:, :self.steps]
+        T = z.shape[1]
+        x = self.embed(z) + self.place                                 # (B,T,N,channels)
+        weights = self.query(x).softmax(2)                             # (B,T,N,slots)
+        x = weights.mT @ x                                             # (B,T,slots,channels)
+        x = self.step(x.flatten(2))                                    # (B,T,step_size)
+        if shown is not None:
+            counts = torch.arange(T, device=z.device) < shown[:, None]
+            x = x * counts[..., None]
+        x = F.pad(x, (0, 0, 0, self.steps - T))
+        return self.mlp(x.flatten(1))
+
+
+class ActionMemory(nn.Module):
+    """
+    What a push means in this world: an associative memory from the push that was given to the push that was seen.
+
+    The predictor gets M a in place of the action a, and the action reaches it in no other way. M starts as the identity,
+    which is right in the world of training. Each clip that is shown writes one association, by recursive least squares: the
+    delta rule that also remembers how sure it is. With the key k of the given push and the value v of the seen one,
+
+        S <- alpha S + eta k k^T,   Y <- alpha Y + eta v k^T,   M = (M_0 + Y) (I + S)^-1,   M_0 = (I, 0)
+
+    The key of a push a is (a / scale, a / |a|) at unit length: what a world does to a push is to multiply and turn it (the
+    first half) and, through friction, to take away a constant amount along it (the second half).
+
+    The retention alpha is small where the memory is surprised, so that what is contradicted is forgotten, and where the push
+    as it was given explains the clip better than the memory does, as back in the world of training:
+
+        alpha = min(1, e_0 / e)^2 / (1 + (e / SURPRISE)^2),   e = |seen - M a| / |a|,   e_0 = |seen - a| / |a|
+
+    The state of a clip, (B,2A,3A), holds S and the transpose of Y side by side. There is no gradient at test time.
+    """
+
+    # eta: a clip counts as much as 30 times the start M_0.
+    WRITE_RATE = 30.0
+    # The relative error at which half of the memory is kept.
+    SURPRISE = 0.35
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.inverse = InverseDynamics(sizes)
+        # Mean length of a push in the training clips. train.py sets it.
+        self.register_buffer('scale', torch.ones(()))
+        # If it is set to a list, every write appends a dict.
+        self.diagnostics = None
+
+    def start(self, clips):
+        """The state of new clips, (clips,2A,3A)."""
+        A = self.inverse.mlp[-1].out_features
+        return self.scale.new_zeros(clips, 2 * A, 3 * A)
+
+    def key(self, a):
+        """Pushes a (...,A) → keys (...,2A) of unit length, and the lengths (...,1) by which M's outputs are multiplied."""
+        size = a.norm(dim=-1, keepdim=True)
+        direction = a / size.clamp(min=1e-12)
+        relative = size / self.scale
+        length = (1 + relative.square()).sqrt()
+        # Of zero where there is no push.
+        key = torch.cat([relative * direction, direction], -1) / length
+        return key, length * self.scale
+
+    def matrix(self, state):
+        """M (B,A,2A) of a state (B,2A,3A)."""
+        size = state.shape[1]
+        identity = torch.eye(size, device=state.device, dtype=state.dtype)
+        S, Yt = state[..., :size], state[..., size:]
+        start = identity[:, :size // 2]
+        M, _ = torch.linalg.solve_ex(identity + S, start + Yt)
+        return M.mT
+
+    def state_of(self, M):
+        """The state (1,2A,3A) whose matrix is M (A,2A), as if known in advance."""
+        A = len(M)
+        change = M.mT - torch.eye(2 * A, A, device=M.device, dtype=M.dtype)
+        return F.pad(change, (2 * A, 0))[None]
+
+    def forward(self, a, state):
+        """M a: pushes a (B,T,A) as they were given, state (B,2A,3A) or None for a new one → (B,T,A) as they will be seen."""
+        if state is None:
+            return a
+        with torch.autocast(a.device.type, enabled=False):
+            key, length = self.key(a)
+            return length * (key @ self.matrix(state).mT)
+
+    @torch.no_grad()
+    def write(self, z, a, state=None):
+        """
+        Show a clip: z (B,T,N,D) features, a (B,A) the push that was given → the state with this association.
+
+        Clips without a push, a = 0, change nothing.
+        """
+        if state is None:
+            state = self.start(len(z))
+        with torch.autocast(z.device.type, enabled=False):
+            seen = self.inverse(z.to(self.scale.dtype)) * self.scale
+            key, length = self.key(a)
+            expected = self(a[:, None], state)[:, 0]
+            size = a.norm(dim=-1).clamp(min=1e-12)
+            surprise = (seen - expected).norm(dim=-1) / size
+            unwritten = (seen - a).norm(dim=-1) / size
+            earned = (unwritten / surprise.clamp(min=1e-12)).clamp(max=1).square()
+            retention = earned / (1 + (surprise / self.SURPRISE).square())
+            retention = torch.where(a.any(-1), retention, 1.0)
+            pair = torch.cat([key, seen / length], -1)
+            association = key[:, :, None] * pair[:, None]              # (B,2A,3A)
+            new = retention[:, None, None] * state + self.WRITE_RATE * association
+        if self.diagnostics is not None:
+            gain, angle = self.gain_and_angle(new)
+            self.diagnostics.append({
+                'surprise': surprise.mean(),
+                'retention': retention.mean(),
+                'gain': gain.mean(),
+                'angle': angle.mean(),
+            })
+        return new
+
+    def gain_and_angle(self, state):
+        """
+        By how much M multiplies a push of mean length, and by how many degrees it turns it → each (B,).
+
+        The angle is that of two-dimensional pushes, otherwise nan.
+        """
+        first, second = self.matrix(state).chunk(2, -1)
+        M = first + second                                             # (B,A,A)
+        A = M.shape[-1]
+        gain = M.square().sum((1, 2)).div(A).sqrt()
+        if A != 2:
+            return gain, torch.full_like(gain, math.nan)
+        angle = torch.atan2(M[:, 1, 0] - M[:, 0, 1], M[:, 0, 0] + M[:, 1, 1])
+        return gain, angle.rad2deg()
+
+    def loss(self, z, a, shown=None):
+        """
+        How far the inverse is from the pushes of clips, relative to the mean push → scalar.
+
+        z (B,T,N,D), a (B,T,A), shown (B,): how many of the T steps the inverse may read, None for all.
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            push = self.inverse(z.to(self.scale.dtype), shown)
+            return (push - a[:, 0] / self.scale).norm(dim=-1).mean()
 
 
 class CMS(nn.Module):
@@ -384,7 +514,7 @@ class CMS(nn.Module):
 
     def __init__(self, width, hidden, levels):
         super().__init__()
-        self.levels = nn.ModuleList(Level(width, hidden) for _ in range(levels))
+        self.levels = nn.ModuleList(MLP(width, hidden) for _ in range(levels))
 
     def forward(self, x):
         """x (B,T,P,C) → what the chain adds to x, (B,T,P,C)."""
@@ -397,112 +527,95 @@ class CMS(nn.Module):
 
 class CMSWriter:
     """
-    The online writes of a predictor's CMS levels, for n streams of clips side by side.
+    The online writes of a predictor's CMS levels along a stream of clips.
 
         z_hat, memory = writer(z, a, tau=tau)      the predictor with the written weights
-        writer.tick(losses, initial_losses)        after the look-back at one clip of every stream
+        writer.tick(loss, initial_loss)            after the look-back at a clip
 
-    Holds the changes of the weights. The predictor's own weights stay as they are: training learns where the writes start.
-    Level l is written when the tick counter is a multiple of its period C_l (Eq. 71):
+    Writes go to a copy: the predictor's own weights stay as they are. Level l is written when the tick counter is a multiple
+    of its period C_l (Eq. 71):
 
-        change_l <- change_l - eta_l * sum of the gradients of L since the last write
+        change_l <- change_l - rate / C_l * sum of the gradients of L since the last write
 
-    eta_l = rate * exp(log_rate) / C_l, so a slow level steps along the mean gradient of its window. L = loss^2 / 2, so its
-    gradient is the loss times the gradient of the loss: a clip that is predicted well causes hardly any write.
+    so a slow level steps along the mean gradient of its window. L = loss^2 / 2, so its gradient is the loss times the
+    gradient of the loss: a clip that is predicted well causes hardly any write.
 
     At every tick all changes and sums are multiplied by an earned retention, min(1, L_0 / L)^2, where L_0 is the L of the
     unwritten weights on the same clip. Writes that help are kept in full. When the old world is back, the written weights
     predict worse than the unwritten ones, and the writes are forgotten within two clips.
     """
 
-    def __init__(self, predictor, rate, streams=1):
-        self.predictor = predictor
+    def __init__(self, predictor, rate):
         self.rate = rate
-        self.streams = streams
         self.periods = predictor.sizes.cms_periods
+        self.net = copy.deepcopy(predictor).requires_grad_(False)
         self.ticks = 0
-        # The weights of each level, in all blocks and in action_cms: {name: weight}.
+        # The weights of each level, in all blocks: {name: parameter}.
         self.levels = [{} for _ in self.periods]
-        # The log rate of each weight.
-        self.log_rates = {}
-        for place, module in predictor.named_modules():
-            if not isinstance(module, Level):
+        for place, module in self.net.named_modules():
+            if not isinstance(module, CMS):
                 continue
-            number = int(place.rpartition('.')[2])
-            for name, p in module.named_parameters():
-                if name.startswith('log_rates'):
-                    continue
-                full_name = f'{place}.{name}'
-                self.levels[number][full_name] = p
-                self.log_rates[full_name] = module.log_rates[name.replace('.', '_')]
+            for number, (weights, level) in enumerate(zip(self.levels, module.levels)):
+                for name, p in level.named_parameters():
+                    weights[f'{place}.levels.{number}.{name}'] = p.requires_grad_(True)
         # The weights of all levels, fast to slow.
-        self.initial = {}
+        self.weights = {}
         for level in self.levels:
-            self.initial.update(level)
-        # The change of each weight, and the sum of its gradients since the last write, (streams,...).
-        self.changes = {name: p.new_zeros(streams, *p.shape) for name, p in self.initial.items()}
-        self.sums = {name: torch.zeros_like(change) for name, change in self.changes.items()}
-        self.retention = torch.ones(())
-        self.write_norms = [torch.zeros(())] * len(self.periods)
-        self.refresh()
+            self.weights.update(level)
+        self.initial = {name: p.detach().clone() for name, p in self.weights.items()}
+        # The change of each weight, and the sum of its gradients since the last write.
+        self.changes = {name: torch.zeros_like(p) for name, p in self.initial.items()}
+        self.sums = {name: torch.zeros_like(p) for name, p in self.initial.items()}
+        self.retention = 1.0
+        self.write_norms = [0.0] * len(self.periods)
 
     def __call__(self, *args, **kwargs):
-        """The predictor's forward with the written weights; the batch consists of equal parts, one per stream."""
-        return torch.func.functional_call(self.predictor, self.weights, args, kwargs)
+        """The predictor's forward with the written weights."""
+        return self.net(*args, **kwargs)
 
-    def refresh(self):
-        """Compute the written weights. Their gradient is also that of the initial weights (first order)."""
-        self.weights = {name: p + self.changes[name] for name, p in self.initial.items()}
-
-    def tick(self, losses, initial_losses, retain_graph=False):
+    def tick(self, loss, initial_loss):
         """
-        Look back at one clip of every stream: forget by the losses of the unwritten weights, initial_losses (streams,), and
-        write the levels that are due by the gradients of losses (streams,).
+        Look back at one clip: forget by the loss of the unwritten weights, initial_loss, and write the levels that are due
+        by the gradients of loss. Both are scalars.
         """
-        weights = list(self.weights.values())
-        gradients = torch.autograd.grad(losses.square().sum() / 2, weights, retain_graph=retain_graph)
+        gradients = torch.autograd.grad(loss.square() / 2, list(self.weights.values()))
         self.ticks += 1
         # (L_0 / L)^2, where L is half of the squared loss.
-        ratio = initial_losses / losses.detach().clamp(min=1e-12)
+        ratio = initial_loss / loss.detach().clamp(min=1e-12)
         retention = ratio.clamp(max=1).pow(4)
         for name, gradient in zip(self.weights, gradients):
-            other_dimensions = [1] * (gradient.dim() - 1)
-            kept = retention.view(-1, *other_dimensions)
-            self.changes[name] = kept * self.changes[name]
+            self.changes[name] = retention * self.changes[name]
             # The summed gradients were taken at the changed weights, so they are forgotten with the changes.
-            self.sums[name] = kept * (self.sums[name] + gradient)
+            self.sums[name] = retention * (self.sums[name] + gradient)
         for i, period in enumerate(self.periods):
             if self.ticks % period == 0:
                 self.write_norms[i] = self.write(self.levels[i], period)
-        self.retention = retention.mean()
+        self.retention = retention.item()
         self.refresh()
 
     def write(self, level, period):
         """Step along the summed gradients of a level's weights and start new sums; returns the norm of the step."""
-        steps = {}
+        steps = {name: self.rate / period * self.sums[name] for name in level}
         for name in level:
-            rate = self.rate / period * self.log_rates[name].exp()
-            steps[name] = rate * self.sums[name]
             self.changes[name] = self.changes[name] - steps[name]
             self.sums[name] = torch.zeros_like(self.sums[name])
-        return self.norm(steps, level)
+        return norm(steps, level)
 
-    def norm(self, values, level):
-        """Root mean square over the streams of the norm of a level's values."""
-        squares = sum(values[name].square().sum() for name in level)
-        return (squares / self.streams).sqrt()
+    @torch.no_grad()
+    def refresh(self):
+        """Put the changes into the weights."""
+        for name, p in self.weights.items():
+            p.copy_(self.initial[name] + self.changes[name])
 
     def diagnostics(self):
         """Per level, fast to slow: writes so far, retention, norm of the last write, drift |change| / |initial weights|."""
         rows = []
-        for level, period, norm in zip(self.levels, self.periods, self.write_norms):
-            initial_norm = sum(p.square().sum() for p in level.values()).sqrt()
-            drift = self.norm(self.changes, level) / initial_norm
+        for level, period, write_norm in zip(self.levels, self.periods, self.write_norms):
             rows.append({
                 'writes': self.ticks // period,
-                'retention': self.retention.item(),
-                'write norm': norm.item(),
-                'drift': drift.item(),
+                'retention': self.retention,
+                'write norm': write_norm,
+                'drift': norm(self.changes, level) / norm(self.initial, level),
             })
         return rows
 
@@ -516,6 +629,11 @@ class CMSWriter:
         self.changes = dict(state['changes'])
         self.sums = dict(state['sums'])
         self.refresh()
+
+
+def norm(values, names):
+    """The norm of some of the tensors {name: tensor} taken together."""
+    return sum(values[name].square().sum().item() for name in names) ** 0.5
 
 
 class HopeBlock(nn.Module):
@@ -542,8 +660,6 @@ class HopeBlock(nn.Module):
         if self.attn:
             x = x + self.attn.block_causal(self.attn_norm(x), rope)
         if self.titan:
-            if memory is not None:
-                memory = self.titan.hand_over(memory)
             y, new = self.titan(self.titan_norm(x), rope, memory)
             x = x + y
         return x + self.cms(self.cms_norm(x)), new
@@ -553,9 +669,8 @@ class HopeBlock(nn.Module):
 
 def build(sizes):
     """A ViT-AC or AC-HOPE-ViT with random weights, as its Sizes say."""
-    if sizes.model == 'vit':
-        return Predictor(sizes, Block)
-    return Predictor(sizes, HopeBlock, CMS(sizes.action_dim, 16, len(sizes.cms_periods)))
+    block = Block if sizes.model == 'vit' else HopeBlock
+    return Predictor(sizes, block, ActionMemory)
 
 
 def load(path, device='cpu', **fields):

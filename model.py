@@ -36,6 +36,10 @@ class Sizes:
     action_dim: int = 2
     # Size of the optional state token; 0 = none
     state_dim: int = 0
+    # Whether actions pass through an action memory (see hope.ActionMemory)
+    action_memory: bool = True
+    # T, time steps of a clip
+    steps: int = 8
     # Rows and columns of patches, N = rows * columns; None = a square grid of any N
     grid: tuple = (4, 4)
     depth: int = 2
@@ -91,6 +95,8 @@ class Sizes:
         if min(self.cms_periods) < 1:
             given = ','.join(map(str, self.cms_periods))
             raise Refusal(f'cms_periods = {given!r}: a level cannot be written more often than at every tick (1)')
+        if self.action_memory and (self.grid is None or self.steps < 3):
+            raise Refusal(f'action_memory: needs clips of three steps or more, not {self.steps}, and the grid of patches')
         if self.model == 'vit' or self.mixer == 'attention':
             return
         memories = set(Sizes.adapts)
@@ -200,13 +206,12 @@ class Block(nn.Module):
 class Predictor(nn.Module):
     """Action-conditioned predictor: Linear D→C, conditioning tokens and patches per step, blocks, LN, Linear C→D."""
 
-    def __init__(self, sizes, block, action_cms=None):
+    def __init__(self, sizes, block, action_memory=None):
         super().__init__()
         width = sizes.width
         self.sizes = sizes
         self.predictor_embed = nn.Linear(sizes.feature_dim, width)
         self.action_encoder = nn.Linear(sizes.action_dim, width)
-        self.action_cms = action_cms
         self.state_encoder = None
         if sizes.state_dim:
             self.state_encoder = nn.Linear(sizes.state_dim, width)
@@ -218,6 +223,8 @@ class Predictor(nn.Module):
         self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
         self.predictor_proj = nn.Linear(width, sizes.feature_dim)
         self.initialise()
+        # After the others, whose initial values do not depend on it then.
+        self.action_memory = action_memory(sizes) if sizes.action_memory else None
 
     def initialise(self):
         """
@@ -283,8 +290,10 @@ class Predictor(nn.Module):
         tau None: z (B,T,N,D), a (B,T,A) → z_hat (B,T,N,D); z_hat[:,t] predicts z[:,t+1] from steps <= t.
         tau (B,) integer, 0-based: z (B,1,N,D), a (B,1,A) → z_hat (B,N,D) predicts step tau in one pass.
         memory: what an earlier call returned, or None for the learned initial memory. Clip b of the batch reads and writes
-        its own memory only. Returns (z_hat, memory); ViT-AC's memory is None. z_hat is layer-normed like z, except where
-        the predictor comes from load_vjepa2.
+        its own memory only. Returns (z_hat, memory). A memory is a list of tensors (B,...): that of the action memory, if
+        there is one, then those of HOPE's blocks; None where there is neither. The action memory is written by teacher
+        forcing over at least two steps. The prediction of a clip never depends on what the same clip writes there.
+        z_hat is layer-normed like z, except where the predictor comes from load_vjepa2.
         states (B,T,S): required where the predictor has a state token. extrinsics (B,T,A-1) of the camera: optional, for a
         predictor of the published form, which then gets a third conditioning token. Raises ValueError for wrong shapes.
         """
@@ -295,8 +304,16 @@ class Predictor(nn.Module):
             raise ValueError('states must be given exactly where the predictor has a state token')
         if extrinsics is not None and self.extrinsics_encoder is None:
             raise ValueError('extrinsics were given to a predictor that has no extrinsics_encoder')
-        if self.action_cms is not None:
-            a = a + self.action_cms(a)
+        memory = list(memory or [])
+        new_memory = []
+        if self.action_memory is not None:
+            state = memory.pop(0) if memory else None
+            # A single step shows no motion, and a jump only reads.
+            if tau is None and T > 1:
+                new_memory.append(self.action_memory.write(z, a[:, 0], state))
+            else:
+                new_memory.append(self.action_memory.start(B) if state is None else state)
+            a = self.action_memory(a, state)
         conditions = [self.action_encoder(a)]
         if states is not None:
             conditions.append(self.state_encoder(states))
@@ -305,20 +322,16 @@ class Predictor(nn.Module):
         # (B,T,P,C), P = conditions + N
         x = torch.cat([torch.stack(conditions, dim=2), self.predictor_embed(z)], dim=2)
         rope = self.rope(T, len(conditions), N, tau, z.device)
-        if memory is None:
-            memory = [None] * len(self.predictor_blocks)
-        new_memory = []
-        for i, block in enumerate(self.predictor_blocks):
-            x, new = block(x, rope, memory[i])
-            new_memory.append(new)
+        for block in self.predictor_blocks:
+            x, new = block(x, rope, memory.pop(0) if memory else None)
+            if new is not None:
+                new_memory.append(new)
         z_hat = self.predictor_proj(self.predictor_norm(x[:, :, -N:]))
         if self.sizes.normed_output:
             z_hat = F.layer_norm(z_hat, z_hat.shape[-1:])
         if tau is not None:
             z_hat = z_hat[:, 0]
-        if new_memory[0] is None:
-            return z_hat, None
-        return z_hat, new_memory
+        return z_hat, new_memory or None
 
 
 # ---- losses: L1 on layer-normed features ---------------------------------------------------------------------------

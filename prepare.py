@@ -1,10 +1,13 @@
 """
 Prepare features: simulate or import clips, encode them with a frozen encoder, write shards for train.py and adapt.py.
 
-    python prepare.py                                           the laptop default: data/slide, under a minute
+    python prepare.py                                           the laptop default: data/slide, a minute or two
     python prepare.py --name=slide256 --size=256 --dim=1024 --clips=1000                    full-size tensors
     python prepare.py --name=mine --source=clips                                           your own clips (README)
     python prepare.py --name=slide_vitl --encoder=vitl --clips=1000       with V-JEPA 2; downloads its weights once
+
+The split `zoom` is phase A seen from nearer by, where the same motion goes further across the picture than A ever shows.
+An inverse dynamics trained on A reads which push each of its clips looks like; train.py trains on it beside `train`.
 
 After an interruption, the same command goes on where it stopped; a finished set is left as it is. A set that was made with
 other settings, or by other code for the world or the encoder, is refused. data/<name>/clips.png shows clips of each domain,
@@ -16,6 +19,7 @@ import json
 import math
 import os
 import time
+import types
 
 import numpy as np
 import torch
@@ -23,6 +27,7 @@ import torch.nn.functional as F
 
 import data
 from configurator import Refusal, configure
+from hope import ActionMemory
 from model import pick_device
 from support import own_clips, plots
 from support.files import claim, folder_of, intact, parse_manifest, sha256, write_atomically, write_manifest
@@ -36,7 +41,8 @@ split = ''               # own clips by their numbers: train:17000-21999,B:22000
 skip_bad = False         # own clips: leave out what cannot be read, name it and count it
 clips = 30000            # physics: clips in train; fit_B, for the oracle, has a fifth of them [1..]
 test_clips = 600         # physics: clips in val and in each test_<domain> [1..]
-seed = 1                 # physics: every random number of the set follows from it [0..]
+zoom = True              # also phase A seen from nearer by, half as many clips, which teaches far motion
+seed = 1                 # of the physics, and of the inverse dynamics that reads the pushes of zoomed clips [0..]
 # how to encode
 size = 0                 # picture size in pixels, a multiple of 16; 0 = 64 for patch, that of the V-JEPA 2 model else [0..]
 encoder = 'patch'        # frozen: low frequencies of each patch, or V-JEPA 2 [patch | vitl | vith | vitg | vitg384 | vitb2.1 | vitl2.1 | vitg2.1 | vitG2.1]
@@ -54,6 +60,16 @@ settings = configure(globals()) if __name__ == '__main__' else {}
 PATCH = 16
 # An interrupted run loses at most one shard.
 SHARD_BYTES = 128 * 2**20
+# The split `zoom` shows phase A from nearer by, a quarter of its clips by each of the factors 1.2, 1.2^2, 1.2^3 and 1.2^4.
+ZOOM = 1.2
+ZOOMS = 4
+# With fewer clips of train, no push can be read.
+FEWEST_CLIPS = 64
+# Most batches that the inverse dynamics is trained on, and clips per batch. After too few it reads all pushes too weak.
+INVERSE_BATCHES = 4000
+INVERSE_CLIPS = 64
+# If it reads less than this share of the pushes of val, the pushes of zoomed clips are not to be trusted.
+LEAST_READ = 0.98
 # Tokens that V-JEPA 2 encodes at once, which bounds its memory for any batch.
 TOKENS = 2**14
 # Mean and standard deviation of ImageNet's colours, by which V-JEPA 2 normalises pictures.
@@ -142,13 +158,18 @@ def load_vjepa2_encoder(encoder, weights, part, size, encode, device):
 #   content(start, end)  the readable ones among clips start..end-1 as frames (n,F,H,W,3) uint8 or as features (n,T,N,D),
 #                        and the list of their indices
 #   example()            the content of one clip, whose shape all others must have
+#   zoomed(zooms)        the Source of so many clips seen from nearer by, clip i by the factor zooms[i]
 
 class PhysicsClips:
     """A Source of simulated clips."""
 
-    def __init__(self, split, domain, count, seed, size, device):
-        self.count, self.domain, self.size, self.device = count, domain, size, device
-        self.physics = data.simulate(domain, count, seed, split)
+    def __init__(self, split, domain, count, seed, size, device, zooms=1):
+        self.count, self.domain, self.seed, self.size, self.device = count, domain, seed, size, device
+        self.physics = data.simulate(domain, count, seed, split, zooms)
+
+    def zoomed(self, zooms):
+        """Other clips of this domain, seen from nearer by."""
+        return PhysicsClips('zoom', self.domain, len(zooms), self.seed, self.size, self.device, zooms)
 
     def actions(self, indices):
         """The impulse of each clip, given at step 1: (n,T,2)."""
@@ -248,14 +269,20 @@ def write_split(folder, manifest, split, source, encode_clips, batch, shard_clip
         left_out = sorted(set(range(shard_start, shard_end)) - set(kept))
         shards.append({'file': file, 'clips': len(kept), 'skipped': left_out})
         write_manifest(folder, manifest)
-    skipped = {index for shard in shards for index in shard['skipped']}
-    if len(skipped) == source.count:
+    kept = kept_clips(manifest, split, source)
+    if not kept:
         raise Refusal(f'split {split}: none of its {source.count} clips can be read')
-    actions = source.actions([index for index in range(source.count) if index not in skipped])
+    actions = source.actions(kept)
     save(folder, manifest, f'{split}_actions.npy', lambda f: np.save(f, actions))
     if source.physics:
         save(folder, manifest, f'{split}_physics.npz', lambda f: np.savez(f, **source.physics))
-    return len(skipped)
+    return source.count - len(kept)
+
+
+def kept_clips(manifest, split, source):
+    """The indices of the clips of a Source that a written split holds."""
+    skipped = {index for shard in manifest['splits'][split]['shards'] for index in shard['skipped']}
+    return [index for index in range(source.count) if index not in skipped]
 
 
 def stored(folder, manifest, clips, steps):
@@ -297,6 +324,125 @@ def fit_decoder(folder, manifest, source, device):
         done += len(frames)
     ridge = 1e-6 * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
     return torch.linalg.solve(xx + ridge, xy).float().cpu().numpy()
+
+
+# ---- zoomed clips ------------------------------------------------------------------------------------------------------
+# What is seen from nearer by moves further, so in terms of phase A it was pushed harder. How much harder is read from the
+# features, as in a new world: an inverse dynamics that knows only A reads a push from each clip at the smallest factor, and
+# an action memory M learns what the given pushes become. M applied twice is zooming in twice.
+
+def zoom_levels(clips):
+    """How often each of so many clips is zoomed in by ZOOM, in rising order → (clips,) int, 1..ZOOMS."""
+    return 1 + np.arange(clips) * ZOOMS // clips
+
+
+def why_not_zoomed(train, shape, encode_clips):
+    """Why no clips can be zoomed in, in words; '' where they can. train: its Source; shape: [T, N, D]."""
+    if encode_clips is as_they_are:
+        return 'imported features cannot be cropped'
+    if train.count < FEWEST_CLIPS:
+        return f'train has fewer than {FEWEST_CLIPS} clips'
+    if shape[0] < 3:
+        return 'its clips have fewer than three steps'
+    return ''
+
+
+def train_inverse(train, seed, device):
+    """An ActionMemory whose inverse dynamics was trained on a data.Split, of phase A alone."""
+    steps, _, dim = train.manifest['shape']
+    # Not model.Sizes: with a new default there, every data set would count as made by other code.
+    sizes = types.SimpleNamespace(steps=steps, grid=train.manifest['grid'], feature_dim=dim,
+                                  action_dim=train.actions.shape[-1])
+    torch.manual_seed(seed)
+    memory = ActionMemory(sizes).to(device)
+    memory.scale.fill_(data.mean_push(train.actions))
+    optimizer = torch.optim.AdamW(memory.parameters(), lr=2e-3, betas=(0.9, 0.99))
+    batches = min(INVERSE_BATCHES, 2 * len(train))
+    for i in data.progress(range(batches), 'inverse dynamics', 'batches'):
+        warmup = min(1, (i + 1) / (0.04 * batches))
+        decay = min(1, (batches - i) / (0.7 * batches))
+        for group in optimizer.param_groups:
+            group['lr'] = 2e-3 * warmup * decay
+        z, a = train[data.batch_indices(len(train), INVERSE_CLIPS, seed, i)]
+        loss = memory.loss(z.to(device), a.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(memory.parameters(), 1.0)
+        optimizer.step()
+    return memory
+
+
+@torch.no_grad()
+def read_pushes(memory, clips, indices, device):
+    """The pushes (n,A) in N·s that the inverse dynamics reads from clips of a data.Split."""
+    pushes = torch.empty(len(indices), clips.actions.shape[-1])
+    for start in range(0, len(indices), INVERSE_CLIPS):
+        some = slice(start, start + INVERSE_CLIPS)
+        z, _ = clips[indices[some]]
+        z = z[:, :memory.inverse.steps].to(device)
+        pushes[some] = (memory.scale * memory.inverse(z)).cpu()
+    return pushes
+
+
+def share_read(memory, clips, device):
+    """The share of the pushes of a data.Split, as the mean of their squares, that the inverse dynamics reads; at most 1."""
+    given = torch.from_numpy(clips.actions[:, 0])
+    error = read_pushes(memory, clips, range(len(clips)), device) - given
+    return 1 - (error.square().sum() / given.square().sum()).item()
+
+
+def association(memory, given, seen):
+    """
+    M (A,2A), which makes the pushes `seen` of the pushes `given`, each (n,A) float64, by least squares.
+
+    It is what an action memory holds that was shown all of them and has forgotten none (see hope.ActionMemory).
+    """
+    key, length = memory.key(given)
+    pair = torch.cat([key, seen / length], -1)
+    state = memory.WRITE_RATE * key.T @ pair                           # (2A,3A)
+    return memory.matrix(state[None])[0]
+
+
+def zoomed_pushes(memory, M, pushes, levels):
+    """Pushes (n,A) as they look after zooming in levels (n,) times, each time by M (A,2A)."""
+    zoomed = pushes.clone()
+    for level in range(1, ZOOMS + 1):
+        key, length = memory.key(zoomed)
+        further = length * (key @ M.mT)
+        zoomed = torch.where(levels[:, None] >= level, further, zoomed)
+    return zoomed
+
+
+def write_zoomed_pushes(folder, manifest, source, seed, device):
+    """Replace the actions of the split `zoom`, which are the pushes that were given, by those that its clips look like."""
+    train = data.Split(folder, 'train', manifest=manifest)
+    clips = data.Split(folder, 'zoom', manifest=manifest)
+    val = data.Split(folder, 'val', manifest=manifest)
+    memory = train_inverse(train, seed, device)
+    share = share_read(memory, val, device)
+    levels = torch.from_numpy(zoom_levels(source.count)[kept_clips(manifest, 'zoom', source)])
+    given = torch.from_numpy(clips.actions[:, 0]).double()
+    size = given.norm(dim=1)
+    # Harder pushes look like none that A showed.
+    hardest = np.linalg.norm(train.actions[:, 0], axis=1).max() / ZOOM ** 1.5
+    readable = ((levels == 1) & (size <= hardest)).nonzero()[:, 0]
+    seen = read_pushes(memory, clips, readable, device).double()
+    memory = memory.cpu().double()
+    M = association(memory, given[readable], seen)
+    manifest['zoom'] = {'factor': ZOOM, 'M': M.tolist(), 'share_read': share}
+    pushes = zoomed_pushes(memory, M, given, levels)
+    actions = np.zeros_like(clips.actions)
+    actions[:, 0] = pushes.numpy()
+    save(folder, manifest, 'zoom_actions.npy', lambda f: np.save(f, actions))
+    gains = []
+    for level in range(1, ZOOMS + 1):
+        members = levels == level
+        gain = pushes[members].norm(dim=1).mean() / size[members].mean()
+        gains.append(f'{gain:.2f}')
+    print(f'zoomed clips: pushes read x {", ".join(gains)} (mean) of what was given')
+    if share < LEAST_READ:
+        print(f'zoomed clips: too few clips to read their pushes well (only {max(0, share):.1%} of those of val); make '
+              'more, or train without them: train.py --zoom=False')
 
 
 # ---- figures and pictures ----------------------------------------------------------------------------------------------
@@ -351,13 +497,16 @@ def check_settings(size, source, split):
         raise Refusal(f'--split={split}: is for clips of your own; name their folder with --source')
 
 
-def code_of_set(encoder, source):
+def code_of_set(encoder, sources):
     """The functions and classes that the files of a set depend on. made_from.depends_on follows the names in them."""
-    if encoder == 'none':
-        return [type(source)]
+    code = [type(sources['train'])]
     if encoder == 'patch':
-        return [type(source), cosine_basis, patch_encode, fit_decoder]
-    return [type(source), vjepa2_encode, VideoEncoder, fit_decoder]
+        code += [cosine_basis, patch_encode, fit_decoder]
+    elif encoder != 'none':
+        code += [vjepa2_encode, VideoEncoder, fit_decoder]
+    if 'zoom' in sources:
+        code += [write_zoomed_pushes]
+    return code
 
 
 def new_manifest(shape, sources, made_from):
@@ -370,13 +519,18 @@ def new_manifest(shape, sources, made_from):
             'patch': PATCH, 'sha256': {}, 'splits': splits}
 
 
-def write_set(folder, manifest, sources, encode_clips, batch, device):
+def write_set(folder, manifest, sources, encode_clips, batch, seed, device):
     """Write what is missing of a set; returns the number of clips that were left out. See write_split."""
     clip_bytes = 2 * math.prod(manifest['shape'])
     shard_clips = max(1, SHARD_BYTES // clip_bytes)
     skipped = 0
     for split, source in sources.items():
-        skipped += write_split(folder, manifest, split, source, encode_clips, batch, shard_clips)
+        left_out = write_split(folder, manifest, split, source, encode_clips, batch, shard_clips)
+        # Own clips that are zoomed in are those of train once more.
+        if split != 'zoom':
+            skipped += left_out
+    if 'zoom' in sources:
+        write_zoomed_pushes(folder, manifest, sources['zoom'], seed, device)
     if encode_clips is not as_they_are:
         manifest['decoder'] = 'decoder.npy'
         decoder = fit_decoder(folder, manifest, sources['train'], device)
@@ -414,11 +568,19 @@ if __name__ == '__main__':
         encode_clips = load_vjepa2_encoder(encoder, weights, part, size, encode, device)
     shape = list(encode_clips(example).shape[1:])                      # T, N, D
 
+    # Phase A seen from nearer by
+    if zoom:
+        obstacle = why_not_zoomed(sources['train'], shape, encode_clips)
+        if obstacle:
+            print(f'no zoomed clips: {obstacle}; far motion is then not taught')
+        else:
+            sources['zoom'] = sources['train'].zoomed(ZOOM ** zoom_levels(sources['train'].count // 2))
+
     # What the set is made from. A set that was made from anything else is refused.
     counts = {key: sources[key].count for key in sources}
-    code = depends_on(code_of_set(encoder, sources['train']))
+    code = depends_on(code_of_set(encoder, sources))
     made_from = {'source': source, 'split': split, 'encoder': encoder, 'encode': encode, 'weights': weights, 'part': part,
-                 'seed': seed, 'size': size, 'skip_bad': skip_bad, 'clips': counts, **code}
+                 'seed': seed, 'size': size, 'skip_bad': skip_bad, 'zoom': zoom, 'clips': counts, **code}
     # As it is read back from JSON, where tuples are lists.
     made_from = json.loads(json.dumps(made_from))
     folder = folder_of(name)
@@ -429,7 +591,7 @@ if __name__ == '__main__':
 
     print(f'{folder}: {sum(counts.values()):,} clips of {shape[0]} steps x {shape[1]} patches x {shape[2]}')
     began = time.time()
-    skipped = write_set(folder, manifest, sources, encode_clips, batch, device)
+    skipped = write_set(folder, manifest, sources, encode_clips, batch, seed, device)
     if source == 'physics':
         print_read_out(folder, manifest, sources['train'].physics['position'])
         draw_pictures(folder, clips, seed)

@@ -2,7 +2,6 @@
 Train a predictor on phase A: teacher forcing plus a curriculum-weighted jump (or rollout) loss.
 
     python train.py config/hope_jump.py                            laptop: HOPE on two CPU cores
-    python train.py config/hope_stream.py                          the same, taught to adapt on streams of worlds
     python train.py config/hope_jump.py --resume=True              go on after an interruption
     torchrun --standalone --nproc_per_node=4 train.py config/hope_jump.py        four GPUs of one machine
 
@@ -27,8 +26,8 @@ import torch
 import torch.distributed as dist
 
 from configurator import ROOT, Refusal, configure
-from data import batch_indices, open_split
-from hope import CMSWriter, build, load
+from data import batch_indices, mean_push, open_split
+from hope import build, load
 from model import Sizes, feature_loss, jump_loss, pick_device, rollout, rollout_loss, teacher_forcing_loss
 from support.files import MALFORMED, VERSION, claim, read_manifest, save
 from vjepa2 import start_from
@@ -38,6 +37,7 @@ model = 'hope'           # AC-HOPE-ViT or ViT-AC [hope | vit]
 depth = 2                # blocks [1..]
 width = 96               # C, channels inside the predictor; a multiple of heads [6..]
 heads = 4                # attention heads, or Titan memories per block [1..]
+action_memory = True     # actions pass through a memory of what a push means in the present world
 rope = 'paired'          # rotary positions: a true rotation, or the published models' form [paired | vjepa2]
 mlp_hidden = 384         # vit: hidden width of the MLP [1..]
 cms_hidden = 236         # hope: hidden width of each CMS level [1..]
@@ -52,6 +52,7 @@ rule = 'dgd'             # hope: how the memory is written: Delta Gradient Desce
 # data
 data = 'slide'           # a data set that prepare.py made; 'slide' is made on the spot if missing
 split = 'train'          # its clips to train on; 'fit_B' is for the oracle alone
+zoom = True              # with split 'train': also the clips seen from nearer by, where the data set has them
 batch_size = 32          # clips per optimiser step, over all GPUs [1..]
 accumulation = 1         # micro-batches per optimiser step [1..]
 # loss: (1 - lambda) * teacher forcing + lambda * jump
@@ -61,12 +62,7 @@ lambda_end = 0.8         # its weight at the last step, linear in between [0..1]
 jump_last = 3            # jumps go to one of the last k steps, drawn per clip; also what evaluation averages over [1..]
 rollout_steps = 2        # rollout: steps fed back; the last is scored (T = 2 in V-JEPA 2-AC) [1..]
 teacher_every = 4        # teacher forcing, the expensive term, sees every n-th clip of a batch; 1 = all of them [1..]
-# streams (hope): the clips of one world after another, each predicted as in adapt.py and then shown
-stream = 1               # clips of a stream; the Titan memory is carried from clip to clip; 1 = clips stand alone [1..]
-stream_from = 0.8        # share of the steps after which streams begin; up to there clips stand alone [0..1]
-action_gain = 0.0        # each stream's actions are multiplied by one c, log-uniform in e^-gain .. e^gain [0..]
-known_share = 0.5        # share of the streams that keep c = 1 [0..1]
-cms_rate = 0.0           # learning rate of the CMS levels' writes inside a stream; 0 = they are not written [0..]
+inverse_batch = 256      # clips per step from which the action memory learns to read pushes, which is cheap [1..]
 init_from = ''           # start from the weights of this checkpoint, or of the official vjepa2-ac-vitg.pt
 # optimiser: AdamW, warm-up - constant - decay
 max_iters = 1600         # optimiser steps [1..]
@@ -99,16 +95,12 @@ recipe = {key: value for key, value in settings.items() if key not in RUN_KNOBS}
 
 def check_settings(knobs, processes):
     """Raise Refusal for knobs that do not go together."""
-    for name in 'teacher_every', 'stream':
-        least = knobs.accumulation * processes * getattr(knobs, name)
-        if knobs.batch_size % least:
-            raise Refusal(f'batch_size = {knobs.batch_size} must be a multiple of accumulation x processes x {name} = '
-                          f'{least}')
-    if knobs.stream == 1 and (knobs.action_gain or knobs.cms_rate):
-        raise Refusal(f'action_gain = {knobs.action_gain:g}, cms_rate = {knobs.cms_rate:g}: a clip alone teaches nothing; '
-                      'set stream > 1, or both to 0')
-    if knobs.cms_rate and knobs.model == 'vit':
-        raise Refusal(f'cms_rate = {knobs.cms_rate:g}: a ViT-AC has no CMS levels to write')
+    if knobs.inverse_batch % processes:
+        raise Refusal(f'inverse_batch = {knobs.inverse_batch}: must be a multiple of the number of processes, {processes}')
+    least = knobs.accumulation * processes * knobs.teacher_every
+    if knobs.batch_size % least:
+        raise Refusal(f'batch_size = {knobs.batch_size} must be a multiple of accumulation x processes x teacher_every = '
+                      f'{least}')
     if knobs.start_rate > knobs.learning_rate:
         raise Refusal(f'start_rate = {knobs.start_rate:g}: the rate rises from it to learning_rate = '
                       f'{knobs.learning_rate:g}')
@@ -118,6 +110,14 @@ def check_settings(knobs, processes):
         raise Refusal(f'out = {knobs.out!r}: must name a file, and not the log, whose name is the same but for .csv')
     if os.path.exists(knobs.out) and not knobs.resume:
         raise Refusal(f'{knobs.out} exists; go on with --resume=True, or name another --out, or delete it')
+
+
+def open_training(name, split, zoom):
+    """The clips to train on: those of the split, and with 'train' the zoomed ones, where the data set has them."""
+    clips = open_split(name, split)
+    if zoom and split == 'train' and 'zoom' in clips.manifest['splits']:
+        return open_split(name, split, 'zoom')
+    return clips
 
 
 def check_clips(knobs, train_clips, val_clips):
@@ -205,7 +205,7 @@ def restore(optimizer, checkpoint, device, path):
     """
     Put optimiser and random generators where they were; raises Refusal where that cannot be.
 
-    Only torch's own generators have a state: data order, jump targets and gains follow from seed and step.
+    Only torch's own generators have a state: data order and jump targets follow from seed and step.
     """
     random = checkpoint['random']
     try:
@@ -213,8 +213,6 @@ def restore(optimizer, checkpoint, device, path):
         for p, state in optimizer.state.items():
             if not all(v.shape in ((), p.shape) and v.isfinite().all() for v in state.values()):
                 raise ValueError('a moment is not finite or has another shape than its weight')
-        if not all('lr_scale' in group for group in optimizer.param_groups):
-            raise ValueError('its optimizer has no lr_scale')
         torch.set_rng_state(random['torch'].cpu())
         if device.startswith('cuda') and random['cuda'] is not None:
             torch.cuda.set_rng_state(random['cuda'].cpu())
@@ -275,7 +273,7 @@ if data == 'slide' and rank == 0:
             sys.exit(2)
 if processes > 1:
     dist.barrier()
-train_clips, val_clips = open_split(data, split), open_split(data, 'val')
+train_clips, val_clips = open_training(data, split, zoom), open_split(data, 'val')
 check_clips(knobs, train_clips, val_clips)
 manifest = train_clips.manifest
 if resume and checkpoint['data'] != manifest['checksum']:
@@ -283,16 +281,19 @@ if resume and checkpoint['data'] != manifest['checksum']:
 T, N, D = manifest['shape']
 
 # ---- predictor -----------------------------------------------------------------------------------------------------
+
 torch.manual_seed(seed)
 if not resume:
     sizes = Sizes.from_settings(settings, feature_dim=D, action_dim=train_clips.actions.shape[-1],
-                                grid=tuple(manifest['grid']))
+                                grid=tuple(manifest['grid']), steps=T)
     predictor = build(sizes).to(device)
+    if action_memory:
+        predictor.action_memory.scale.fill_(mean_push(train_clips.actions))
     if init_from:
         new, dropped = start_from(predictor, init_from)
         print0(f'starting from {init_from}')
         if new:
-            print0(f'  of another size, so these start anew: {", ".join(new)}')
+            print0(f'  of another size or not in there, so these start anew: {", ".join(new)}')
         if dropped:
             print0(f'  without a place in this predictor, so these are dropped: {", ".join(dropped)}')
 predictor.train()
@@ -304,23 +305,12 @@ def parameter_groups(predictor, weight_decay):
     """
     The parameters for AdamW by their role: the matrices of linear maps, which decay, and all others, which do not.
 
-    Decay would pull a memory's retention, whose bias starts at -4, towards forgetting. The log-rates of the CMS are
-    logarithms and have a longer way to go: their learning rate is 20 times as large.
+    Decay would pull a memory's retention, whose bias starts at -4, towards forgetting.
     """
     linear = {f'{name}.weight' for name, module in predictor.named_modules() if isinstance(module, torch.nn.Linear)}
-    matrices, others, log_rates = [], [], []
-    for name, p in predictor.named_parameters():
-        if name in linear:
-            matrices.append(p)
-        elif 'log_rates' in name:
-            log_rates.append(p)
-        else:
-            others.append(p)
-    groups = [{'params': matrices, 'weight_decay': weight_decay, 'lr_scale': 1},
-              {'params': others, 'weight_decay': 0.0, 'lr_scale': 1}]
-    if log_rates:
-        groups.append({'params': log_rates, 'weight_decay': 0.0, 'lr_scale': 20})
-    return groups
+    matrices = [p for name, p in predictor.named_parameters() if name in linear]
+    others = [p for name, p in predictor.named_parameters() if name not in linear]
+    return [{'params': matrices, 'weight_decay': weight_decay}, {'params': others, 'weight_decay': 0.0}]
 
 
 def rate_at(step, steps, start, peak, warmup, decay):
@@ -344,11 +334,19 @@ def total_loss(first, second, weight):
     return (1 - weight) * first + weight * second
 
 
-def draw_gains(rng, streams, places, action_gain, known_share):
-    """What the actions of each clip are multiplied by: one gain per stream, 1 in the known share → (streams*places,)."""
-    gains = np.exp(rng.uniform(-action_gain, action_gain, streams)).astype(np.float32)
-    gains[rng.random(streams) < known_share] = 1
-    return torch.from_numpy(gains).repeat_interleave(places)
+def inverse_loss(predictor, clips, count, seed, step, share, device):
+    """
+    Loss of the action memory's inverse dynamics on `count` clips of its own, of which this process reads the slice `share`.
+
+    Of most clips it sees what a look-back shows, all steps but the last, of every fourth a part cut at random.
+    """
+    indices = batch_indices(len(clips), count, seed + 1, step)
+    T = clips.actions.shape[1]
+    shown = np.full(count, T - 1)
+    shown[::4] = np.random.default_rng([seed, 2, step]).integers(2, T + 1, len(shown[::4]))
+    z, a = clips[indices[share]]
+    shown = torch.from_numpy(shown[share])
+    return predictor.action_memory.loss(z.to(device), a.to(device), shown.to(device))
 
 
 def rollout_to(steps):
@@ -356,37 +354,6 @@ def rollout_to(steps):
     def second_loss(predictor, z, a, tau, memory=None):
         return rollout_loss(predictor, z, a, steps, memory)
     return second_loss
-
-
-def stream_losses(predictor, second_loss, z, a, targets, cms_rate):
-    """
-    Losses along n streams of S clips: z (n,S,T,N,D), a (n,S,T,A) → teacher forcing (scalar), second loss by place (S,).
-
-    Each clip is predicted at every target step, targets (K,) 0-based, with what its stream has taught so far. Only then
-    is it shown: the CMS levels write by its loss, the Titan memory reads it.
-    """
-    n, places, K = z.shape[0], z.shape[1], len(targets)
-    tau = targets.repeat(n)
-    writer = CMSWriter(predictor, cms_rate, n) if cms_rate else None
-    net = writer or predictor
-    memory, first, second = None, [], []
-    for place in range(places):
-        z_place, a_place = z[:, place], a[:, place]
-        # Every clip K times: (n*K,T,N,D), (n*K,T,A), and its memory with it.
-        batch = z_place.repeat_interleave(K, 0), a_place.repeat_interleave(K, 0), tau
-        handed = memory and [m.repeat_interleave(K, 0) for m in memory]
-        loss = second_loss(net, *batch, handed).view(n, K).mean(1)
-        second.append(loss.mean())
-        if place == places - 1:
-            # Nobody learns from the last clip of a stream.
-            break
-        if writer:
-            with torch.no_grad():
-                unwritten = second_loss(predictor, *batch, handed).view(n, K).mean(1)
-            writer.tick(loss, unwritten, retain_graph=True)
-        teacher, memory = teacher_forcing_loss(net, z_place, a_place, memory)
-        first.append(teacher)
-    return torch.stack(first).mean(), torch.stack(second)
 
 
 @torch.no_grad()
@@ -421,15 +388,14 @@ def evaluate(predictor, clips, count, loss, jump_last, device, autocast):
 
 # ---- figures -------------------------------------------------------------------------------------------------------
 # To log another one, name it here and give its value in the loop. Column of the CSV: how the terminal shows it, if it does.
-PLACES = [f'{loss}_{place + 1}' for place in range(stream)] if stream > 1 else []
 FIGURES = {
     'step': '',
     'loss': '',
     'teacher_forcing': 'tf {:.4f}',
-    loss: loss + ' {along}',
-    **dict.fromkeys(PLACES, ''),
+    loss: loss + ' {:.4f}',
+    'inverse': 'inv {:.3f}',
     'lambda': 'λ {:.2f}',
-    'learning_rate': 'lr {:.0e}',
+    'learning_rate': '',
     'grad_norm': '|g| {:.1f}',
     'clips_per_s': '{:.0f} clips/s',
     'val_teacher_forcing': 'tf {:.4f}',
@@ -450,9 +416,13 @@ print0(f'copy baseline ({loss} L1 of predicting z_1 again): {copy:.4f}')
 
 # ---- training ------------------------------------------------------------------------------------------------------
 second_loss = jump_loss if loss == 'jump' else rollout_to(rollout_steps)
-last_steps = torch.arange(T - jump_last, T, device=device)
 # Clips per process and micro-batch.
 micro = batch_size // (accumulation * processes)
+inverse_micro = inverse_batch // processes
+inverse_share = slice(rank * inverse_micro, (rank + 1) * inverse_micro)
+inverse_parameters = list(predictor.action_memory.parameters()) if action_memory else []
+ids = {id(p) for p in inverse_parameters}
+apart = [p for p in predictor.parameters() if id(p) not in ids], inverse_parameters
 received = note_signals()
 started = window = time.time()
 for step in range(first_step, max_iters):
@@ -460,44 +430,39 @@ for step in range(first_step, max_iters):
     weight = lambda_start + (lambda_end - lambda_start) * step / max(1, max_iters - 1)
     rate = rate_at(step, max_iters, start_rate, learning_rate, warmup, decay)
     for group in optimizer.param_groups:
-        group['lr'] = rate * group['lr_scale']
+        group['lr'] = rate
 
-    streaming = stream > 1 and step >= stream_from * max_iters
-    places = stream if streaming else 1
     indices = batch_indices(len(train_clips), batch_size, seed, step)
     rng = np.random.default_rng([seed, 1, step])
     targets = torch.from_numpy(rng.integers(T - jump_last, T, batch_size))
-    gains = torch.ones(batch_size)
-    if streaming:
-        gains = draw_gains(rng, batch_size // stream, stream, action_gain, known_share)
-    # Teacher forcing, then the second loss at each place of a stream.
-    sums = torch.zeros(1 + places, device=device)
+    # Inverse dynamics, teacher forcing, second loss.
+    sums = torch.zeros(3, device=device)
+    if action_memory:
+        # Its gradient does not reach the predictor.
+        inverse = inverse_loss(predictor, train_clips, inverse_batch, seed, step, inverse_share, device)
+        inverse.backward()
+        sums[0] = inverse.detach()
     for part in range(accumulation):
         start = (rank * accumulation + part) * micro
         mine = slice(start, start + micro)
         z, a = train_clips[indices[mine]]
-        a = a * gains[mine, None, None]
         z, a, tau = (x.to(device, non_blocking=True) for x in (z, a, targets[mine]))
         with autocast:
-            if streaming:
-                # (n*S,T,...) → (n,S,T,...)
-                z, a = z.unflatten(0, (-1, stream)), a.unflatten(0, (-1, stream))
-                first, second = stream_losses(predictor, second_loss, z, a, last_steps, cms_rate)
-            else:
-                second = second_loss(predictor, z, a, tau)
-                first, _ = teacher_forcing_loss(predictor, z[::teacher_every], a[::teacher_every])
-            total = total_loss(first, second.mean(), weight)
+            second = second_loss(predictor, z, a, tau).mean()
+            first, _ = teacher_forcing_loss(predictor, z[::teacher_every], a[::teacher_every])
+            total = total_loss(first, second, weight)
         (total / accumulation).backward()
-        # `second` holds one loss for each place of a stream, else one for each clip.
-        sums += torch.stack([first, *second.view(places, -1).mean(1)]).detach() / accumulation
+        sums[1:] += torch.stack([first, second]).detach() / accumulation
     stop = bool(received)
     if processes > 1:
         stop = average_gradients(predictor, processes, stop)
-    norm = torch.nn.utils.clip_grad_norm_(predictor.parameters(), grad_clip)
+    # The action memory is a model of its own, so its gradient does not count in the predictor's norm.
+    norms = [torch.nn.utils.clip_grad_norm_(parameters, grad_clip) for parameters in apart]
+    norm = norms[0]
     # One number decides: a non-finite loss makes the gradient norm non-finite too, and the norm is the same everywhere.
-    if not torch.isfinite(norm):
-        raise Refusal(f'step {step + 1}: the loss or its gradient is not finite (teacher forcing {sums[0].item():.4g}, '
-                      f'{loss} {sums[1:].mean().item():.4g}); the weights were not touched and {out} keeps the last good '
+    if not torch.isfinite(sum(norms)):
+        raise Refusal(f'step {step + 1}: the loss or its gradient is not finite (teacher forcing {sums[1].item():.4g}, '
+                      f'{loss} {sums[2].item():.4g}, inverse {sums[0].item():.4g}); the weights were not touched and {out} keeps the last good '
                       'ones; try a lower --learning_rate')
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -509,8 +474,7 @@ for step in range(first_step, max_iters):
     if finished or done % log_interval == 0:
         if processes > 1:
             dist.all_reduce(sums)
-        first, *along = (sums / processes).tolist()
-        second = sum(along) / places
+        inverse, first, second = (sums / processes).tolist()
         now = time.time()
         speed = batch_size * ((done - first_step - 1) % log_interval + 1) / (now - window)
         left = (now - started) / (done - first_step) * (max_iters - done)
@@ -520,15 +484,12 @@ for step in range(first_step, max_iters):
             'loss': total_loss(first, second, weight),
             'teacher_forcing': first,
             loss: second,
-            # In a stream, its first and its last place.
-            'along': f'{along[0]:.4f}→{along[-1]:.4f}' if streaming else f'{second:.4f}',
+            'inverse': inverse,
             'lambda': weight,
             'learning_rate': rate,
             'grad_norm': norm.item(),
             'clips_per_s': speed,
         }
-        if streaming:
-            row.update(zip(PLACES, along))
         if rank == 0:
             log(log_file, FIGURES, f'step {done:>5}/{max_iters} {done / max_iters:>4.0%}', row,
                 f'{left // 60:.0f}:{left % 60:02.0f} left', wandb_run)

@@ -44,7 +44,7 @@ class VideoEncoder(nn.Module):
             raise ValueError(f"version {version!r}: allowed are '2' and '2.1'")
         self.version = version
         self.patch_embed = nn.ModuleDict({'proj': nn.Conv3d(3, width, (2, 16, 16), stride=(2, 16, 16))})
-        sizes = Sizes(width=width, heads=heads, mlp_hidden=mlp_hidden)
+        sizes = Sizes(width=width, heads=heads, mlp_hidden=mlp_hidden, action_memory=False)
         self.head_dim = width // heads
         self.blocks = nn.ModuleList(Block(sizes) for _ in range(depth))
         if version == '2':
@@ -273,7 +273,7 @@ def empty_predictor(state, where, heads, grid):
                   feature_dim=length(state, where, 'predictor_embed.weight', 1),
                   action_dim=length(state, where, 'action_encoder.weight', 1),
                   state_dim=length(state, where, 'state_encoder.weight', 1),
-                  grid=grid, rope='vjepa2', normed_output=False)
+                  grid=grid, rope='vjepa2', normed_output=False, action_memory=False)
     return Predictor(sizes, Block)
 
 
@@ -286,7 +286,7 @@ def start_from(predictor, path):
 
     One of ours must fit in every tensor. The encoders of actions and states of an official one may have other sizes than
     here, or not exist here (own clips have a push of two numbers and no states): these keep their initial values or are
-    dropped. Raises Refusal for any other difference.
+    dropped. An action memory, which it does not have, keeps its initial values. Raises Refusal for any other difference.
     """
     if not os.path.isfile(path):
         raise Refusal(f'init_from = {path}: there is no such file')
@@ -311,6 +311,11 @@ def official_start(predictor, path):
         raise Refusal(f"{path}: official weights need the published rotation; set rope = 'vjepa2'")
     new, dropped = [], []
     for name in {**state, **initial}:
+        if name.startswith('action_memory'):
+            # The published predictor has none.
+            state[name] = initial[name]
+            if 'action_memory' not in new:
+                new.append('action_memory')
         if not name.startswith(('action_encoder', 'state_encoder', 'extrinsics_encoder')):
             continue
         if name not in initial:

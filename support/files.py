@@ -27,7 +27,7 @@ except ImportError:
 
 # The version of the training code, stored in every checkpoint. Raise it when the same settings no longer give the same
 # weights. A run that was started with another version is refused on resume.
-VERSION = 3
+VERSION = 4
 # The exceptions that unexpected content of a file can raise.
 MALFORMED = ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
 

@@ -12,7 +12,7 @@ change read_content; to read other files of actions, change read_actions.
 """
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from configurator import Refusal
 VIDEOS = '.mp4', '.avi', '.mov', '.mkv', '.webm'
 # Patches per step of features that are stored as (T*PATCHES,D)
 PATCHES = 256
+# Grey levels, 0..255; pictures that change by less show nothing that moves.
+NOISE = 16
 
 
 # ---- files -------------------------------------------------------------------------------------------------------------
@@ -122,13 +124,17 @@ def read_features(path):
 
 @dataclass
 class Crop:
-    """How own pictures become square: they are resized, then the middle is cut out."""
+    """How own pictures become square: they are resized, then the middle is cut out, or a window of it around what moves."""
     # Side of the square in pixels
     size: int
     # Short side of the resized picture in pixels
     short: int
     # Frames per time step
     tubelet: int
+    # Of that square, a window of 1 / zoom of the side is kept
+    zoom: float = 1
+    # Where the window lies, down and across, among the places where it holds all that moves, each 0..1
+    place: tuple = (0.5, 0.5)
 
 
 def resized(height, width, short):
@@ -137,14 +143,50 @@ def resized(height, width, short):
     return short * height // least, short * width // least
 
 
-def resize_and_crop(frames, size, short):
-    """Frames (F,H,W,3) uint8 of any size → (F,size,size,3) uint8, the middle of the picture."""
+def window_start(changes, size, place):
+    """
+    Where a window of `size` pixels starts along one axis so that it holds all pixels that change.
+
+    changes (side,) bool; place 0..1 chooses among the possible starts. Where not all of them fit, the window is centred on
+    them. Where nothing changes, it is in the middle.
+    """
+    side = len(changes)
+    changing = changes.nonzero()
+    if not len(changing):
+        return (side - size) // 2
+    first = changing.min().item()
+    end = changing.max().item() + 1
+    earliest = max(0, end - size)
+    latest = min(first, side - size)
+    if earliest > latest:
+        return (earliest + latest) // 2
+    return earliest + int(place * (latest - earliest + 1))
+
+
+def crop_to_motion(x, size, place):
+    """Pictures (F,3,S,S) 0..255 → (F,3,size,size), the same window of all frames; place: see Crop."""
+    change = x.amax(0) - x.amin(0)
+    change = change.amax(0)                                            # (S,S)
+    # Less than a quarter of the largest change is taken for noise and shadows.
+    moves = change > max(NOISE, change.max() / 4)
+    down, across = place
+    top = window_start(moves.any(1), size, down)
+    left = window_start(moves.any(0), size, across)
+    return x[..., top:top + size, left:left + size]
+
+
+def resize_and_crop(frames, crop):
+    """Frames (F,H,W,3) uint8 of any size → (F,size,size,3) uint8: the middle of the picture or a window of it, see Crop."""
     x = torch.from_numpy(frames).permute(0, 3, 1, 2).float()           # (F,3,H,W)
-    height, width = resized(*x.shape[-2:], short)
+    # A window that is zoomed in is cut from a larger picture, so it is as sharp as the frames allow.
+    height, width = resized(*x.shape[-2:], round(crop.zoom * crop.short))
     x = F.interpolate(x, (height, width), mode='bilinear', antialias=True)
-    top = (height - size) // 2
-    left = (width - size) // 2
-    x = x[..., top:top + size, left:left + size]
+    side = round(crop.zoom * crop.size)
+    top = (height - side) // 2
+    left = (width - side) // 2
+    x = x[..., top:top + side, left:left + side]
+    if crop.zoom > 1:
+        x = crop_to_motion(x, crop.size, crop.place)
     return x.clamp(0, 255).round().byte().permute(0, 2, 3, 1)          # (F,size,size,3)
 
 
@@ -165,7 +207,7 @@ def read_content(folder, crop):
     frames = read_frames(path)
     if len(frames) % crop.tubelet:
         raise Refusal(f'{path}: has {len(frames)} frames; a step is {crop.tubelet}, so their number must be even')
-    return resize_and_crop(frames, crop.size, crop.short)
+    return resize_and_crop(frames, crop)
 
 
 def read_actions(folder, steps):
@@ -195,15 +237,32 @@ class Clip:
 
 
 class OwnClips:
-    """A Source (see prepare.py) of clips in folders. skip_bad: leave out clips that cannot be read, and print why."""
+    """
+    A Source (see prepare.py) of clips in folders. skip_bad: leave out clips that cannot be read, and print why. zooms: the
+    factor by which each clip is zoomed in, None for 1.
+    """
 
     # Not known for own clips.
     physics = {}
 
-    def __init__(self, folders, domain, first, crop, skip_bad, device):
+    def __init__(self, folders, domain, first, crop, skip_bad, device, zooms=None):
         self.folders, self.domain, self.first = folders, domain, first
         self.crop, self.skip_bad, self.device = crop, skip_bad, device
+        self.zooms = zooms
         self.count = len(folders)
+
+    def zoomed(self, zooms):
+        """The first len(zooms) of these clips seen from nearer by, clip i by the factor zooms[i] → a Source."""
+        folders = self.folders[:len(zooms)]
+        return OwnClips(folders, self.domain, self.first, self.crop, self.skip_bad, self.device, zooms)
+
+    def crop_of(self, index):
+        """The Crop of a clip."""
+        if self.zooms is None:
+            return self.crop
+        # A window in the middle of the motion would tell in the first step where the object is going.
+        place = np.random.default_rng(index).random(2)
+        return replace(self.crop, zoom=float(self.zooms[index]), place=tuple(place))
 
     def example(self):
         """The content of the first clip, whose shape all others must have."""
@@ -220,7 +279,7 @@ class OwnClips:
         readable = []
         for index in range(start, end):
             try:
-                clips.append(self.read(self.folders[index]))
+                clips.append(self.read(self.folders[index], self.crop_of(index)))
                 readable.append(index)
             except Refusal as refusal:
                 if not self.skip_bad:
@@ -230,11 +289,11 @@ class OwnClips:
             return torch.empty(0, *self.first.content.shape, dtype=self.first.content.dtype), []
         return torch.stack(clips).to(self.device), readable
 
-    def read(self, folder):
+    def read(self, folder, crop):
         """The content of one clip; raises Refusal where its shape differs from that of the first."""
         first = self.first
         steps, numbers = first.actions.shape
-        content = read_content(folder, self.crop)
+        content = read_content(folder, crop)
         if content.shape != first.content.shape:
             shapes = f'shape {tuple(content.shape)} differs from {tuple(first.content.shape)}'
             raise Refusal(f'{folder}: {shapes} of {first.folder}')
@@ -321,6 +380,8 @@ def find_clips(source, ranges, skip_bad):
         if not found.get(split):
             raise Refusal(f'--source={source}: split {split} has no clips; they belong in '
                           f'{os.path.join(source, split)}/<clip>/ or in a range of --split')
+    if 'zoom' in found:
+        raise Refusal(f'--source={source}: a split cannot be called zoom; prepare.py makes one of this name itself')
     if 'val' not in found:
         train = found['train']
         found['val'] = train[9::10] or train[-1:]

@@ -12,9 +12,9 @@ def pyplot():
 
 # ---- adapt.py --------------------------------------------------------------------------------------------------------
 
-def draw_stream(file, rows, n, loss_label, diagnosed=None):
+def draw_stream(file, rows, n, loss_label, middle, diagnosed=None):
     """
-    A→B→A with n clips a phase: loss along the stream, held-out probes, and the diagnostics of one row.
+    A→X→A with n clips a phase, X = middle: loss along the stream, held-out probes, and the diagnostics of one row.
 
     file: path or open file, written as PNG. rows: [{'title', 'loss': running mean, 'probes': {'A': [(clip, loss), ...],
     'B': ...}, 'bold', 'dotted'}, ...]. diagnosed: (title, {name: values (3n,)}, reference of the surprise) or None.
@@ -28,19 +28,22 @@ def draw_stream(file, rows, n, loss_label, diagnosed=None):
         ax.margins(x=0.01)
     # Grey for the first two rows, the baselines without a model.
     colours = ['0.6', '0.8'] + [f'C{i % 10}' for i in range(len(rows))]
-    loss_panel(axes[0], rows, colours, n, loss_label)
-    probe_panel(axes[1], rows, colours)
+    loss_panel(axes[0], rows, colours, n, loss_label, middle)
+    probe_panel(axes[1], rows, colours, middle)
     if diagnosed:
         title, seen, reference = diagnosed
         surprise_panel(axes[2], title, seen, n, reference)
-        drift_panel(axes[3], title, seen)
+        if 'gain, action memory' in seen:
+            map_panel(axes[3], seen)
+        else:
+            drift_panel(axes[3], seen)
     axes[-1].set_xlabel('clip of the stream')
     fig.tight_layout()
     fig.savefig(file, dpi=100)
     plt.close(fig)
 
 
-def loss_panel(ax, rows, colours, n, label):
+def loss_panel(ax, rows, colours, n, label, middle):
     """Running means of the rows' losses along the stream."""
     for row, colour in zip(rows, colours):
         last = 3 * n
@@ -49,23 +52,27 @@ def loss_panel(ax, rows, colours, n, label):
         style = ':' if row['dotted'] else '-'
         ax.plot(x, row['loss'], label=row['title'], color=colour, lw=width, ls=style)
     ax.set(ylabel=label, ylim=(0, None))
-    for x, phase in zip((0.5, 1.5, 2.5), ('A₁', 'B: less friction, less mass', 'A₂')):
+    for x, phase in zip((0.5, 1.5, 2.5), ('A₁', middle, 'A₂')):
         ax.text(x * n, ax.get_ylim()[1] * 0.97, phase, ha='center', va='top')
     ax.legend(fontsize=8, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=4)
 
 
-def probe_panel(ax, rows, colours):
-    """Losses on the held-out clips of A and of B."""
+def probe_panel(ax, rows, colours, middle):
+    """Losses on the held-out clips of A and of the middle phase's domain."""
     for row, colour in zip(rows, colours):
         for name, style in (('A', '-'), ('B', '--')):
             if row['probes']:
                 clips, losses = zip(*row['probes'][name])
                 ax.plot(clips, losses, style, color=colour, marker='.')
-    ax.set(ylabel='held-out probes\nA (solid), B (dashed)', ylim=(0, None))
+    ax.set(ylabel=f'held-out probes\nA (solid), {middle} (dashed)', ylim=(0, None))
 
 
 def surprise_panel(ax, title, seen, n, reference):
-    """Surprises over their mean in A₁, and in bold their means over 1, 2, 4, ... clips since the last switch of worlds."""
+    """
+    Surprises over their mean in A₁, and in bold their means over 1, 2, 4, ... clips since the last switch of worlds.
+
+    Where there is an action memory, its retention is drawn above, from 0 to 1.
+    """
     x = np.arange(3 * n) + 1
     # The interval of 2^i clips starts at clip 2^i - 1 of a phase.
     starts = []
@@ -80,11 +87,33 @@ def surprise_panel(ax, title, seen, n, reference):
             means = np.add.reduceat(values, starts) / lengths
             line, = ax.plot(x, np.repeat(means, lengths), lw=1.2, label=name or f'loss over {reference}')
             ax.plot(x, values, color=line.get_color(), alpha=0.25, lw=0.8)
-    ax.set(ylabel=f'surprise, over its mean in A₁\n{title}', ylim=(0, 1.3 * ax.get_ylim()[1]))
-    ax.legend(fontsize=8, loc='upper left', ncols=3)
+    ax.set(ylabel='surprise, over\nits mean in A₁', ylim=(0, 1.3 * ax.get_ylim()[1]))
+    ax.legend(fontsize=8, loc='upper left', ncols=3, title=title, title_fontsize=8)
+    if 'retention, action memory' in seen:
+        right = ax.twinx()
+        right.plot(x, seen['retention, action memory'], color='C2', lw=0.6, alpha=0.7)
+        # In the upper part of the panel.
+        right.set(ylabel='retention', ylim=(-2, 1.1), yticks=(0, 1))
+        right.yaxis.label.set_color('C2')
 
 
-def drift_panel(ax, title, seen):
+def map_panel(ax, seen):
+    """What the action memory does to a push of mean length: by how much it multiplies it, and by how much it turns it."""
+    gain = seen['gain, action memory']
+    angle = seen['angle, action memory']
+    x = np.arange(len(gain)) + 1
+    ax.axhline(1, color='0.7', lw=0.8, zorder=0)
+    ax.plot(x, gain, color='C0', lw=1.2)
+    ax.set(ylabel='push, times', ylim=(0, 1.15 * max(2, gain.max())))
+    ax.yaxis.label.set_color('C0')
+    if np.isfinite(angle).all():
+        right = ax.twinx()
+        right.plot(x, angle, color='C1', lw=1.2)
+        right.set(ylabel='push, turned by\n[degrees]', ylim=(-90, 90), yticks=(-80, -40, 0, 40, 80))
+        right.yaxis.label.set_color('C1')
+
+
+def drift_panel(ax, seen):
     """Distance of each block's memory and of each CMS level from its initial weights."""
     for key, values in seen.items():
         kind, _, name = key.partition(', ')
@@ -92,12 +121,12 @@ def drift_panel(ax, title, seen):
             x = np.arange(len(values)) + 1
             style = '--' if 'CMS' in key else '-'
             ax.plot(x, values, label=name, ls=style, lw=1.2)
-    ax.set(ylabel=f'drift from initial weights\n{title}', yscale='log', ylim=(1e-4, 20))
+    ax.set(ylabel='drift from\ninitial weights', yscale='log', ylim=(1e-4, 20))
     ax.legend(fontsize=8, loc='upper left', ncols=3)
 
 
-def draw_predictions(file, columns):
-    """The last clips of B and their predictions: {heading: pictures (clips,H,W,3) in 0..1} → PNG."""
+def draw_predictions(file, columns, middle):
+    """The last clips of the middle phase and their predictions: {heading: pictures (clips,H,W,3) in 0..1} → PNG."""
     plt = pyplot()
     rows = len(next(iter(columns.values())))
     size = 1.35 * len(columns), 1.4 * rows + 0.4
@@ -108,7 +137,7 @@ def draw_predictions(file, columns):
             ax.set_xticks([])
             ax.set_yticks([])
         column[0].set_title(heading, fontsize=8)
-    fig.suptitle('Last clips of B: what was seen, and what each method predicted for the last step', fontsize=9)
+    fig.suptitle(f'Last clips of {middle}: what was seen, and what each method predicted for the last step', fontsize=9)
     fig.tight_layout()
     fig.savefig(file, dpi=100)
     plt.close(fig)

@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 NUMBERS = []
 
 TINY = ['--depth=2', '--width=24', '--heads=2', '--mlp_hidden=32', '--cms_hidden=10', '--batch_size=8', '--max_iters=6',
-        '--teacher_every=2', '--eval_interval=3', '--eval_clips=8', '--log_interval=1', '--device=cpu']
+        '--teacher_every=2', '--inverse_batch=8', '--eval_interval=3', '--eval_clips=8', '--log_interval=1', '--device=cpu']
 # A stream of adapt.py with every kind of clip in it.
 FEW = ['--clips=6', '--probe_clips=6', '--probe_every=6', '--tune_clips=1', '--device=cpu']
 # A data set of 2 x 2 patches, D = 24.
@@ -218,7 +218,7 @@ def official_predictor(path):
     import model
     torch.manual_seed(0)
     sizes = model.Sizes(model='vit', feature_dim=24, action_dim=7, state_dim=7, grid=None, depth=2, width=24, heads=2,
-                        mlp_hidden=32, rope='vjepa2')
+                        mlp_hidden=32, rope='vjepa2', action_memory=False)
     net = hope.build(sizes)
     torch.save({'predictor': {f'module.{k}': v for k, v in net.state_dict().items()}}, path)
     return path

@@ -27,13 +27,16 @@ def hope(checkpoints):
 @pytest.fixture(scope='module')
 def experiment(tiny):
     """The experiment that FEW asks for."""
-    splits = {name: open_split(tiny, name) for name in ('test_A', 'test_B', 'test_C', 'val')}
+    splits = {name: open_split(tiny, name) for name in ('test_A', 'test_C', 'val')}
+    splits['shift'] = open_split(tiny, 'test_B')
     knobs = {'clips': 6, 'probe_clips': 6, 'probe_every': 6, 'tune_clips': 1}
     return adapt.build_experiment(knobs, splits, ['C'], 'cpu')
 
 
-# Every method of the table but frozen, at the first of its rates.
-LEARNING = [name for name, method in adapt.METHODS.items() if method is not adapt.Frozen]
+# Controls that take nothing from the clips of the stream.
+BLIND = ['push known', 'wrong world', 'no carry']
+# Every other method of the table but frozen, at the first of its rates.
+LEARNING = [name for name, method in adapt.METHODS.items() if method is not adapt.Frozen and name not in BLIND]
 TTA = [name for name in LEARNING if issubclass(adapt.METHODS[name], adapt.TTA)]
 RATES = {name: method.rates[0] if method.rates else None for name, method in adapt.METHODS.items()}
 
@@ -93,37 +96,103 @@ def test_rate_zero_is_frozen_bit_for_bit(fitting, experiment, method):
     assert losses(fitting, method, 0.0, experiment.stream) == losses(fitting, 'frozen', None, experiment.stream)
 
 
-def test_cms_at_rate_zero_is_without_cms(hope, experiment):
-    """Written weights run through batched products, so the last bit may differ."""
-    for method, without in (('memory + CMS', 'memory'), ('CMS', 'frozen')):
-        expected = losses(hope, without, None, experiment.stream)
-        assert losses(hope, method, 0.0, experiment.stream) == pytest.approx(expected, rel=1e-5)
+def test_a_control_that_keeps_nothing_is_frozen(hope, experiment):
+    assert losses(hope, 'no carry', None, experiment.stream) == losses(hope, 'frozen', None, experiment.stream)
 
 
-def test_a_kept_memory_goes_on_where_it_stopped(hope, experiment):
+def test_the_memory_is_what_teacher_forcing_would_write(hope, experiment):
+    """The method shows a clip to the action memory alone; through the interface the same state comes out."""
+    z, a = experiment.stream
+    method = adapt.Memory(hope)
+    memory = None
+    for i in range(3):
+        method.look_back(z[i:i + 1], a[i:i + 1])
+        _, new = hope.predictor(z[i:i + 1, :-1], a[i:i + 1, :-1], memory=memory)
+        memory = new[:1]
+        assert torch.equal(method.memory[0], new[0])
+
+
+def test_the_shuffled_control_is_shown_the_push_of_the_clip_before(hope, experiment):
+    z, a = experiment.stream
+    shuffled, memory = adapt.Shuffled(hope), adapt.Memory(hope)
+    for i in range(2):
+        shuffled.look_back(z[i:i + 1], a[i:i + 1])
+    memory.look_back(z[:1], a[:1])
+    memory.look_back(z[1:2], a[:1])
+    assert torch.equal(shuffled.memory[0], memory.memory[0])
+
+
+def test_the_wrong_world_is_written_before_the_stream_and_kept(hope, experiment):
+    z, a = experiment.stream
+    wrong, memory = adapt.WrongWorld(hope, experiment=experiment), adapt.Memory(hope)
+    for i in range(len(experiment.other[0])):
+        memory.look_back(experiment.other[0][i:i + 1], experiment.other[1][i:i + 1])
+    wrong.look_back(z[:1], a[:1])
+    assert torch.equal(wrong.memory[0], memory.memory[0])
+
+
+def test_the_known_push_is_used_in_the_middle_phase_alone(hope, experiment):
+    """What it knows loses no more on the clips that it was fitted to than the push as it is given."""
+    stream = experiment.stream
+    known = adapt.run_stream(adapt.PushKnown(hope, experiment=experiment), stream)['loss']
+    frozen = losses(hope, 'frozen', None, stream)
+    assert known[:6] == frozen[:6] and known[12:] == frozen[12:] and known[6:12] != frozen[6:12]
+    z, a = experiment.probes['B']
+    best = adapt.best_map(hope, z, a)
+    fitted, given = (adapt.feature_loss(adapt.predict_targets(hope.predictor, 'jump', hope.targets, z, a, memory),
+                                        z[:, hope.targets]).mean() for memory in ([best], None))
+    assert fitted < given
+
+
+def test_the_gain_writer_follows_the_gradient(hope, experiment):
+    """One step of its rule, the gradient by finite differences."""
+    z, a = (x[:1] for x in experiment.stream)
+    method = adapt.GainWriter(hope, 10.0)
+    method.predict(z, a)
+    method.look_back(z, a)
+
+    def half_square(gain):
+        z_hat = adapt.predict_targets(hope.predictor, 'jump', hope.targets, z, a * (1 + gain))
+        return adapt.feature_loss(z_hat.double(), z[:, hope.targets].double()).square().item() / 2
+    slope = (half_square(0.01) - half_square(-0.01)) / 0.02
+    assert method.change.item() == pytest.approx(-10 * slope, rel=0.05)
+
+
+@pytest.mark.parametrize('method, without', [('CMS', 'frozen'), ('Titan memory', 'frozen')])
+def test_rate_zero_writes_nothing(hope, experiment, method, without):
+    """A fresh action memory multiplies by the identity, which may move the last bit."""
+    expected = losses(hope, without, None, experiment.stream)
+    assert losses(hope, method, 0.0, experiment.stream) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize('method, rate', [('memory', None), ('CMS', 1.0), ('Titan memory', 0.5)])
+def test_a_kept_memory_goes_on_where_it_stopped(hope, experiment, method, rate):
     """A stream cut in two, with the state handed in, is the uncut stream; without it the second half differs."""
     z, a = experiment.stream
-    whole = losses(hope, 'memory + CMS', 1.0, (z, a))
-    first = streamed(hope, 'memory + CMS', 1.0, (z[:7], a[:7]))
-    # Else the state would hold a graph that grows with the stream.
-    assert not any(change.requires_grad for change in first['state']['cms']['changes'].values())
-    going_on = adapt.MemoryAndCMS(hope, 1.0, first['state'])
+    whole = losses(hope, method, rate, (z, a))
+    first = streamed(hope, method, rate, (z[:7], a[:7]))
+    going_on = adapt.METHODS[method](hope, rate, first['state'])
     assert first['loss'] + adapt.run_stream(going_on, (z[7:], a[7:]))['loss'] == whole
-    assert losses(hope, 'memory + CMS', 1.0, (z[7:], a[7:])) != whole[7:]
+    assert losses(hope, method, rate, (z[7:], a[7:])) != whole[7:]
 
 
 def test_diagnostics(hope, experiment):
     """Every block's memory and every CMS level report along the stream; what is not asked for is not computed."""
-    row = streamed(hope, 'memory + CMS', 1.0, experiment.stream)
-    last = row['diagnostics'][-1]
+    row = streamed(hope, 'memory', None, experiment.stream)
+    last = dict(row['diagnostics'][-1])
+    assert 0 < last['retention, action memory'] < 1 and last['surprise, action memory'] > 0
+    assert 0 < last['gain, action memory'] < 3 and -180 <= last['angle, action memory'] <= 180
+    titan = streamed(hope, 'Titan memory', 0.5, experiment.stream)['diagnostics'][-1]
     for b in (1, 2):
+        last.update({key: value for key, value in titan.items() if 'block' in key})
         assert 0 < last[f'surprise, block {b}'] < 2 and 0 < last[f'write strength, block {b}'] < 1
         assert 0 < last[f'gate, block {b}'] < 1 and 0 < last[f'retention, block {b}'] < 1
         assert last[f'drift, block {b}'] > 0 and last[f'write norm, block {b}'] > 0
+    last.update(streamed(hope, 'CMS', 1.0, experiment.stream)['diagnostics'][-1])
     assert [last[f'writes, CMS every {period}'] for period in (1, 4, 16)] == [18, 4, 1]
     z = experiment.stream[0][-1]
     copied = (z[hope.targets] - z[0]).abs().mean().item()
-    assert last['surprise'] == pytest.approx(row['loss'][-1] / copied)
+    assert row['diagnostics'][-1]['surprise'] == pytest.approx(row['loss'][-1] / copied)
     assert last['drift, CMS every 1'] > 0
     assert 'drift, block 1' not in streamed(hope, 'CMS', 1.0, experiment.stream)['diagnostics'][-1]
 
@@ -172,7 +241,7 @@ def test_one_clip_or_many_score_the_same(hope, experiment):
 
 
 def test_tuning_never_touches_b(tiny):
-    assert adapt.tune_on not in ('A', 'B') and adapt.tune_on in DOMAINS
+    assert adapt.tune_on not in ('A', adapt.shift) and adapt.tune_on in DOMAINS
     # The same number of trials for every method.
     assert len({len(method.rates) for method in adapt.METHODS.values() if method.rates}) == 1
     splits = {name: open_split(tiny, name) for name in ('val', 'test_C')}
@@ -211,7 +280,7 @@ class Forgetful(adapt.Frozen):
 ])
 def test_a_half_registered_method_is_refused(method, words):
     """Not run as frozen under another name."""
-    knobs = {'methods': '', 'tune_on': '', 'out': 'out/aba', 'memory_in': '', 'memory_out': ''}
+    knobs = {'methods': '', 'tune_on': '', 'shift': 'B', 'out': 'out/aba', 'memory_in': '', 'memory_out': ''}
     adapt.check_settings(knobs, adapt.METHODS)
     with pytest.raises(Refusal) as refusal:
         adapt.check_settings(knobs, {**adapt.METHODS, 'mine': method})
@@ -259,7 +328,7 @@ def out(tiny, trained, tmp_path_factory):
 def test_results(out):
     results = json.load(open(os.path.join(out, 'results.json')))
     names = [' '.join(filter(None, (r['model'], r['method']))) for r in results['rows']]
-    hope, vit = ('memory', 'CMS', 'memory + CMS'), ('LN-TTA', 'action TTA', 'full TTA')
+    hope, vit = ('Titan memory', 'CMS', 'memory'), ('LN-TTA', 'action TTA', 'full TTA', 'memory')
     assert names == ['copy', 'blank', *(f'HOPE {m}' for m in ('frozen', 'LN-TTA', *hope)),
                      *(f'ViT-AC {m}' for m in ('frozen', 'LN-TTA', *vit))]
     with open(os.path.join(out, 'results.csv')) as f:
@@ -272,7 +341,19 @@ def test_results(out):
     for file in ('results.png', 'predictions.png'):
         assert os.path.getsize(os.path.join(out, file)) > 5000
     table = open(os.path.join(out, 'table.txt')).read()
-    assert 'HOPE memory + CMS' in table and max(map(len, table.splitlines())) <= 100
+    assert 'HOPE Titan memory' in table and max(map(len, table.splitlines())) <= 100
+
+
+def test_another_shift_with_the_controls(tiny, trained, tmp_path):
+    """The table names the shift; the controls are run where they are asked for."""
+    run('adapt.py', f'--ckpt={trained["hope"]}', f'--data={tiny}', f'--out={tmp_path}', *FEW, '--shift=turned',
+        '--methods=all')
+    results = json.load(open(tmp_path / 'results.json'))
+    controls = {name for name, method in adapt.METHODS.items() if method.control}
+    assert controls == {'gain writer', 'push known', 'wrong world', 'shuffled', 'no carry'}
+    assert controls < {row['method'] for row in results['rows']}
+    assert 'turned' in open(tmp_path / 'table.txt').read().splitlines()[0]
+    assert ',turned,' in open(tmp_path / 'results.csv').read()
 
 
 def test_a_rollout_checkpoint_is_scored_by_rollout(tiny, tmp_path):

@@ -1,6 +1,7 @@
 """Physics against the closed form, pictures against the physics, the disk format, batches."""
 import json
 import os
+import zlib
 
 import numpy as np
 import pytest
@@ -73,6 +74,44 @@ def test_objects_stay_in_view(domain):
     clips = data.simulate(domain, 2000, 3, 'x')
     assert (clips['position'] > clips['radius'][:, None, None] - 1e-9).all()
     assert (clips['position'] < data.WORLD - clips['radius'][:, None, None] + 1e-9).all()
+
+
+def test_zoomed_objects_stay_in_view_and_move_further():
+    """By the factor of each clip for the same push; the picture's side still counts as WORLD."""
+    zooms = 1.2 ** np.repeat([1, 2, 3, 4], 500)
+    clips, plain = data.simulate('A', 2000, 3, 'x', zooms), data.simulate('A', 2000, 3, 'x')
+    assert (clips['position'] > clips['radius'][:, None, None] - 1e-9).all()
+    assert (clips['position'] < data.WORLD - clips['radius'][:, None, None] + 1e-9).all()
+    assert (clips['impulse'] == plain['impulse']).all()
+    np.testing.assert_allclose(clips['radius'], zooms * plain['radius'])
+    np.testing.assert_allclose(slid(clips), zooms * slid(plain), rtol=1e-9)
+
+
+def test_without_zoom_the_world_is_as_it_was():
+    """Starts are drawn so that all domains fit, and a zoomed clip in the same batch changes no other picture."""
+    clips = data.simulate('A', CLIPS, 1, 'x')
+    u = np.random.default_rng([1, zlib.crc32(b'x')]).random((CLIPS, 10))
+    others = [data.simulate(domain, CLIPS, 1, 'x')['position'] for domain in data.DOMAINS]
+    ends = [position[:, -1] - position[:, 0] for position in others]
+    low = clips['radius'][:, None] - np.minimum(0, np.min(ends, 0))
+    high = data.WORLD - clips['radius'][:, None] - np.maximum(0, np.max(ends, 0))
+    np.testing.assert_allclose(clips['position'][:, 0], low + (high - low) * u[:, 3:5], atol=1e-12)
+    some = {key: values[:20] for key, values in clips.items()}
+    near = data.simulate('A', 20, 1, 'y', zoom=2)
+    both = {key: np.concatenate([values, near[key]]) for key, values in some.items()}
+    assert torch.equal(data.render(both, 64)[:20], data.render(some, 64))
+
+
+def test_a_zoomed_picture_is_a_part_of_a_larger_one():
+    near = data.simulate('A', 20, 1, 'x', zoom=1.5)
+    far = {**near, 'position': near['position'] / 1.5, 'radius': near['radius'] / 1.5}
+    part = data.render(far, 96)[:, :, :64, :64]
+    assert (data.render(near, 64).int() - part.int()).abs().max() <= 1 and part.float().std() > 10
+
+
+def test_what_slides_too_far_to_be_zoomed_in_is_refused():
+    with pytest.raises(Refusal, match='slide out of view'):
+        data.simulate('A', 100, 1, 'x', zoom=3)
 
 
 def test_the_first_step_tells_nothing_about_the_domain():

@@ -105,7 +105,7 @@ def test_code_is_followed_by_name(old, new, same, tmp_path, monkeypatch):
 def test_the_world_counts_as_a_whole():
     """Every constant of the world is found by following the code; prepare.py has no list of them."""
     source = prepare.PhysicsClips('train', 'A', count=1, seed=1, size=16, device='cpu')
-    world = made_from.depends_on(prepare.code_of_set('patch', source))
+    world = made_from.depends_on(prepare.code_of_set('patch', {'train': source}))
     for name in ('GRAVITY', 'FPS', 'FRAMES', 'TUBELET', 'WORLD', 'IMPULSE', 'RADIUS', 'CORNERS', 'BACKGROUND', 'DOMAINS'):
         assert world['constants'][f'data.{name}'] == getattr(data, name)
 
@@ -138,6 +138,178 @@ def test_shards_of_any_size_hold_the_same(tmp_path):
     assert write().tobytes() == z.tobytes()
 
 
+# ---- zoomed clips ------------------------------------------------------------------------------------------------------
+
+FEW = '--size=32', '--dim=24', '--clips=70', '--test_clips=8'
+
+
+@pytest.fixture(scope='module')
+def zoomed(tmp_path_factory):
+    """(folder of a small set with zoomed clips, what prepare.py printed)."""
+    folder = tmp_path_factory.mktemp('data') / 'zoomed'
+    return folder, run('prepare.py', f'--name={folder}', *FEW).stdout
+
+
+def test_the_split_zoom(zoomed, tmp_path):
+    """Half as many clips, of A, in four equal parts; M applied k times; all else is as in a set without it."""
+    folder, out = zoomed
+    assert 'zoomed clips: pushes read x' in out and 'too few clips to read their pushes well' in out
+    clips = data.open_split(str(folder), 'zoom')
+    assert len(clips) == 35 and clips.manifest['splits']['zoom']['domain'] == 'A'
+    levels = prepare.zoom_levels(35)
+    assert sorted(levels) == list(levels) and np.bincount(levels).tolist() == [0, 9, 9, 9, 8]
+    given = clips.physics['impulse']
+    assert (given == data.simulate('A', 35, 1, 'zoom')['impulse']).all()
+    M = np.array(clips.manifest['zoom']['M'])
+    train = data.open_split(str(folder), 'train')
+    scale = np.linalg.norm(train.actions[:, 0], axis=1).mean()
+    for push, level, read in zip(given, levels, clips.actions[:, 0]):
+        for _ in range(level):
+            # In newton seconds: multiplied, and changed by a constant along the push.
+            push = M[:, :2] @ push + M[:, 2:] @ push / np.linalg.norm(push) * scale
+        np.testing.assert_allclose(read, push, rtol=1e-4, atol=1e-6)
+    assert (clips.actions[:, 1:] == 0).all() and len(data.open_split(str(folder), 'train', 'zoom')) == 105
+    run('prepare.py', f'--name={tmp_path}/plain', *FEW, '--zoom=False')
+    without = json.load(open(tmp_path / 'plain' / 'manifest.json'))
+    assert set(without['splits']) == set(clips.manifest['splits']) - {'zoom'}
+    for file, digest in without['sha256'].items():
+        assert clips.manifest['sha256'][file] == digest, file
+
+
+def test_zoomed_clips_after_an_interruption(zoomed, tmp_path):
+    """A damaged shard and a run that stopped before the pushes were read: the same command gives the same bytes."""
+    folder, _ = zoomed
+    again = tmp_path / 'again'
+    shutil.copytree(folder, again)
+    args = f'--name={again}', *FEW
+    (again / 'zoom_00000.npy').write_bytes(b'half')
+    assert 'zoom_00000.npy: damaged or missing, made again' in run('prepare.py', *args).stdout
+    assert (again / 'manifest.json').read_bytes() == (folder / 'manifest.json').read_bytes()
+    manifest = json.load(open(again / 'manifest.json'))
+    manifest['complete'] = False
+    del manifest['zoom'], manifest['sha256']['zoom_actions.npy']
+    files.write_manifest(str(again), manifest)
+    (again / 'zoom_actions.npy').write_bytes(b'half')
+    run('prepare.py', *args)
+    for file in json.load(open(folder / 'manifest.json'))['sha256']:
+        assert (again / file).read_bytes() == (folder / file).read_bytes(), file
+    assert 'nothing to do' in run('prepare.py', *args).stdout
+    assert 'other settings' in refused(run('prepare.py', *args, '--zoom=False', ok=False))
+
+
+class Plain:
+    """Clips like those of data.Split, whose features say how far something moved."""
+
+    def __init__(self, seed, clips, gain):
+        rng = np.random.default_rng(seed)
+        self.actions = np.zeros((clips, 4, 3), np.float32)
+        self.actions[:, 0] = rng.normal(size=(clips, 3))
+        # (n,T,N,D): patches of noise, to which each step adds the motion so far.
+        seen = gain * self.actions[:, :1] * np.arange(4)[:, None]
+        z = 0.1 * rng.normal(size=(clips, 4, 4, 6))
+        z[..., :3] += 0.3 * seen[:, :, None]
+        self.z = torch.from_numpy(z.astype(np.float32))
+        self.manifest = {'shape': [4, 4, 6], 'grid': [2, 2]}
+
+    def __len__(self):
+        return len(self.actions)
+
+    def __getitem__(self, indices):
+        return self.z[indices], torch.from_numpy(self.actions[indices])
+
+
+def test_pushes_are_read_from_the_features():
+    """What moves 1.3 times as far was pushed 1.3 times as hard, whatever push was given; pushes of three numbers."""
+    memory = prepare.train_inverse(Plain(0, 200, 1), 1, 'cpu')
+    assert prepare.share_read(memory, Plain(1, 200, 1), 'cpu') > 0.97
+    near = Plain(2, 600, 1.3)
+    given = torch.from_numpy(near.actions[:, 0])
+    weak = (given.norm(dim=1) < 2).nonzero()[:, 0]
+    seen = prepare.read_pushes(memory, near, weak, 'cpu')
+    memory = memory.double()
+    M = prepare.association(memory, given[weak].double(), seen.double())
+    assert M.shape == (3, 6)
+    pushes = torch.eye(3, dtype=torch.float64)
+    levels = torch.tensor([1, 1, 1])
+    zoomed = prepare.zoomed_pushes(memory, M, pushes, levels)
+    torch.testing.assert_close(zoomed, 1.3 * pushes, atol=0.1, rtol=0)
+    twice = prepare.zoomed_pushes(memory, M, pushes, levels + 1)
+    torch.testing.assert_close(twice, prepare.zoomed_pushes(memory, M, zoomed, levels))
+
+
+def test_the_inverse_dynamics_follows_from_the_seed():
+    first, same, other = [prepare.train_inverse(Plain(0, 20, 1), seed, 'cpu').inverse.embed.weight for seed in (1, 1, 2)]
+    assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+def moving_square(frames=16, height=80, width=96, top=20, left=20, step=1):
+    """(F,H,W,3) uint8: a white square of 8 x 8 pixels that moves to the right, on black."""
+    video = np.zeros((frames, height, width, 3), np.uint8)
+    for i in range(frames):
+        start = left + i * step
+        video[i, top:top + 8, start:start + 8] = 255
+    return video
+
+
+@pytest.mark.parametrize('place', [(0, 0), (0.5, 0.5), (0.999, 0.999)])
+def test_a_window_holds_what_moves(place):
+    """The square is zoomed in, whole in every frame, and moves as much further."""
+    plain = own.resize_and_crop(moving_square(), own.Crop(32, 32, 2)).float()
+    near = own.resize_and_crop(moving_square(), own.Crop(32, 32, 2, zoom=1.5, place=place)).float()
+    assert near.shape == plain.shape == (16, 32, 32, 3)
+    light = near.sum((1, 2, 3)) / plain.sum((1, 2, 3))
+    np.testing.assert_allclose(light, 1.5 ** 2, rtol=0.07)
+    column = torch.arange(32.0)[:, None]
+    moved = []
+    for frames in (plain, near):
+        x = (frames * column).sum((1, 2, 3)) / frames.sum((1, 2, 3))
+        moved.append((x[-1] - x[0]).item())
+    assert moved[1] == pytest.approx(1.5 * moved[0], rel=0.05) and moved[0] > 5
+
+
+@pytest.mark.parametrize('changing, place, start', [
+    ([], 0.3, 5),                                          # nothing moves: the middle
+    ([4, 9], 0, 0),                                        # windows from 0 to 4 hold both
+    ([4, 9], 0.999, 4),
+    ([4, 9], 0.5, 2),
+    ([12, 18], 0, 9),                                      # from 9 to 10
+    ([12, 18], 0.999, 10),
+    ([2, 15], 0.999, 4),                                   # they do not fit: centred on them
+    ([0, 12], 0, 1),
+])
+def test_where_a_window_starts(changing, place, start):
+    """Windows of 10 among 20 pixels."""
+    changes = torch.zeros(20, dtype=torch.bool)
+    changes[changing] = True
+    assert own.window_start(changes, 10, place) == start
+
+
+def test_own_pictures_are_zoomed_in(tmp_path):
+    """Clip i of zoom is clip i of train, of which one cannot be read. Their pushes have three numbers."""
+    rng = np.random.default_rng(0)
+    for split, count in (('train', 66), ('val', 2)):
+        for i in range(count):
+            clip = tmp_path / 'clips' / split / f'clip_{i:05d}'
+            clip.mkdir(parents=True)
+            np.save(clip / 'actions.npy', np.array([[1 + i, -1, 0.5]]))
+            top, left = rng.integers(4, 60, 2)
+            np.save(clip / 'video.npy', moving_square(top=top, left=left))
+    (tmp_path / 'clips' / 'train' / 'clip_00003' / 'video.npy').write_bytes(b'no array')
+    args = f'--name={tmp_path}/set', f'--source={tmp_path}/clips', '--size=32', '--dim=24', '--skip_bad=True'
+    assert '1 clips skipped' in run('prepare.py', *args).stdout
+    train, near = data.open_split(f'{tmp_path}/set', 'train'), data.open_split(f'{tmp_path}/set', 'zoom')
+    assert len(train) == 65 and near.actions.shape == (32, 8, 3) and np.shape(near.manifest['zoom']['M']) == (3, 6)
+    assert near.manifest['splits']['zoom']['domain'] == 'train'
+    assert not torch.equal(near[[0]][0], train[[0]][0])
+    sources = own.open_sources(f'{tmp_path}/clips', '', CROP, True, 'cpu')
+    pictures, readable = sources['train'].zoomed(1.2 ** prepare.zoom_levels(33)).content(0, 33)
+    assert readable == [0, 1, 2, *range(4, 33)] and pictures.shape == (32, 16, 32, 32, 3)
+    light = pictures[:, :, :, :, 0].float().sum((2, 3)).mean(1)
+    assert light[-8:].mean() > 2.5 * light[:8].mean()
+    os.rename(tmp_path / 'clips' / 'val', tmp_path / 'clips' / 'zoom')
+    assert 'cannot be called zoom' in refused(run('prepare.py', *args, ok=False))
+
+
 # ---- own clips ---------------------------------------------------------------------------------------------------------
 
 
@@ -146,7 +318,9 @@ def test_features_are_imported_byte_for_byte(tmp_path):
     again = source / 'train' / 'clip_00001'                            # the other published shapes of the same
     np.save(again / MAPS, np.load(again / MAPS).reshape(8, 256, 1024))
     np.save(again / 'actions_states' / 'actions.npy', np.array([[0, 0], [2, -1]] + [[0, 0]] * 5, np.float32))
-    run('prepare.py', f'--name={tmp_path}/set', f'--source={source}')
+    out = run('prepare.py', f'--name={tmp_path}/set', f'--source={source}').stdout
+    assert 'no zoomed clips: imported features cannot be cropped; far motion is then not taught' in out
+    assert 'zoom' not in json.load(open(tmp_path / 'set' / 'manifest.json'))['splits']
     for split in ('train', 'test_B'):
         stored = np.load(tmp_path / 'set' / f'{split}_00000.npy')
         for i in range(3):

@@ -1,4 +1,5 @@
-"""Every command of the README runs, on tiny settings."""
+"""Every command of the README and of docs/ runs, on tiny settings."""
+import glob
 import os
 import re
 import shlex
@@ -10,9 +11,11 @@ from conftest import ROOT, TINY, official_predictor, official_weights, own_clip,
 
 
 def readme_commands():
-    """The commands of every indented or fenced block of the README, split at && and without their comments."""
-    with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
-        blocks = re.findall(r'```(?:bash|sh)\n(.*?)```', f.read(), re.S)
+    """The commands of every fenced block of the README and of docs/, split at && and without their comments."""
+    blocks = []
+    for path in [os.path.join(ROOT, 'README.md'), *sorted(glob.glob(os.path.join(ROOT, 'docs', '*.md')))]:
+        with open(path, encoding='utf-8') as f:
+            blocks += re.findall(r'```(?:bash|sh)\n(.*?)```', f.read(), re.S)
     lines = [line.split('   #')[0].strip() for block in blocks for line in block.splitlines()]
     return list(dict.fromkeys(part.strip() for line in lines for part in line.split('&&') if part.strip()))
 
@@ -32,7 +35,6 @@ def small_prepare(args, tiny, trained, tmp_path):
 
 def small_train(args, tiny, trained, tmp_path):
     starts = {
-        'config/hope_stream.py': trained['hope'],
         'config/oracle.py': trained['vit'],
         'config/finetune_vjepa2_ac.py': official_predictor(tmp_path / 'ac.pt'),
     }
@@ -46,7 +48,7 @@ def small_train(args, tiny, trained, tmp_path):
 def small_adapt(args, tiny, trained, tmp_path):
     # The checkpoints of assets/ do not fit the tiny set; tests/test_data.py runs them.
     files = {'out/hope.pt': trained['hope'], 'out/vit.pt': trained['vit'], 'out/oracle.pt': trained['vit'],
-             'out/hope_stream.pt': trained['hope'], 'out/memory.pt': f'{tmp_path}/memory.pt',
+             'out/memory.pt': f'{tmp_path}/memory.pt',
              'assets/hope.pt': trained['hope'], 'assets/vit.pt': trained['vit']}
     for file, small in files.items():
         args = [arg.replace(file, small) for arg in args]

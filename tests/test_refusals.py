@@ -121,15 +121,13 @@ REQUESTS = [
     ('train.py', '--memory_hidden=4 --self_targets=False', 'share the hidden layer'),
     # Knobs that do not go together.
     ('train.py', '--accumulation=3', 'multiple of accumulation x processes x teacher_every = 6'),
-    ('train.py', '--stream=3', 'multiple of accumulation x processes x stream = 3'),
-    ('train.py', '--action_gain=0.5', 'set stream > 1'),
-    ('train.py', '--cms_rate=1', 'set stream > 1'),
-    ('train.py', '--model=vit --stream=2 --cms_rate=1', 'no CMS levels'),
     ('train.py', '--start_rate=0.1', 'rises from it to learning_rate'),
     ('train.py', '--jump_last=8', 'at most 7 can be jumped to'),
     ('train.py', '--loss=rollout --rollout_steps=8', 'at most 7 can be predicted'),
     ('adapt.py', '--out=', 'must name a folder for the results'),
     ('adapt.py', '--methods=frozen,TTA', '--methods=frozen,TTA: allowed are frozen, LN-TTA'),
+    ('adapt.py', '--shift=C', 'would prove nothing'),
+    ('adapt.py', '--shift=nowhere', "no split 'test_nowhere'"),
     ('adapt.py', '--tune_on=B', 'would prove nothing'),
     ('adapt.py', '--tune_on=C,A', 'would prove nothing'),
     ('adapt.py', '--memory_out=x.pt --memory_in=x.pt', 'is --memory_in too'),
@@ -250,10 +248,11 @@ def check_adapt(settings):
     where = pick_device(knobs.device)
     checkpoints = adapt.read_checkpoints(knobs.ckpt, knobs.oracle, where)
     shifts = [f'test_{shift}' for shift in adapt.listed(knobs.tune_on)]
-    splits = {name: open_split(knobs.data, name) for name in ('test_A', 'test_B', 'val', *shifts)}
+    splits = {name: open_split(knobs.data, name) for name in ('test_A', 'val', *shifts)}
+    splits['shift'] = open_split(knobs.data, f'test_{knobs.shift}')
     adapt.check_clips(checkpoints, splits['val'].manifest, 2, knobs.data)
     adapt.check_lengths(settings, splits)
-    plans = [adapt.plan(checkpoint, adapt.listed(knobs.methods) or adapt.METHODS, 0.0, True) for checkpoint in checkpoints]
+    plans = [adapt.plan(checkpoint, adapt.chosen_methods(knobs.methods), 0.0, True) for checkpoint in checkpoints]
     adapt.check_memory_out(settings, plans)
     if knobs.memory_in:
         adapt.read_memory(knobs.memory_in, checkpoints[0], adapt.take(splits['val'], 0, 1, where), where)

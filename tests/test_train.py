@@ -5,7 +5,6 @@ import pytest
 import torch
 from conftest import TINY, refused, run
 
-STREAMS = ['--stream=4', '--stream_from=0.4', '--action_gain=0.5', '--cms_rate=5']
 
 
 def content(path):
@@ -98,41 +97,6 @@ def test_the_loss_is_the_two_terms_weighted_by_lambda(tiny, tmp_path):
     assert not close(tmp_path / 'tf_1.pt', tmp_path / 'jump_1.pt', atol=1e-4)
 
 
-# ---- streams -----------------------------------------------------------------------------------------------------------
-
-def test_streams_resume_exactly(tiny, trained, tmp_path):
-    """Streams begin in mid-run, carry a memory and write the CMS; stopping within them changes nothing."""
-    args = [*TINY, f'--data={tiny}', *STREAMS]
-    run('train.py', *args, f'--out={tmp_path}/whole.pt')
-    run('train.py', *args, f'--out={tmp_path}/parts.pt', '--stop_at=5')
-    run('train.py', *args, f'--out={tmp_path}/parts.pt', '--resume=True')
-    assert same(tmp_path / 'whole.pt', tmp_path / 'parts.pt')
-    # The rates of the CMS levels' writes are trained, too.
-    rates = [tensor for name, tensor in weights(tmp_path / 'whole.pt').items() if name.endswith('levels.0.log_rates.gain')]
-    assert rates and all(tensor != 0 for tensor in rates)
-    # So is the share of its state that a head keeps for the next clip; clips that stand alone do not train it.
-    carried = [tensor for name, tensor in weights(tmp_path / 'whole.pt').items() if name.endswith('carry_bias')]
-    alone = [tensor for name, tensor in weights(trained['hope']).items() if name.endswith('carry_bias')]
-    assert len(carried) == 2 and all((tensor != -3).all() for tensor in carried)
-    assert all((tensor == -3).all() for tensor in alone)
-
-
-def test_the_loss_at_each_place_of_a_stream_is_logged(tiny, tmp_path):
-    run('train.py', *TINY, f'--data={tiny}', *STREAMS, f'--out={tmp_path}/x.pt')
-    rows = training_rows(tmp_path / 'x.csv')
-    places = [[row[f'jump_{place}'] for place in (1, 2, 3, 4)] for row in rows]
-    assert places[:3] == [[''] * 4] * 3
-    for row, losses in zip(rows[3:], places[3:]):
-        assert sum(map(float, losses)) / 4 == pytest.approx(float(row['jump']))
-
-
-def test_streams_on_processes_and_micro_batches(tiny, tmp_path):
-    args = [*TINY, f'--data={tiny}', *STREAMS, '--stream_from=0', '--stream=2', '--max_iters=2', '--seed=3']
-    run('train.py', *args, f'--out={tmp_path}/one.pt', '--accumulation=2')
-    run('train.py', *args, f'--out={tmp_path}/ddp.pt', processes=2)
-    assert close(tmp_path / 'one.pt', tmp_path / 'ddp.pt', atol=2e-4)
-
-
 # ---- optimiser ---------------------------------------------------------------------------------------------------------
 
 def test_only_matrices_decay(tiny, tmp_path):
@@ -155,9 +119,6 @@ def test_the_rate_rises_from_its_start_stays_and_falls_to_zero(tiny, tmp_path):
     rates = [float(row['learning_rate']) for row in training_rows(tmp_path / 'x.csv')]
     rising = [1e-4 + 9e-4 * (i + 1) / 6 for i in range(5)]
     assert rates == pytest.approx(rising + [1e-3] * 11 + [8e-4, 6e-4, 4e-4, 2e-4])
-    # The rates of the CMS levels' writes learn 20 times as fast.
-    scales = [group['lr'] / rates[-1] for group in content(tmp_path / 'x.pt')['optimizer']['param_groups']]
-    assert scales == pytest.approx([1, 1, 20])
 
 
 def test_a_non_finite_step_stops_before_the_optimiser(tiny, tmp_path):

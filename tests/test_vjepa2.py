@@ -74,7 +74,7 @@ def test_true_sizes():
         assert count(vjepa2.VideoEncoder(1024, 16, 24, 4096)) == 303_885_312
         assert count(vjepa2.VideoEncoder(1408, 22, 40, 6144)) == 1_012_173_952
         sizes = model.Sizes(model='vit', feature_dim=1408, action_dim=7, state_dim=7, depth=24, width=1024, heads=16,
-                            mlp_hidden=4096, grid=None, rope='vjepa2')
+                            mlp_hidden=4096, grid=None, rope='vjepa2', action_memory=False)
         assert count(hope.build(sizes)) == 305_220_992
 
 
@@ -436,7 +436,7 @@ def test_official_weights_are_fine_tuned_on_own_data(tiny, tmp_path):
     out = run('train.py', *args, '--rope=vjepa2').stdout
     anew, dropped = (next(line for line in out.splitlines() if words in line)
                      for words in ('start anew: ', 'are dropped: '))
-    assert anew.split(': ')[1] == 'action_encoder.weight'
+    assert anew.split(': ')[1] == 'action_encoder.weight, action_memory'
     assert set(dropped.split(': ')[1].split(', ')) == {f'{name}_encoder.{part}' for name in ('state', 'extrinsics')
                                                        for part in ('weight', 'bias')}
     net, _ = hope.load(str(tmp_path / 'x.pt'))

@@ -107,7 +107,6 @@ def files_of(folder):
 RUNS = {
     'vit': ['--model=vit'],
     'hope': [],
-    'streams': ['--stream=4', '--stream_from=0.3', '--action_gain=0.5', '--cms_rate=5'],
     'accumulation': ['--model=vit', '--accumulation=2'],
 }
 
