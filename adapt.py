@@ -91,7 +91,7 @@ class Method:
     To add a method, derive a class with these members and add its line to METHODS:
 
         rates            the learning rates that are tried; () = it has none
-        adapts(net)      the parameters of net that change along the stream
+        adapts(net)      the parameters of net that change along the stream; none if it is left out
         look_back(z, a)  learn from the clip that was predicted last, z (1,T,N,D) and a (1,T,A)
 
     models: those that it can adapt. carries: what state() hands to a later run, which gets it as `start`. control: it is run only where it is asked for. It may look at the
@@ -116,6 +116,11 @@ class Method:
         self.net = self.predictor
         self.memory = start['memory'] if start and 'memory' in self.carries else None
 
+    @staticmethod
+    def adapts(net):
+        """The parameters of net that change along the stream."""
+        return []
+
     def predict(self, z, a):
         """Predict clips z (B,T,N,D), a (B,T,A) from step 1 and the action alone → z_hat (B,K,N,D)."""
         # Kept, with its graph, for look_back().
@@ -134,10 +139,6 @@ class Method:
 class Frozen(Method):
     """The checkpoint as it is."""
     rates = ()
-
-    @staticmethod
-    def adapts(net):
-        return []
 
     def look_back(self, z, a):
         """Nothing is learned."""
@@ -196,10 +197,6 @@ class Memory(Method):
     def fits(cls, sizes):
         return super().fits(sizes) and sizes.action_memory
 
-    @staticmethod
-    def adapts(net):
-        return []
-
     def look_back(self, z, a):
         self.write(z, a[:, 0])
 
@@ -236,10 +233,6 @@ class TitanMemory(Method):
     @classmethod
     def fits(cls, sizes):
         return super().fits(sizes) and sizes.mixer != 'attention'
-
-    @staticmethod
-    def adapts(net):
-        return []
 
     def look_back(self, z, a):
         for titan in self.titans:
@@ -306,10 +299,6 @@ class GainWriter(Method):
         super().__init__(checkpoint, rate, start)
         self.rate = rate
         self.change = torch.zeros((), device=self.targets.device, requires_grad=True)
-
-    @staticmethod
-    def adapts(net):
-        return []
 
     def predict(self, z, a):
         return super().predict(z, a * (1 + self.change))
@@ -938,16 +927,23 @@ def results_csv(rows, beyond, n, middle):
     return text.getvalue()
 
 
+# The methods that are drawn where all were run; more lines could not be told apart.
+DRAWN = 'copy', 'blank', 'frozen', 'LN-TTA', 'memory'
+
+
 def drawn_rows(rows, checkpoints):
-    """The rows that are drawn, with how: TTA of HOPE is left out where there is a ViT-AC."""
+    """The rows that are drawn, with how: of two rows of a method the first, and TTA of HOPE only where there is no ViT-AC."""
     kinds = {c.name: c.predictor.sizes.model for c in checkpoints if c.name != 'oracle'}
-    drawn = []
+    many = len(rows) > 10
+    drawn = {}
     for row in rows:
+        if many and row['method'] not in DRAWN:
+            continue
         # The two guesses are no methods and drawn like frozen predictors.
         method = METHODS.get(row['method'], Frozen)
         if 'vit' in kinds.values() and kinds.get(row['model']) == 'hope' and issubclass(method, TTA):
             continue
-        drawn.append({
+        drawn.setdefault((row['model'], row['method']), {
             'title': title(row),
             'loss': running_mean(row['loss']),
             'probes': row['probes'],
@@ -955,7 +951,7 @@ def drawn_rows(rows, checkpoints):
             'bold': 'memory' in method.carries,
             'dotted': row['model'] == '',
         })
-    return drawn
+    return list(drawn.values())
 
 
 def diagnosed_row(rows, n):

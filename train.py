@@ -65,7 +65,7 @@ teacher_every = 4        # teacher forcing, the expensive term, sees every n-th 
 inverse_batch = 256      # clips per step from which the action memory learns to read pushes, which is cheap [1..]
 init_from = ''           # start from the weights of this checkpoint, or of the official vjepa2-ac-vitg.pt
 # optimiser: AdamW, warm-up - constant - decay
-max_iters = 1600         # optimiser steps [1..]
+max_iters = 2500         # optimiser steps [1..]
 learning_rate = 2e-3     # peak [>0]
 start_rate = 0.0         # learning rate from which it rises to the peak [0..]
 warmup = 0.04            # share of the steps in which the rate rises [0..1]
@@ -281,7 +281,6 @@ if resume and checkpoint['data'] != manifest['checksum']:
 T, N, D = manifest['shape']
 
 # ---- predictor -----------------------------------------------------------------------------------------------------
-
 torch.manual_seed(seed)
 if not resume:
     sizes = Sizes.from_settings(settings, feature_dim=D, action_dim=train_clips.actions.shape[-1],
@@ -311,6 +310,14 @@ def parameter_groups(predictor, weight_decay):
     matrices = [p for name, p in predictor.named_parameters() if name in linear]
     others = [p for name, p in predictor.named_parameters() if name not in linear]
     return [{'params': matrices, 'weight_decay': weight_decay}, {'params': others, 'weight_decay': 0.0}]
+
+
+def apart(predictor):
+    """The parameters of the predictor, and those of its action memory, a model of its own: their gradients do not mix."""
+    named = list(predictor.named_parameters())
+    memory = [p for name, p in named if name.startswith('action_memory')]
+    others = [p for name, p in named if not name.startswith('action_memory')]
+    return others, memory
 
 
 def rate_at(step, steps, start, peak, warmup, decay):
@@ -420,9 +427,7 @@ second_loss = jump_loss if loss == 'jump' else rollout_to(rollout_steps)
 micro = batch_size // (accumulation * processes)
 inverse_micro = inverse_batch // processes
 inverse_share = slice(rank * inverse_micro, (rank + 1) * inverse_micro)
-inverse_parameters = list(predictor.action_memory.parameters()) if action_memory else []
-ids = {id(p) for p in inverse_parameters}
-apart = [p for p in predictor.parameters() if id(p) not in ids], inverse_parameters
+clipped_together = apart(predictor)
 received = note_signals()
 started = window = time.time()
 for step in range(first_step, max_iters):
@@ -456,8 +461,7 @@ for step in range(first_step, max_iters):
     stop = bool(received)
     if processes > 1:
         stop = average_gradients(predictor, processes, stop)
-    # The action memory is a model of its own, so its gradient does not count in the predictor's norm.
-    norms = [torch.nn.utils.clip_grad_norm_(parameters, grad_clip) for parameters in apart]
+    norms = [torch.nn.utils.clip_grad_norm_(parameters, grad_clip) for parameters in clipped_together]
     norm = norms[0]
     # One number decides: a non-finite loss makes the gradient norm non-finite too, and the norm is the same everywhere.
     if not torch.isfinite(sum(norms)):
@@ -484,12 +488,13 @@ for step in range(first_step, max_iters):
             'loss': total_loss(first, second, weight),
             'teacher_forcing': first,
             loss: second,
-            'inverse': inverse,
             'lambda': weight,
             'learning_rate': rate,
             'grad_norm': norm.item(),
             'clips_per_s': speed,
         }
+        if action_memory:
+            row['inverse'] = inverse
         if rank == 0:
             log(log_file, FIGURES, f'step {done:>5}/{max_iters} {done / max_iters:>4.0%}', row,
                 f'{left // 60:.0f}:{left % 60:02.0f} left', wandb_run)

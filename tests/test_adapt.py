@@ -255,10 +255,6 @@ def test_tuning_never_touches_b(tiny):
 class Half(adapt.Method):
     """A method that lacks its rates and its look-back."""
 
-    @staticmethod
-    def adapts(net):
-        return []
-
 
 class NoRates(Half):
     def look_back(self, z, a):
