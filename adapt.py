@@ -38,14 +38,14 @@ clips = 200              # clips per phase [1..]
 out = 'out/aba'          # folder for the results
 # the methods
 ln_rate = 1e-4           # LN-TTA's untuned, conservative learning rate [0..]
-methods = ''             # run only these, separated by commas, as they are called in the table; '' = all but controls, or all
+methods = ''             # run only these, separated by commas, as they are called in the table; '' = no controls, all = all
 tune_on = 'C'            # domains whose streams A→X→A choose the learning rates; '' = leave tuned methods out
 tune_clips = 25          # clips per phase of the tuning streams [1..]
-oracle = ''              # checkpoint fine-tuned on other clips of B: the bound that gaps are measured against
+oracle = ''              # checkpoint fine-tuned on other clips of the shift: the bound that gaps are measured against
 memory_in = ''           # start HOPE's memory and CMS from this file instead of fresh
 memory_out = ''          # keep HOPE's memory and CMS, as they are at the end of the stream, in this file
 # what to measure
-probe_clips = 200        # clips of the held-out probe sets of A and of B [1..]
+probe_clips = 200        # clips of the held-out probe sets of A and of the shift [1..]
 probe_every = 100        # clips of the stream between two probes [1..]
 device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
 settings = configure(globals()) if __name__ == '__main__' else {}
@@ -317,7 +317,11 @@ class GainWriter(Method):
 
 
 class PushKnown(Memory):
-    """The best constant map of the push in the middle phase, known in advance: what any memory of the push could reach."""
+    """
+    The best constant map of the push in the middle phase, known in advance: what any memory of the push could reach.
+
+    It is fitted to the probes, so what it loses on them says nothing.
+    """
     control = True
     carries = ()
 

@@ -1,4 +1,4 @@
-# AC-HOPE-ViT on the laptop set, 0.45 M parameters: in each block attention, then Titan memory, then CMS.
+# AC-HOPE-ViT on the laptop set, 0.52 M parameters: in each block attention, then Titan memory, then CMS.
 # Needs two CPU cores and 1 GB of memory, takes 6 minutes there. Prepares data/slide first if it is missing (1 minute).
 model = 'hope'
 mixer = 'both'

@@ -1,4 +1,5 @@
-# ViT-AC on the laptop set, 0.46 M parameters: the baseline of config/hope_jump.py, trained on the same clips.
+# ViT-AC on the laptop set, 0.52 M parameters: the baseline of config/hope_jump.py, trained on the same clips,
+# with the same action memory (adapt.py's TTA methods do not use it).
 # Needs two CPU cores and 1 GB of memory.
 model = 'vit'
 depth = 4
