@@ -255,7 +255,7 @@ class TitanMemory(Method):
 
 class CMS(Method):
     """Online writes of HOPE's CMS levels: see hope.CMSWriter."""
-    rates = 1.0, 3.0, 10.0, 30.0
+    rates = 3.0, 10.0, 30.0, 100.0
     models = ('hope',)
     carries = ('cms',)
 
