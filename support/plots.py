@@ -88,7 +88,7 @@ def surprise_panel(ax, title, seen, n, reference):
             line, = ax.plot(x, np.repeat(means, lengths), lw=1.2, label=name or f'loss over {reference}')
             ax.plot(x, values, color=line.get_color(), alpha=0.25, lw=0.8)
     ax.set(ylabel='surprise, over\nits mean in A₁', ylim=(0, 1.3 * ax.get_ylim()[1]))
-    ax.legend(fontsize=8, loc='upper left', ncols=3, title=title, title_fontsize=8)
+    ax.legend(fontsize=8, loc='center left', title=title, title_fontsize=8)
     if 'retention, action memory' in seen:
         right = ax.twinx()
         right.plot(x, seen['retention, action memory'], color='C2', lw=0.6, alpha=0.7)
