@@ -978,7 +978,7 @@ def diagnosed_row(rows, n):
     known = np.array(frozen['loss'])
     known[n:2 * n] = bound['loss'][n:2 * n]
     seen['surprise'] = row['loss'] / known
-    return title(row), seen, 'that of a model of the phase'
+    return title(row), seen, "the phase's model"
 
 
 def predictions(drawn, experiment, decoder, manifest):
