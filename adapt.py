@@ -25,7 +25,7 @@ import torch
 
 from configurator import ROOT, Refusal, configure
 from data import TUBELET, open_split, pictures, progress
-from hope import CMSWriter, load
+from hope import CMSWriter, earned_retention, load
 from model import feature_loss, pick_device, rollout, teacher_forcing_loss
 from support import plots
 from support.files import MALFORMED, claim, folder_of, read_sealed, sha256, verify, write_atomically, write_sealed
@@ -94,8 +94,8 @@ class Method:
         adapts(net)      the parameters of net that change along the stream; none if it is left out
         look_back(z, a)  learn from the clip that was predicted last, z (1,T,N,D) and a (1,T,A)
 
-    models: those that it can adapt. carries: what state() hands to a later run, which gets it as `start`. control: it is run only where it is asked for. It may look at the
-    Experiment, to know what a method cannot know (None in tuning).
+    models: those that it can adapt. carries: what state() hands to a later run, which gets it as `start`. control: it is
+    run only where it is asked for, and may look at the Experiment to know what a method cannot know (None in tuning).
     """
     models = 'vit', 'hope'
     carries = ()
@@ -126,6 +126,14 @@ class Method:
         # Kept, with its graph, for look_back().
         self.z_hat = predict_targets(self.net, self.loss, self.targets, z, a, self.memory)
         return self.z_hat
+
+    def losses(self, z, a):
+        """The loss of the clip that was predicted last, with its graph, and that of the unwritten predictor: two scalars."""
+        loss = feature_loss(self.z_hat, z[:, self.targets])[0]
+        with torch.no_grad():
+            unwritten = predict_targets(self.predictor, self.loss, self.targets, z, a, self.memory)
+            initial_loss = feature_loss(unwritten, z[:, self.targets])[0]
+        return loss, initial_loss
 
     def diagnostics(self):
         """Figures of the last look-back, {name: number}."""
@@ -270,11 +278,7 @@ class CMS(Method):
         return [p for name, p in net.named_parameters() if '.cms.levels.' in name]
 
     def look_back(self, z, a):
-        loss = feature_loss(self.z_hat, z[:, self.targets])[0]
-        with torch.no_grad():
-            unwritten = predict_targets(self.predictor, self.loss, self.targets, z, a, self.memory)
-            initial_loss = feature_loss(unwritten, z[:, self.targets])[0]
-        self.writer.tick(loss, initial_loss)
+        self.writer.tick(*self.losses(z, a))
 
     def diagnostics(self):
         """What each level reports, fast to slow."""
@@ -304,13 +308,10 @@ class GainWriter(Method):
         return super().predict(z, a * (1 + self.change))
 
     def look_back(self, z, a):
-        loss = feature_loss(self.z_hat, z[:, self.targets]).sum()
+        loss, initial_loss = self.losses(z, a)
         gradient, = torch.autograd.grad(loss.square() / 2, self.change)
         with torch.no_grad():
-            unwritten = predict_targets(self.predictor, self.loss, self.targets, z, a)
-            initial_loss = feature_loss(unwritten, z[:, self.targets]).sum()
-            retention = (initial_loss / loss.clamp(min=1e-12)).clamp(max=1).pow(4)
-            self.change.copy_(retention * self.change - self.rate * gradient)
+            self.change.copy_(earned_retention(loss, initial_loss) * self.change - self.rate * gradient)
 
     def diagnostics(self):
         return {'gain, written': 1 + self.change.item()}
@@ -1030,6 +1031,8 @@ def check_settings(knobs, table):
     check_methods(table)
     if knobs['methods'] != 'all' and set(listed(knobs['methods'])) - set(table):
         raise Refusal(f'--methods={knobs["methods"]}: allowed are {", ".join(table)}, or all')
+    if knobs['shift'] == 'A':
+        raise Refusal('--shift=A: the clips of the middle phase would be those of the phases before and after it')
     if {'A', 'B', knobs['shift']} & set(listed(knobs['tune_on'])):
         raise Refusal(f'--tune_on={knobs["tune_on"]}: rates tuned on the domains under test would prove nothing; '
                       'name other shifts')

@@ -580,9 +580,7 @@ class CMSWriter:
         """
         gradients = torch.autograd.grad(loss.square() / 2, list(self.weights.values()))
         self.ticks += 1
-        # (L_0 / L)^2, where L is half of the squared loss.
-        ratio = initial_loss / loss.detach().clamp(min=1e-12)
-        retention = ratio.clamp(max=1).pow(4)
+        retention = earned_retention(loss.detach(), initial_loss)
         for name, gradient in zip(self.weights, gradients):
             self.changes[name] = retention * self.changes[name]
             # The summed gradients were taken at the changed weights, so they are forgotten with the changes.
@@ -629,6 +627,12 @@ class CMSWriter:
         self.changes = dict(state['changes'])
         self.sums = dict(state['sums'])
         self.refresh()
+
+
+def earned_retention(loss, initial_loss):
+    """min(1, L_0 / L)^2 of the losses of written and of unwritten weights, two scalars; L is half of the squared loss."""
+    ratio = initial_loss / loss.clamp(min=1e-12)
+    return ratio.clamp(max=1).pow(4)
 
 
 def norm(values, names):

@@ -127,6 +127,7 @@ REQUESTS = [
     ('adapt.py', '--out=', 'must name a folder for the results'),
     ('adapt.py', '--methods=frozen,TTA', '--methods=frozen,TTA: allowed are frozen, LN-TTA'),
     ('adapt.py', '--shift=C', 'would prove nothing'),
+    ('adapt.py', '--shift=A', 'the phases before and after it'),
     ('adapt.py', '--shift=nowhere', "no split 'test_nowhere'"),
     ('adapt.py', '--tune_on=B', 'would prove nothing'),
     ('adapt.py', '--tune_on=C,A', 'would prove nothing'),
