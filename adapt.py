@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from configurator import ROOT, Refusal, configure
-from data import TUBELET, open_split, pictures, progress
+from data import TUBELET, median_scene, open_split, pictures, progress
 from hope import CMSWriter, earned_retention, load
 from model import feature_loss, pick_device, rollout, teacher_forcing_loss
 from support import plots
@@ -681,12 +681,6 @@ def further_than_training(train, b, n):
     if not b.physics:
         return None
     return travelled(b)[:n] > travelled(train).max()
-
-
-def median_scene(split):
-    """Each patch's median feature over the first 256 clips: an empty scene, (N,D)."""
-    z, _ = split[range(min(256, len(split)))]
-    return z.flatten(0, 1).median(0).values
 
 
 def read_memory(path, checkpoint, clip, where):

@@ -326,6 +326,12 @@ def mean_push(actions):
     return float(sizes[sizes > 0].mean()) if sizes.any() else 1.0
 
 
+def median_scene(split):
+    """Each patch's median feature over the first 256 clips: an empty scene, (N,D)."""
+    z, _ = split[range(min(256, len(split)))]
+    return z.flatten(0, 1).median(0).values
+
+
 def explained(x, y):
     """
     Share of the variance of y (n,k) that a linear read-out of x (n,d) explains on clips it was not fitted to, at most 1.

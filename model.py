@@ -394,3 +394,17 @@ def pick_device(name):
     if int(index or 0) >= present[kind]:
         raise Refusal(f'--device={name}: there is no such device here; --device=cpu runs anywhere')
     return name
+
+
+def autocast(device, dtype):
+    """
+    The context in which a predictor computes on a device: in bfloat16, or in float32, where it changes nothing.
+
+    dtype: 'auto' (bfloat16 on a CUDA device that has it), 'float32' or 'bfloat16'.
+    """
+    kind = torch.device(device).type
+    if dtype == 'auto':
+        fast = kind == 'cuda' and torch.cuda.is_bf16_supported()
+    else:
+        fast = dtype == 'bfloat16'
+    return torch.autocast(kind, torch.bfloat16, enabled=fast)

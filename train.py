@@ -9,7 +9,6 @@ The data set is prepared first if it is missing. Writes the checkpoint `out`, an
 SIGTERM stops at the next step with everything saved; a second one stops at once. A resumed run ends as if never stopped;
 its log goes on below the old one, where steps after the checkpoint may stand already: the later row of a step counts.
 """
-import contextlib
 import csv
 import functools
 import importlib.util
@@ -28,7 +27,7 @@ import torch.distributed as dist
 from configurator import ROOT, Refusal, configure
 from data import batch_indices, mean_push, open_split
 from hope import build, load
-from model import Sizes, feature_loss, jump_loss, pick_device, rollout, rollout_loss, teacher_forcing_loss
+from model import Sizes, autocast, feature_loss, jump_loss, pick_device, rollout, rollout_loss, teacher_forcing_loss
 from support.files import MALFORMED, VERSION, claim, read_manifest, save
 from vjepa2 import start_from
 
@@ -82,12 +81,13 @@ eval_interval = 500      # steps between evaluations and checkpoints [1..]
 eval_clips = 256         # clips of `val` that an evaluation uses, always the same ones [1..]
 log_interval = 50        # steps between log lines [1..]
 device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
+dtype = 'auto'           # auto = bfloat16 on a CUDA device that has it, else float32 [auto | float32 | bfloat16]
 compile = False          # torch.compile the predictor; pays off in long runs on a GPU
 wandb = ''               # project name: also log to Weights & Biases
 settings = configure(globals())
 knobs = SimpleNamespace(**settings)
 # These change no result. The others are the recipe: a resumed run must have the same.
-RUN_KNOBS = {'out', 'resume', 'stop_at', 'eval_interval', 'eval_clips', 'log_interval', 'device', 'compile', 'wandb'}
+RUN_KNOBS = {'out', 'resume', 'stop_at', 'eval_interval', 'eval_clips', 'log_interval', 'device', 'dtype', 'compile', 'wandb'}
 recipe = {key: value for key, value in settings.items() if key not in RUN_KNOBS}
 
 
@@ -251,8 +251,7 @@ if processes > 1:
         device = f'cuda:{int(os.environ["LOCAL_RANK"])}'
         torch.cuda.set_device(device)
     dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
-bf16 = device.startswith('cuda') and torch.cuda.is_bf16_supported()
-autocast = torch.autocast('cuda', torch.bfloat16) if bf16 else contextlib.nullcontext()
+precision = autocast(device, dtype)
 torch.backends.cuda.matmul.allow_tf32 = True
 first_step, best, checkpoint = 0, float('inf'), None
 if resume:
@@ -364,7 +363,7 @@ def rollout_to(steps):
 
 
 @torch.no_grad()
-def evaluate(predictor, clips, count, loss, jump_last, device, autocast):
+def evaluate(predictor, clips, count, loss, jump_last, device, precision):
     """
     Losses of the first `count` clips: teacher forcing; jump (or rollout), copy baseline and swapped over the last steps.
 
@@ -377,7 +376,7 @@ def evaluate(predictor, clips, count, loss, jump_last, device, autocast):
         z, a = (x.to(device) for x in clips[range(start, min(start + 64, count))])
         T = z.shape[1]
         last = z[:, -jump_last:]
-        with autocast:
+        with precision:
             if loss == 'jump':
                 taus = [torch.full((len(z),), t, device=device) for t in range(T - jump_last, T)]
                 z_hat = torch.stack([predictor(z[:, :1], a[:, :1], tau=tau)[0] for tau in taus], 1)
@@ -415,9 +414,9 @@ if rank == 0:
     if wandb:
         import wandb as wandb_library
         wandb_run = wandb_library.init(project=wandb, config=settings)
-_, _, copy, _ = evaluate(predictor, val_clips, eval_clips, loss, jump_last, device, autocast)
+_, _, copy, _ = evaluate(predictor, val_clips, eval_clips, loss, jump_last, device, precision)
 print0(f'{model}: {sum(p.numel() for p in predictor.parameters()):,} parameters, {T * (1 + N)} tokens per clip, '
-       f'{len(train_clips):,} training clips, {device}{", bfloat16" if bf16 else ""}'
+       f'{len(train_clips):,} training clips, {device}{", bfloat16" if precision._enabled else ""}'
        + (f', {processes} processes' if processes > 1 else ''))
 print0(f'copy baseline ({loss} L1 of predicting z_1 again): {copy:.4f}')
 
@@ -452,7 +451,7 @@ for step in range(first_step, max_iters):
         mine = slice(start, start + micro)
         z, a = train_clips[indices[mine]]
         z, a, tau = (x.to(device, non_blocking=True) for x in (z, a, targets[mine]))
-        with autocast:
+        with precision:
             second = second_loss(predictor, z, a, tau).mean()
             first, _ = teacher_forcing_loss(predictor, z[::teacher_every], a[::teacher_every])
             total = total_loss(first, second, weight)
@@ -499,7 +498,7 @@ for step in range(first_step, max_iters):
             log(log_file, FIGURES, f'step {done:>5}/{max_iters} {done / max_iters:>4.0%}', row,
                 f'{left // 60:.0f}:{left % 60:02.0f} left', wandb_run)
     if evaluating:
-        val_first, val_second, copy, swapped = evaluate(predictor, val_clips, eval_clips, loss, jump_last, device, autocast)
+        val_first, val_second, copy, swapped = evaluate(predictor, val_clips, eval_clips, loss, jump_last, device, precision)
         if not math.isfinite(val_first + val_second):
             raise Refusal(f'step {done}: the loss on val is not finite; {out} keeps the last good weights; '
                           'try a lower --learning_rate')
