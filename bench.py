@@ -10,7 +10,6 @@ Peak memory is measured in a separate process for each case.
 """
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -47,7 +46,9 @@ if threads:
 try:
     LENGTHS = [int(T) for T in steps.split(',')]
 except ValueError:
-    raise Refusal(f'--steps={steps}: must be whole numbers separated by commas') from None
+    LENGTHS = [0]
+if min(LENGTHS) < 1:
+    raise Refusal(f'--steps={steps}: must be whole numbers from 1 on, separated by commas')
 
 
 # ---- the models --------------------------------------------------------------------------------------------------------
@@ -125,11 +126,15 @@ def peak_here(device):
     """Peak memory of this process so far, in MiB, on the GPU if that is the device."""
     if device.startswith('cuda'):
         return torch.cuda.max_memory_allocated() / 2**20
-    # On Linux ru_maxrss starts from the peak of the parent process.
+    # On Linux ru_maxrss starts from the peak of the parent process. On Windows there is neither.
     if os.path.exists('/proc/self/status'):
         with open('/proc/self/status') as f:
             peak = next(line for line in f if line.startswith('VmHWM'))
         return int(peak.split()[1]) / 2**10
+    try:
+        import resource
+    except ImportError:
+        return float('nan')
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -140,7 +145,7 @@ def peak_memory(settings, path, T, jump):
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return float('nan')
-    return json.loads(done.stdout)['peak']
+    return json.loads(done.stdout.splitlines()[-1])['peak']
 
 
 # ---- the run -----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 Config files and --key=value over a script's knobs.
 
     python train.py config/hope_jump.py --max_iters=100        files and flags apply in the order given
+    python train.py --max-iters 100 --resume                   the same, and True for a knob that is True or False
     python train.py --help                                     every knob, its default and its comment
 
 The knobs of a script are the plain globals above its `settings = configure(globals())` line. The trailing comment of a
@@ -13,17 +14,26 @@ knob is its help text. A bracket at the end of that comment gives the allowed va
     loss = 'jump'        # second loss term [jump | rollout]
 """
 import ast
+import atexit
 import difflib
 import functools
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import textwrap
+import time
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
-SCRIPTS = 'prepare.py', 'train.py', 'adapt.py', 'bench.py', 'ablate.py'
+SCRIPTS = 'prepare.py', 'train.py', 'adapt.py', 'compare.py', 'bench.py', 'ablate.py'
+# What else people call a knob, where the spelling does not tell.
+SYNONYMS = {
+    'learning_rate': 'lr', 'ln_rate': 'lr', 'weight_decay': 'wd', 'max_iters': 'steps epochs iterations num_steps',
+    'batch_size': 'bs', 'depth': 'layers n_layer num_layers', 'heads': 'n_head num_heads', 'width': 'n_embd embed_dim',
+    'out': 'save_dir', 'ckpt': 'checkpoint weights', 'dtype': 'precision amp bf16 fp16', 'device': 'gpu',
+}
 
 
 class Refusal(SystemExit):
@@ -40,6 +50,9 @@ class Refusal(SystemExit):
     @functools.cached_property
     def code(self):
         """The exit status. Python reads it when the script ends, so this prints the line, once."""
+        if os.environ.get('RANK', '0') != '0':
+            # Under torchrun all processes refuse the same. Where the first one does, the others are ended meanwhile.
+            time.sleep(1)
         print(f'{os.path.basename(sys.argv[0])}: {" ".join(str(self).split())}', file=sys.stderr)
         return self.status
 
@@ -56,6 +69,8 @@ def as_refusal(error, knobs):
     """An interruption or an error of the system (a full disk, no memory) as a Refusal; None for a bug in the code."""
     if isinstance(error, KeyboardInterrupt):
         return Refusal('interrupted; what was finished is kept', 130)
+    if re.search('(closed|reset) by peer|remote process exited', str(error)):
+        return Refusal('another process of this run has ended; the reason is in its own line')
     if isinstance(error, OSError):
         line = str(error.strerror or error)
         if error.filename:
@@ -78,7 +93,7 @@ def read_knobs(script):
     knobs = []
     nodes = {node.lineno: node for node in ast.parse(source).body}
     for number, line in enumerate(lines, 1):
-        if 'configure(globals())' in line and number in nodes:
+        if 'configure(globals()' in line and number in nodes:
             return knobs
         if line.startswith('# '):
             heading = line[2:].strip(' -')
@@ -137,90 +152,157 @@ def read_config(path):
     return {name: value for name, value in values.items() if not name.startswith('__')}
 
 
+def flush_stdout():
+    """Write what is still to be written; where nobody reads it any more, as after `| head`, drop it."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def install_hook(knobs):
-    """Let an interruption or an error of the system end the script with one line, too."""
+    """Let an interruption, an error of the system or a closed pipe end the script without a traceback, too."""
     def hook(kind, error, trace):
+        if kind is BrokenPipeError:
+            # As the shell reports it.
+            raise SystemExit(141)
         refusal = as_refusal(error, knobs)
         if refusal:
             raise refusal
         sys.__excepthook__(kind, error, trace)
     sys.excepthook = hook
+    # Python's own last flush would print a traceback.
+    atexit.register(flush_stdout)
+
+
+def print_start(script, values, knobs):
+    """The first line of a run: the knobs that differ from their defaults. Importing torch took a second already."""
+    flags = [shlex.quote(f'--{name}={value}') for name, value in values.items() if value != knobs[name][0]]
+    print(os.path.basename(script), ' '.join(flags) or '(every knob at its default)', flush=True)
 
 
 def print_help(doc, knobs):
     """Print what a script does and its knobs, under their headings: {name: (default, comment, heading)}."""
     print((doc or '').strip())
-    width = shutil.get_terminal_size((100, 24)).columns
+    width = max(40, shutil.get_terminal_size((100, 24)).columns)
+    column = ' ' * (31 if width >= 80 else 8)
     last = None
     for name, (default, comment, heading) in knobs.items():
         if heading != last:
             print(f'\n{heading}')
             last = heading
-        flag = f'  --{f"{name}={default}":<26} '
-        print(textwrap.fill(comment, width, initial_indent=flag, subsequent_indent=' ' * 31))
+        flag = f'  --{name}={default}'
+        if len(flag) >= len(column):
+            print(flag)
+            flag = ''
+        print(textwrap.fill(comment, width, initial_indent=flag.ljust(len(column)), subsequent_indent=column))
 
 
 def unknown(name, knobs, where):
-    """The Refusal for a knob that a script does not have. It names the scripts that have it, or the nearest spelling."""
+    """The Refusal for a knob that a script does not have. It names the scripts that have it, and what may be meant."""
     others = []
     for script in SCRIPTS:
-        names = [knob[0] for knob in read_knobs(os.path.join(ROOT, script))]
-        if name in names:
+        path = os.path.join(ROOT, script)
+        if os.path.exists(path) and name in [knob[0] for knob in read_knobs(path)]:
             others.append(script)
-    near = difflib.get_close_matches(name, knobs, n=1, cutoff=0.5)
+    meant = [knob for knob in knobs if name in SYNONYMS.get(knob, '').split()]
+    near = meant or difflib.get_close_matches(name, knobs, n=1, cutoff=0.5)
     hint = ''
-    if others:
+    if others and not meant:
         hint = f'; it is a knob of {", ".join(others)}'
     elif near:
-        hint = f'; did you mean {near[0]!r}?'
+        hint = f'; did you mean --{near[0]}?'
     return Refusal(f'{where}: no knob is called {name!r}{hint} (--help lists them all)')
 
 
-def read_flag(arg, knobs):
-    """--name=value → name and value. The value is text, unless the knob's default is a number, True or False."""
-    if not arg.startswith('--'):
-        if '=' in arg:
-            raise Refusal(f'{arg}: a knob is set with two dashes: --{arg.lstrip("-")}')
-        raise Refusal(f'{arg}: neither a config file (something.py) nor --key=value')
-    name, equals, value = arg[2:].partition('=')
+def read_value(text, default):
+    """What text on the command line means for a knob with this default. check() refuses what is of another type."""
+    if isinstance(default, str):
+        return text
+    if isinstance(default, bool) and text.lower() in ('true', 'false'):
+        return text.lower() == 'true'
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def read_flag(arg, rest, knobs):
+    """--name=value, or --name with the value as the next argument, which is taken from the rest → name and value."""
+    name, equals, text = arg[2:].partition('=')
+    name = name.replace('-', '_')
+    if name not in knobs:
+        raise unknown(name, knobs, arg)
+    default = knobs[name][0]
     if not equals:
-        raise Refusal(f'{arg}: write --{name}=value, with an equals sign')
-    if name in knobs and type(knobs[name][0]) is not str:
-        try:
-            return name, ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            # The value stays text, and check() refuses it by its type.
-            pass
-    return name, value
+        follows = rest[0] if rest else '--'
+        if isinstance(default, bool) and follows.lower() not in ('true', 'false'):
+            return name, True
+        if follows.startswith('--'):
+            raise Refusal(f'{arg} needs a value: {arg}=...')
+        text = rest.pop(0)
+    return name, read_value(text, default)
 
 
-def configure(scope, argv=None):
+def launched():
+    """
+    (rank, rank on this machine, number of processes), as torchrun puts them into the environment; (0, 0, 1) without it.
+    Raises Refusal for numbers that cannot be.
+    """
+    given = {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '1', 'MASTER_ADDR': '', 'MASTER_PORT': ''}
+    for name in given:
+        given[name] = os.environ.get(name, given[name])
+    *numbers, address, port = given.values()
+    whole = all(number.isdecimal() for number in numbers)
+    rank, local_rank, processes = map(int, numbers) if whole else (0, 0, 0)
+    if rank >= processes or (processes > 1 and not (address and port.isdecimal())):
+        words = ' '.join(f'{name}={value}' for name, value in given.items())
+        raise Refusal(f'{words} in the environment: torchrun sets them; for a single process, unset all of them')
+    return rank, local_rank, processes
+
+
+def configure(scope, argv=None, files=''):
     """
     Override a script's knobs from the command line; returns {knob: value} with the values of this run.
 
-    scope: the script's globals(). Raises Refusal (one line, exit status 2) for an unknown key, a wrong type, a value out of
-    range, a missing or broken config file, or an argument that is neither file nor key. Nothing is changed in that case.
+    scope: the script's globals(). files: the knob of text that takes the arguments that are neither, joined by commas.
+    Raises Refusal (one line, exit status 2) for an unknown key, a wrong type, a value out of range, a missing or broken
+    config file, or an argument that is neither file nor key. Nothing is changed in that case.
     """
     knobs = {}
     for name, default, comment, heading in read_knobs(scope['__file__']):
         knobs[name] = default, comment, heading
     install_hook(knobs)
-    if argv is None:
-        argv = sys.argv[1:]
-    if '--help' in argv or '-h' in argv:
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, 'reconfigure'):
+            # A terminal that is not UTF-8 shows a question mark for what it does not have.
+            stream.reconfigure(errors='replace')
+    rest = list(sys.argv[1:] if argv is None else argv)
+    if '--help' in rest or '-h' in rest:
         print_help(scope['__doc__'], knobs)
         sys.exit(0)
     values = {name: default for name, (default, comment, heading) in knobs.items()}
-    for arg in argv:
-        if arg.endswith('.py') and not arg.startswith('--') and '=' not in arg:
-            assigned = read_config(arg)
-        else:
-            name, value = read_flag(arg, knobs)
+    given = []
+    while rest:
+        arg = rest.pop(0)
+        if arg.startswith('--'):
+            name, value = read_flag(arg, rest, knobs)
             assigned = {name: value}
+        elif arg.startswith('-') or ('=' in arg and arg.partition('=')[0] in knobs):
+            raise Refusal(f'{arg}: a knob is set with two dashes: --{arg.lstrip("-")}')
+        elif arg.endswith('.py'):
+            assigned = read_config(arg)
+        elif files:
+            given.append(arg)
+            assigned = {files: ','.join(given)}
+        else:
+            raise Refusal(f'{arg}: neither a config file (something.py) nor --key=value')
         for name, value in assigned.items():
             if name not in knobs:
                 raise unknown(name, knobs, arg)
             default, comment, heading = knobs[name]
             values[name] = check(name, value, default, comment, arg)
     scope.update(values)
+    if argv is None and scope['__name__'] == '__main__' and os.environ.get('RANK', '0') == '0':
+        print_start(scope['__file__'], values, knobs)
     return values

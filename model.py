@@ -388,8 +388,8 @@ def pick_device(name):
         return 'mps' if mps else 'cpu'
     gpus = torch.cuda.device_count() if cuda else 0
     present = {'cpu': 1, 'cuda': gpus, 'mps': int(mps)}
-    kind, _, index = name.partition(':')
-    if kind not in present or (index and not index.isdigit()):
+    kind, colon, index = name.partition(':')
+    if kind not in present or (colon and not index.isdecimal()):
         raise Refusal(f'--device={name}: allowed are auto, cpu, mps, cuda, cuda:0, cuda:1, ...')
     if int(index or 0) >= present[kind]:
         raise Refusal(f'--device={name}: there is no such device here; --device=cpu runs anywhere')

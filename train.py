@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from configurator import ROOT, Refusal, configure
+from configurator import ROOT, Refusal, configure, launched
 from data import batch_indices, mean_push, open_split
 from hope import build, load
 from model import Sizes, autocast, feature_loss, jump_loss, pick_device, rollout, rollout_loss, teacher_forcing_loss
@@ -240,15 +240,14 @@ def average_gradients(predictor, processes, stop):
 
 # ---- the run -------------------------------------------------------------------------------------------------------
 device = pick_device(device)
-rank = int(os.environ.get('RANK', 0))
-processes = int(os.environ.get('WORLD_SIZE', 1))
+rank, local_rank, processes = launched()
 print0 = functools.partial(print, flush=True) if rank == 0 else lambda text: None
 check_settings(knobs, processes)
 # Refuses sizes that do not fit together, before there is anything to wait for.
 Sizes.from_settings(settings)
 if processes > 1:
     if device == 'cuda':
-        device = f'cuda:{int(os.environ["LOCAL_RANK"])}'
+        device = pick_device(f'cuda:{local_rank}')
         torch.cuda.set_device(device)
     dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
 precision = autocast(device, dtype)

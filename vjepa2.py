@@ -24,7 +24,7 @@ import data
 from configurator import Refusal
 from hope import load
 from model import Block, Predictor, Sizes, rope_angles
-from support.files import peek, sha256
+from support.files import lock, peek, sha256
 
 
 # ---- the video encoder -----------------------------------------------------------------------------------------------
@@ -221,12 +221,14 @@ def load_vjepa2(path, part='target_encoder', heads=None, grid=None):
 
 
 def check_tensors(state, expected, where):
-    """Raise Refusal unless a file's tensors have the names and shapes of the expected ones."""
+    """Raise Refusal unless a file's tensors have the names and shapes of the expected ones, and are finite."""
     for name, tensor in expected.items():
         if name not in state:
             raise Refusal(f'{where}: tensor {name} is missing')
         if state[name].shape != tensor.shape:
             raise Refusal(f'{where}: tensor {name} is {tuple(state[name].shape)}, must be {tuple(tensor.shape)}')
+        if not state[name].isfinite().all():
+            raise Refusal(f'{where}: tensor {name} holds values that are NaN or infinite')
     unexpected = sorted(set(state) - set(expected))
     if unexpected:
         raise Refusal(f'{where}: {len(unexpected)} unexpected tensors, the first is {unexpected[0]}')
@@ -363,8 +365,16 @@ def official_weights(encoder):
     if not official.repository:
         raise Refusal(f'--encoder={encoder}: get {address} and name it with --weights')
     path = os.path.join(torch.hub.get_dir(), 'checkpoints', f'vjepa2-{encoder}.safetensors')
+    if os.path.exists(path):
+        return path
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    held = lock(path)
+    if held is None:
+        print(f'another run is downloading {path}; waiting for it', flush=True)
+        held = lock(path, seconds=-1)
     if not os.path.exists(path):
         download(encoder, official.repository, address, path)
+    held.release()
     return path
 
 
@@ -381,7 +391,6 @@ def download(encoder, repository, address, path):
     except ImportError:
         raise Refusal(f'--encoder={encoder}: official weights need the package: pip install safetensors') from None
     url = f'{os.environ.get("HF_ENDPOINT", "https://huggingface.co")}/{repository}/resolve/main/model.safetensors'
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     partial = path + '.part'
     try:
         digest, size = ask_for_checksum(url)

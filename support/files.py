@@ -8,28 +8,29 @@ Files: atomic writes, locks, checksums, the manifest of a data set, checkpoints.
 A file that is missing, damaged or of another kind raises Refusal, which names it. No code in a file is ever run.
 """
 import dataclasses
+import errno
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 
+import filelock
 import numpy as np
 import torch
 
 from configurator import ROOT, Refusal
-
-try:
-    import fcntl
-except ImportError:
-    # Windows does not have it, so two runs with one output are not detected there.
-    fcntl = None
 
 # The version of the training code, stored in every checkpoint. Raise it when the same settings no longer give the same
 # weights. A run that was started with another version is refused on resume.
 VERSION = 4
 # The exceptions that unexpected content of a file can raise.
 MALFORMED = ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
+# How a file system says that it has no locks.
+NO_LOCKS = errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL
+# The locks of this process. One that is forgotten is released.
+HELD = []
 
 
 # ---- any file --------------------------------------------------------------------------------------------------------
@@ -37,9 +38,10 @@ MALFORMED = ArithmeticError, AssertionError, AttributeError, LookupError, Runtim
 def write_atomically(path, write):
     """
     Call write(file) on a temporary file, sync it and rename it to path, which so has its old content or the whole new one,
-    even after a power failure. Raises Refusal where the system fails to write (disk full, no permission); path then keeps
-    its old content.
+    even after a power failure. A symbolic link stays one: the file behind it is replaced. Raises Refusal where the system
+    fails to write (disk full, no permission); path then keeps its old content.
     """
+    path = os.path.realpath(path)
     temporary = path + '.tmp'
     try:
         try:
@@ -53,7 +55,7 @@ def write_atomically(path, write):
                 os.unlink(temporary)
         if os.name == 'posix':
             # Without this sync of the folder, a power failure could undo the renaming.
-            folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+            folder = os.open(os.path.dirname(path), os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
     except OSError as error:
@@ -66,22 +68,47 @@ def claim(path, *outputs):
     Lock a file or folder until this process ends, however it ends, and remove the temporary files that a killed run left
     beside these outputs. Raises Refusal where another run has the lock.
     """
-    if fcntl:
-        # Never closed: the system releases the lock when the process ends.
-        lock = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Refusal(f'{path}: another run is writing here; wait for it, or choose another place') from None
+    held = lock(path)
+    if held is None:
+        raise Refusal(f'{path}: another run is writing here; wait for it, or choose another place')
+    HELD.append(held)
     for output in outputs:
-        if os.path.exists(output + '.tmp'):
-            os.unlink(output + '.tmp')
+        temporary = os.path.realpath(output) + '.tmp'
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def lock(path, seconds=0):
+    """
+    Lock a file or folder for this process → the lock; None where another run has it for so many seconds (-1: wait for ever).
+
+    What is locked is an empty file, .lock in the folder or .<name>.lock beside the file. It is never deleted: another run
+    may be waiting for it. Where the file system has no locks, this says so, and other runs are not kept out.
+    """
+    path = os.path.realpath(path)
+    folder, file = os.path.split(path)
+    file = f'.{file}.lock'
+    if os.path.isdir(path):
+        folder, file = path, '.lock'
+    held = filelock.FileLock(os.path.join(folder, file), seconds, fallback_to_soft=False)
+    try:
+        held.acquire()
+    except filelock.Timeout:
+        return None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        print(f'{folder}: this file system has no locks; see that no other run writes here')
+    return held
 
 
 def sha256(path):
     """Hex digest of a file."""
+    digest = hashlib.sha256()
     with open(path, 'rb') as f:
-        return hashlib.file_digest(f, 'sha256').hexdigest()
+        while block := f.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_bytes(path):
@@ -108,7 +135,11 @@ def folder_of(name):
     """data/<name> beside the code; a name with a path separator is taken as a folder."""
     if not name:
         raise Refusal('a data set needs a name')
-    return os.path.abspath(name) if os.sep in name else os.path.join(ROOT, 'data', name)
+    if name in ('.', '..'):
+        raise Refusal(f'{name!r} is no name of a data set; a folder is given with a slash, such as ./slide')
+    # Windows has both separators.
+    is_path = os.sep in name or '/' in name
+    return os.path.abspath(name) if is_path else os.path.join(ROOT, 'data', name)
 
 
 def write_manifest(folder, manifest):
@@ -243,6 +274,9 @@ def read_checkpoint(path, device='cpu', **fields):
                 raise ValueError(f'it has no {field}')
         if not all(t.isfinite().all() for t in checkpoint['predictor'].values()):
             raise ValueError('a weight is NaN or infinite')
+        jump_last, steps = checkpoint.get('jump_last', 1), checkpoint.get('clip_steps', math.inf)
+        if not 1 <= jump_last < steps:
+            raise ValueError(f'jump_last = {jump_last} of clips of {steps} steps')
     except MALFORMED as error:
         raise Refusal(f'{path} is not a checkpoint of this code ({" ".join(str(error).split())[:200]})') from None
     return checkpoint

@@ -1,11 +1,15 @@
 """All plots, one function per panel. Each gets its numbers as parameters."""
+import os
+import sys
+
 import numpy as np
 
 
 def pyplot():
-    """matplotlib.pyplot, set to draw into files. Raises ImportError where matplotlib is missing."""
-    import matplotlib
-    matplotlib.use('Agg')
+    """matplotlib.pyplot, set to draw into files, except in a notebook. Raises ImportError where matplotlib is missing."""
+    if 'matplotlib' not in sys.modules:
+        # What a notebook has set there for its own Python may not exist here, and would fail.
+        os.environ['MPLBACKEND'] = 'Agg'
     import matplotlib.pyplot as plt
     return plt
 

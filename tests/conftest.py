@@ -1,7 +1,7 @@
 """Fixtures: a tiny data set made by prepare.py, two tiny trained checkpoints, and a way to run the scripts."""
+import importlib
 import multiprocessing
 import os
-import resource
 import runpy
 import socket
 import subprocess
@@ -11,6 +11,12 @@ import tempfile
 import numpy as np
 import pytest
 import torch
+
+try:
+    import resource
+except ImportError:
+    # Windows has no limits, and no fork server.
+    resource = None
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TESTS)
@@ -32,11 +38,20 @@ def counted(few, every):
     return pytest.mark.parametrize('count', [few, pytest.param(every, marks=pytest.mark.trust)])
 
 
+def optional(module):
+    """An optional package; skips the test where it is missing, or installed but broken, which can raise anything."""
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        pytest.skip(f'{module} cannot be imported: {error}')
+
+
 # ---- running the scripts -----------------------------------------------------------------------------------------------
 
 # It imports torch once; a script then starts in a fork of it, in a tenth of the time.
-FORKS = multiprocessing.get_context('forkserver')
-FORKS.set_forkserver_preload(['torch', 'torch._dynamo', 'numpy', 'matplotlib.pyplot'])
+FORKS = multiprocessing.get_context('forkserver' if resource else 'spawn')
+if resource:
+    FORKS.set_forkserver_preload(['torch', 'torch._dynamo', 'numpy', 'matplotlib.pyplot'])
 
 
 def child(path, args, cwd, environment, out, err, limits, pictures):
@@ -51,7 +66,7 @@ def child(path, args, cwd, environment, out, err, limits, pictures):
         # Importing it fails, as where it is not installed.
         sys.modules['matplotlib'] = None
     # A GPU's threads would not survive a fork.
-    if not torch.cuda.is_available():
+    if resource and not torch.cuda.is_available():
         subprocess.run = fork_script
     for name, most in limits.items():
         if name == 'RLIMIT_AS':
@@ -113,6 +128,8 @@ def run(script, *args, cwd=ROOT, launcher=(), processes=1, ok=True, meanwhile=No
     would; one that fails counts. meanwhile(pid) is called once it runs. limits: {'RLIMIT_FSIZE': bytes, ...}. pictures:
     with matplotlib, which takes longer than all the rest.
     """
+    if limits and not resource:
+        pytest.skip('limits of a process are not known here')
     command = [os.path.join(ROOT, script), *map(str, args)]
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'COLUMNS': '100'}
     if launcher:

@@ -14,4 +14,6 @@ def test_a_config_with_two_cms_levels_gives_two(tmp_path):
     said = run('bench.py', f'--hope={path}', '--vit=config/vit_jump.py', *small).stdout
     net = hope.build(Sizes.from_settings({**read_config(path), 'cms_periods': (1, 4)}, feature_dim=24, grid=(2, 2)))
     parameters = sum(p.numel() for p in net.parameters())
-    assert f'{parameters:,} parameters' in next(line for line in said.splitlines() if 'two.py' in line)
+    assert f'{parameters:,} parameters' in next(line for line in said.splitlines() if line.startswith(str(path)))
+    # The peak of memory comes from a process of its own.
+    assert 'nan' not in said

@@ -21,7 +21,7 @@ from configurator import Refusal, configure
 from data import open_split
 from model import Sizes, pick_device
 from support import own_clips
-from support.files import folder_of
+from support.files import folder_of, read_sealed, write_sealed
 from vjepa2 import MODELS, start_from
 
 # What every row of a script begins with. {names} are files and folders of the fixture `places`.
@@ -36,16 +36,25 @@ BEGINNINGS = {
 # Refused by configure(), which every script begins with.
 KNOBS = [
     # A name that is no knob.
-    ('train.py', '--lr=1e-3', "no knob is called 'lr'"),
-    ('train.py', '--max_iterz=3', "'max_iterz'; did you mean 'max_iters'?"),
+    ('train.py', '--lr=1e-3', "no knob is called 'lr'; did you mean --learning_rate?"),
+    ('train.py', '--lr 1e-3', "no knob is called 'lr'; did you mean --learning_rate?"),
+    ('adapt.py', '--lr=1e-3', 'did you mean --ln_rate?'),
+    ('train.py', '--bs=8', 'did you mean --batch_size?'),
+    ('train.py', '--steps=8', 'did you mean --max_iters?'),
+    ('train.py', '--n-layer=8', 'did you mean --depth?'),
+    ('train.py', '--dataset=x', 'did you mean --data?'),
+    ('train.py', '--output=x', 'did you mean --out?'),
+    ('adapt.py', '--checkpoint=x', 'did you mean --ckpt?'),
+    ('train.py', '--max_iterz=3', "'max_iterz'; did you mean --max_iters?"),
     ('train.py', '--clips=10', "no knob is called 'clips'; it is a knob of prepare.py, adapt.py, ablate.py"),
     ('train.py', '--=3', "no knob is called ''"),
     ('adapt.py', '--batch_size=8', "'batch_size'; it is a knob of train.py"),
     ('adapt.py', 'config/hope_jump.py', "no knob is called 'model'; it is a knob of train.py"),
-    ('prepare.py', '--nam=x', "did you mean 'name'?"),
+    ('prepare.py', '--nam=x', "did you mean --name?"),
     # What is no --name=value.
-    ('train.py', '--batch_size', 'write --batch_size=value, with an equals sign'),
-    ('train.py', '--', 'with an equals sign'),
+    ('train.py', '--batch_size', '--batch_size needs a value: --batch_size=...'),
+    ('train.py', '--batch-size --resume', '--batch-size needs a value'),
+    ('train.py', '--', "no knob is called ''"),
     ('train.py', 'batch_size=8', 'two dashes: --batch_size=8'),
     ('train.py', '-batch_size=8', 'two dashes: --batch_size=8'),
     ('train.py', 'config', 'neither a config file (something.py) nor --key=value'),
@@ -64,13 +73,14 @@ KNOBS = [
     ('train.py', '--learning_rate=1e999', 'learning_rate must be finite'),
     ('train.py', '--resume=yes', "resume must be True or False, not 'yes'"),
     ('train.py', '--resume=1', 'resume must be True or False, not 1'),
-    ('train.py', '--compile=true', "compile must be True or False, not 'true'"),
+    ('train.py', '--resume 1', '1: neither a config file (something.py) nor --key=value'),
     ('prepare.py', '--clips=many', "clips must be a whole number, not 'many'"),
     # A value out of range.
     ('train.py', '--learning_rate=0', 'learning_rate = 0.0 is not allowed; allowed: >0'),
     ('train.py', '--learning_rate=-1', 'learning_rate = -1.0 is not allowed; allowed: >0'),
     ('train.py', '--batch_size=0', 'batch_size = 0 is not allowed; allowed: 1..'),
     ('train.py', '--seed=-1', 'allowed: 0..4294967295'),
+    ('train.py', '--seed -1', 'allowed: 0..4294967295'),
     ('train.py', '--seed=99999999999999999999', 'allowed: 0..4294967295'),
     ('train.py', '--lambda_start=1.5', 'lambda_start = 1.5 is not allowed; allowed: 0..1'),
     ('train.py', '--lambda_start=-0.1', 'lambda_start = -0.1 is not allowed; allowed: 0..1'),
@@ -103,7 +113,7 @@ CONFIGS = [
     ('def f(): pass', "no knob is called 'f'"),
     ('x = 1', "no knob is called 'x'"),
     ('clips = 10', 'it is a knob of prepare.py, adapt.py, ablate.py'),
-    ('max_iterz = 3', "did you mean 'max_iters'?"),
+    ('max_iterz = 3', 'did you mean --max_iters?'),
 ]
 
 # Refused by what a script checks before it begins.
@@ -137,10 +147,13 @@ REQUESTS = [
     ('prepare.py', '--split=train:1-2', 'name their folder with --source'),
     ('prepare.py', '--encoder=vitb2.1 --weights={weights_2_1} --size=16', 'two rows and two columns'),
     ('bench.py', '--steps=8,x', '--steps=8,x: must be whole numbers'),
+    ('bench.py', '--steps=0', '--steps=0: must be whole numbers from 1 on'),
     ('ablate.py', '--variants=HOPE,LSTM', '--variants=HOPE,LSTM: allowed are HOPE, ViT-AC'),
     # Devices.
     ('train.py', '--device=tpu', 'allowed are auto'),
     ('train.py', '--device=cuda:x', 'allowed are auto'),
+    ('train.py', '--device=cpu:', 'allowed are auto'),
+    ('train.py', '--device=cuda:²', 'allowed are auto'),
     ('train.py', '--device=cuda:99', 'no such device'),
     ('prepare.py', '--device=cuda:99', 'no such device'),
     # Data sets and splits that are not there, or not enough.
@@ -153,6 +166,7 @@ REQUESTS = [
     ('adapt.py', '--tune_clips=200', 'lower --tune_clips'),
     ('adapt.py', '--data={other}', 'trained on features of size 24'),
     ('prepare.py', '--name=', 'a data set needs a name'),
+    ('prepare.py', '--name=..', "'..' is no name of a data set"),
     ('prepare.py', '--source=nowhere', 'neither "physics" nor a folder'),
     # Checkpoints and weights that are not there, or are no such thing.
     ('train.py', '--out=', 'must name a file'),
@@ -170,6 +184,8 @@ REQUESTS = [
     ('adapt.py', '--ckpt={text}', 'text.pt is damaged or cut short, or was not written by this code'),
     ('adapt.py', '--ckpt={short}', 'short.pt is damaged or cut short'),
     ('adapt.py', '--ckpt={foreign}', 'foreign.pt is damaged or cut short, or was not written by this code'),
+    ('adapt.py', '--ckpt={no_jump}', 'jump_last = 0 of clips of 8 steps'),
+    ('adapt.py', '--ckpt={long_jump}', 'jump_last = 8 of clips of 8 steps'),
     ('adapt.py', '--ckpt={rollout},{vit}', 'trained with different losses'),
     ('adapt.py', '--memory_in=nowhere.pt', 'nowhere.pt could not be read'),
     ('prepare.py', '--encoder=vitl --weights=none.pt', "no V-JEPA 2 weights at 'none.pt'"),
@@ -181,7 +197,7 @@ REQUESTS = [
 
 # These go through the script in the quick suite, too: one of each.
 SCRIPTS = [
-    ('train.py', '--max_iterz=3', "'max_iterz'; did you mean 'max_iters'?"),
+    ('train.py', '--max_iterz=3', "'max_iterz'; did you mean --max_iters?"),
     ('train.py', '--resume=True --model=vit --out={vit} --max_iters=9', 'other settings: max_iters = 9 (was 6)'),
     ('adapt.py', '--data={other}', 'trained on features of size 24'),
     ('prepare.py', '--source=nowhere', 'neither "physics" nor a folder'),
@@ -203,7 +219,11 @@ def places(tiny, trained, tmp_path_factory):
     run('prepare.py', f'--name={folder}/other', '--size=32', '--dim=12', '--clips=4', '--test_clips=24')
     official_predictor(folder / 'official.pt')
     official_weights(folder / 'weights_2_1.pt', part='ema_encoder', version='2.1')
-    files = {name: f'{folder}/{name}.pt' for name in ('text', 'short', 'foreign', 'rollout', 'official', 'weights_2_1')}
+    stored = read_sealed(trained['vit'])
+    write_sealed(f'{folder}/no_jump.pt', {**stored, 'jump_last': 0})
+    write_sealed(f'{folder}/long_jump.pt', {**stored, 'jump_last': 8})
+    names = 'text', 'short', 'foreign', 'rollout', 'official', 'weights_2_1', 'no_jump', 'long_jump'
+    files = {name: f'{folder}/{name}.pt' for name in names}
     return {**files, **trained, 'tiny': tiny, 'empty': f'{folder}/empty', 'other': f'{folder}/other'}
 
 

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, official_predictor, run
+from conftest import TINY, official_predictor, optional, run
 
 import hope
 import model
@@ -311,6 +311,8 @@ def put(key, value):
     (put('blocks.0.attn.qkv.weight', torch.zeros(3, 48)), ['blocks.0.attn.qkv.weight', '(3, 48)', '(144, 48)']),
     (put('blocks.99999999.norm1.bias', torch.zeros(48)), ['missing']),
     (put('norm.bias', 'text'), ['norm.bias', 'not a tensor']),
+    (put('norm.bias', torch.tensor([math.nan] + [0.0] * 47)), ['norm.bias', 'NaN or infinite']),
+    (put('blocks.1.norm2.bias', torch.full((48,), math.inf)), ['blocks.1.norm2.bias', 'NaN or infinite']),
     (lambda checkpoint: checkpoint.pop('target_encoder'), ["no part 'target_encoder'", "'encoder'"]),
 ])
 def test_what_is_missing_unexpected_or_misshapen_is_named(change, words, tmp_path):
@@ -355,8 +357,8 @@ def test_weights_never_run_code(tmp_path):
 
 def hugging_face(tmp_path, frames=4, side=32, **more):
     """transformers' V-JEPA 2 with random weights, saved as people get it → model, folder."""
-    transformers = pytest.importorskip('transformers', reason='the comparison with transformers: pip install transformers')
-    pytest.importorskip('safetensors')
+    transformers = optional('transformers')
+    optional('safetensors.torch')
     torch.manual_seed(0)
     sizes = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=2, crop_size=side, frames_per_clip=frames,
                  pred_hidden_size=24, pred_num_hidden_layers=1, pred_num_attention_heads=2, attn_implementation='sdpa')

@@ -275,11 +275,49 @@ def test_two_runs_into_one_place(tiny, trained, tmp_path):
     holder.stdout.readline()
     for command in places.values():
         assert 'another run is writing here' in refused(run(*command, ok=False))
-    assert not list(folder.iterdir()) and (tmp_path / 'x.csv').read_text() == begun and not out.exists()
+    assert os.listdir(folder) == ['.lock'] and (tmp_path / 'x.csv').read_text() == begun and not out.exists()
     holder.kill()
     holder.communicate()
     for command in list(places.values())[1:]:
         run(*command)
+
+
+@pytest.mark.parametrize('number', [errno.ENOSYS, errno.ENOLCK, errno.EBADF, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(number, tmp_path, monkeypatch, capsys):
+    """Such as NFS or Lustre, as they are mounted on some clusters: it is said, and nothing is left that a kill would leave."""
+    fcntl = pytest.importorskip('fcntl')
+
+    def flock(*args):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(fcntl, 'flock', flock)
+    for path in tmp_path, tmp_path / 'x.csv':
+        files.claim(str(path))
+        assert capsys.readouterr().out == f'{tmp_path}: this file system has no locks; see that no other run writes here\n'
+        assert [file for file in os.listdir(tmp_path) if os.path.getsize(tmp_path / file)] == []
+
+
+def test_what_a_symbolic_link_points_to_is_written(trained, tmp_path):
+    """A checkpoint on another disk, say. The link stays, and so does a dangling one that names a new file."""
+    (tmp_path / 'disk').mkdir()
+    for name in 'old', 'new':
+        (tmp_path / f'{name}.pt').symlink_to(tmp_path / 'disk' / f'{name}.pt')
+    (tmp_path / 'disk' / 'old.pt').write_bytes(b'stale')
+    (tmp_path / 'disk' / 'old.pt.tmp').write_bytes(b'of a run that was killed')
+    files.claim(str(tmp_path), str(tmp_path / 'old.pt'))
+    assert not (tmp_path / 'disk' / 'old.pt.tmp').exists()
+    predictor, _ = hope.load(trained['vit'])
+    for name in 'old', 'new':
+        link = tmp_path / f'{name}.pt'
+        files.save(str(link), predictor)
+        assert link.is_symlink() and equal(*(hope.load(str(path))[0].state_dict() for path in (link, trained['vit'])))
+    assert sorted(os.listdir(tmp_path / 'disk')) == ['new.pt', 'old.pt']
+
+
+def test_checksums_of_large_files(tmp_path):
+    """Read in pieces."""
+    content = bytes(range(256)) * 10_000
+    (tmp_path / 'x').write_bytes(content)
+    assert files.sha256(str(tmp_path / 'x')) == hashlib.sha256(content).hexdigest()
 
 
 def test_no_room_and_no_permission(tiny, tmp_path, monkeypatch):
