@@ -47,8 +47,8 @@ try:
     LENGTHS = [int(T) for T in steps.split(',')]
 except ValueError:
     LENGTHS = [0]
-if min(LENGTHS) < 1:
-    raise Refusal(f'--steps={steps}: must be whole numbers from 1 on, separated by commas')
+if min(LENGTHS) < 1 or max(LENGTHS) > 10**6:
+    raise Refusal(f'--steps={steps}: must be whole numbers from 1 to 1,000,000, separated by commas')
 
 
 # ---- the models --------------------------------------------------------------------------------------------------------

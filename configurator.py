@@ -106,29 +106,31 @@ def read_knobs(script):
     raise ValueError(f'{script} has no line "settings = configure(globals())"')
 
 
+def within(value, allowed):
+    """Whether a value is one that a bracket allows."""
+    if '|' in allowed:
+        return value in [choice.strip() for choice in allowed.split('|')]
+    if allowed.startswith('>'):
+        return value > float(allowed[1:])
+    low, high = allowed.split('..')
+    return float(low or '-inf') <= value <= float(high or 'inf')
+
+
 def check(name, value, default, comment, where):
     """The value, if the knob's type and bracket allow it; else raises Refusal. A float may be given as a whole number."""
     kind = type(default)
     if kind is float and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 2**1000 else math.inf
     if type(value) is not kind:
         word = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}[kind]
         raise Refusal(f'{where}: {name} must be {word}, not {value!r}')
     if kind is float and not math.isfinite(value):
         raise Refusal(f'{where}: {name} must be finite, not {value}')
     bracket = re.search(r'\[([^\]]+)\]$', comment)
-    if bracket is None:
-        return value
-    allowed = bracket[1]
-    if '|' in allowed:
-        ok = value in [choice.strip() for choice in allowed.split('|')]
-    elif allowed.startswith('>'):
-        ok = value > float(allowed[1:])
-    else:
-        low, high = allowed.split('..')
-        ok = float(low or '-inf') <= value <= float(high or 'inf')
-    if not ok:
-        raise Refusal(f'{where}: {name} = {value!r} is not allowed; allowed: {allowed}')
+    if bracket and not within(value, bracket[1]):
+        raise Refusal(f'{where}: {name} = {value!r} is not allowed; allowed: {bracket[1]}')
+    if kind is int and abs(value) > 2**40:
+        raise Refusal(f'{where}: {name} = {value} is too large')
     return value
 
 
@@ -178,7 +180,8 @@ def install_hook(knobs):
 def print_start(script, values, knobs):
     """The first line of a run: the knobs that differ from their defaults. Importing torch took a second already."""
     flags = [shlex.quote(f'--{name}={value}') for name, value in values.items() if value != knobs[name][0]]
-    print(os.path.basename(script), ' '.join(flags) or '(every knob at its default)', flush=True)
+    line = f'{os.path.basename(script)} {" ".join(flags) or "(every knob at its default)"}'
+    print(textwrap.fill(line, 100, subsequent_indent='  ', break_long_words=False, break_on_hyphens=False), flush=True)
 
 
 def print_help(doc, knobs):

@@ -70,7 +70,7 @@ start_rate = 0.0         # learning rate from which it rises to the peak [0..]
 warmup = 0.04            # share of the steps in which the rate rises [0..1]
 decay = 0.7              # share of the steps in which the rate falls to 0 [0..1]
 weight_decay = 0.04      # of the matrices of linear maps, nothing else [0..]
-beta2 = 0.99             # AdamW's second-moment decay [0..1]
+beta2 = 0.99             # AdamW's second-moment decay [0..0.9999]
 grad_clip = 1.0          # largest gradient norm [>0]
 seed = 1                 # initial weights, order of the clips and jump targets follow from it [0..4294967295]
 # running

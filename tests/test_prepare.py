@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -396,6 +397,16 @@ def test_pictures_arrays_and_videos_are_the_same_clip(tmp_path):
     assert len(set(shards.values())) == 1
     z = np.load(tmp_path / 'set_video' / 'train_00000.npy')
     assert z.shape == (3, 8, 4, 24) and np.ptp(z) > 1
+
+
+@pytest.mark.parametrize('backend', ['nonsense', 'module://a_notebook_that_is_not_here'])
+def test_pictures_are_drawn_whatever_a_notebook_has_set(backend, tmp_path):
+    """Jupyter hands the name of its own backend to the commands that it starts."""
+    draw = f'from support import plots; plots.draw_displacement({str(tmp_path / "x.png")!r}, x := plots.np.arange(1., 9), x)'
+    done = subprocess.run([sys.executable, '-c', draw], cwd=ROOT, env={**os.environ, 'MPLBACKEND': backend},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'x.png').read_bytes().startswith(b'\x89PNG')
 
 
 def npy(array):

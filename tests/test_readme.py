@@ -107,6 +107,20 @@ def test_other_commands():
             assert option != '-m' or value in markers
 
 
+def test_licence_and_citation():
+    with open(os.path.join(ROOT, 'LICENSE'), encoding='utf-8') as f:
+        licence = f.read()
+    assert licence.startswith('MIT License\n') and 'nanoHOPE contributors' in licence and 'WITHOUT WARRANTY' in licence
+    with open(os.path.join(ROOT, 'CITATION.cff'), encoding='utf-8') as f:
+        lines = f.read().splitlines()
+    # A YAML of plain lines: what a version 1.2.0 must have, and the licence.
+    keys = [line.partition(':')[0] for line in lines if line[0] not in ' -']
+    assert keys == ['cff-version', 'message', 'title', 'type', 'license', 'authors', 'references']
+    assert all(re.fullmatch(r' *(- )*(?=[a-z-])[a-z-]+:( [^ ].*)?', line) for line in lines), lines
+    assert 'cff-version: 1.2.0' in lines and 'license: MIT' in lines
+    assert [line.split('year: ')[1] for line in lines if 'year: ' in line] == ['2025', '2025']
+
+
 def test_the_two_commands_are_there():
     with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
         text = f.read()
