@@ -157,7 +157,7 @@ def read_config(path):
 def flush_stdout():
     """Write what is still to be written; where nobody reads it any more, as after `| head`, drop it."""
     try:
-        sys.stdout.flush()
+        print(end='', flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
