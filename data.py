@@ -1,11 +1,13 @@
 """
 Clips: the physics of a sliding object, its pictures, and batches of clips from a prepared data set.
 
-    clips = open_split('slide', 'val')      # len(clips) clips, memory-mapped
-    z, a = clips[[0, 5]]                    # z (2,T,N,D) float32, layer-normed; a (2,T,A) float32, zero after step 1
+    clips = open_split('slide', 'val')      # len(clips) clips, read from disk on demand
+    z, a = clips[[0, 5]]                    # z (2,T,N,D) float32, layer-normed; a (2,T,A) float32
+    z, a = clips[0]                         # z (T,N,D), a (T,A), as a torch DataLoader wants them
 
 To change the world, change the constants and DOMAINS below; to add a domain, add a row to DOMAINS.
 """
+import json
 import math
 import os
 import sys
@@ -19,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import Refusal
-from support.files import folder_of, map_array, read_manifest, verify
+from support.files import folder_of, map_array, read_manifest, sha256, verify
 
 # ---- the world: one rigid object on a plane seen from above, SI units --------------------------------------------
 GRAVITY = 9.81               # m/s^2
@@ -214,89 +216,186 @@ def pictures(z, decoder, grid, patch):
 
 # ---- clips of a prepared data set (its files: support/files.py) ---------------------------------------------------------
 
+class Shard(typing.NamedTuple):
+    """Where the features of some clips of a split are: a file of the set, or, read in place, the own file of one clip."""
+    path: str
+    # Number of clips
+    clips: int
+    # Where the first clip begins in a file of the set, in bytes
+    offset: int = 0
+    # Read in place: what prepare.py found in the file
+    sha256: str = ''
+
+
 class Split:
     """
-    Splits of a data set, one after the other, memory-mapped: len(), [indices] → (z, a), .physics (dict of arrays or empty).
+    Splits of a data set, one after the other, read from disk on demand.
 
-    Opening it checks the size and header of each shard. The prepare.py command that made the set checks every byte.
-    manifest: that of a set that is not finished yet; None to read it.
+    len(clips), and clips[index] → z (T,N,D), a (T,A) as one item of a torch DataLoader, or clips[indices] → z (b,T,N,D),
+    a (b,T,A), indices being a sequence or a slice. Further: .actions (clips,T,A) float32, .states (clips,T,S) float32 or
+    None, .several_pushes (whether any clip has a push after step 1), .physics (dict of arrays, or empty) and .manifest.
+
+    Opening it checks the size and header of each file. The prepare.py command that made the set checks every byte; clips
+    that are read in place are checked when they are first read. manifest: that of a set that is not finished yet; None to
+    read it. Raises Refusal where a split is missing, or where anything is not as prepare.py writes it.
     """
 
     def __init__(self, name, *splits, manifest=None):
         folder = folder_of(name)
         self.manifest = manifest or read_manifest(name)
         self.name = f'split {" + ".join(splits)} of {folder}'
+        self.folder = folder
+        # Files of clips read in place whose checksum was compared.
+        self.compared = set()
         try:
             self.shards = []
-            actions, physics = [], []
+            parts = {'actions': [], 'states': [], 'physics': []}
             for split in splits:
                 if split not in self.manifest['splits']:
-                    raise Refusal(f'data set {name} has no split {split!r}; it has {", ".join(self.manifest["splits"])}')
-                shards, pushes, arrays = self.open(folder, split)
-                self.shards += shards
-                actions.append(pushes)
-                physics.append(arrays)
-            self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
-            self.actions = np.concatenate(actions)
-            self.physics = physics[0] if len(splits) == 1 else {}
+                    raise Refusal(no_such_split(name, split, self.manifest))
+                self.shards += self.find_shards(split)
+                for key, read in parts.items():
+                    read.append(self.read_arrays(split, key))
+            self.starts = np.cumsum([0] + [shard.clips for shard in self.shards])
+            self.actions = np.concatenate(parts['actions'])
+            has_states = all(states is not None for states in parts['states'])
+            self.states = np.concatenate(parts['states']) if has_states else None
+            self.physics = {}
+            if len(splits) == 1 and parts['physics'][0]:
+                self.physics = parts['physics'][0]
             self.check()
         except (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise Refusal(f'{self.name} is not as prepare.py writes it ({type(error).__name__}: {error})') from None
+        self.several_pushes = bool(self.actions[:, 1:].any())
 
-    def open(self, folder, split):
-        """Map the shards of a split; read its actions and physics, whose checksums are compared → (shards, actions, physics)."""
-        entries = self.manifest['splits'][split]['shards']
-        shards = [map_array(folder, entry['file']) for entry in entries]
-        actions = f'{split}_actions.npy'
-        verify(folder, self.manifest, [actions])
-        arrays = {}
-        physics = f'{split}_physics.npz'
-        if physics in self.manifest['sha256']:
-            verify(folder, self.manifest, [physics])
-            with np.load(os.path.join(folder, physics)) as stored:
-                arrays = dict(stored)
-        return shards, np.array(map_array(folder, actions)), arrays
-
-    def check(self):
-        """Raise ValueError or Refusal unless the arrays have the manifest's shapes and the actions are finite."""
+    def find_shards(self, split):
+        """The Shards of a split, the sizes and headers of their files checked."""
         T, N, D = self.manifest['shape']
         rows, columns = self.manifest['grid']
+        shards = []
+        for entry in self.manifest['splits'][split]['shards']:
+            file = entry['file']
+            if file.endswith('.json'):
+                shards += self.find_in_place(file)
+                continue
+            array = map_array(self.folder, file)
+            if array.shape[1:] != (T, N, D) or array.dtype != np.float16 or rows * columns != N:
+                raise ValueError(f'its shards are not float16 (clips,{T},{N},{D}) on a grid {rows} x {columns}')
+            shards.append(Shard(array.filename, len(array), array.offset))
+        return shards
+
+    def find_in_place(self, file):
+        """The Shards of clips that are read in place, from the list that prepare.py made of them."""
+        verify(self.folder, self.manifest, [file])
+        with open(os.path.join(self.folder, file), encoding='utf-8') as f:
+            listed = json.load(f)
+        shards = []
+        for clip in listed:
+            path = clip['path']
+            if not os.path.isfile(path) or os.path.getsize(path) != clip['bytes']:
+                raise Refusal(self.changed(path))
+            shards.append(Shard(path, 1, sha256=clip['sha256']))
+        return shards
+
+    def changed(self, path):
+        """What to do about a clip that is read in place and is not what it was."""
+        return (f'{path} is missing or has changed since {self.folder} was made, which reads its clips in place; restore the '
+                'file, or delete that folder and run prepare.py again')
+
+    def read_arrays(self, split, key):
+        """Actions, states or physics of a split, their checksum compared; None where the set has none. Actions must be there."""
+        file = f'{split}_{key}.npz' if key == 'physics' else f'{split}_{key}.npy'
+        if key != 'actions' and file not in self.manifest['sha256']:
+            return None
+        verify(self.folder, self.manifest, [file])
+        if key == 'physics':
+            with np.load(os.path.join(self.folder, file)) as stored:
+                return dict(stored)
+        return np.array(map_array(self.folder, file))
+
+    def check(self):
+        """Raise ValueError or Refusal unless the arrays have the manifest's shapes and are finite."""
+        T = self.manifest['shape'][0]
         count = self.starts[-1]
         if not count:
             raise Refusal(f'{self.name} is empty')
-        for shard in self.shards:
-            if shard.shape[1:] != (T, N, D) or shard.dtype != np.float16 or rows * columns != N:
-                raise ValueError(f'its shards are not float16 (clips,{T},{N},{D}) on a grid {rows} x {columns}')
-        actions = self.actions
-        if actions.shape[:2] != (count, T) or actions.ndim != 3 or actions.dtype != np.float32:
-            raise ValueError(f'its actions are not float32 ({count},{T},A) but {actions.dtype} {actions.shape}')
+        for key in ('actions', 'states'):
+            array = getattr(self, key)
+            if array is None:
+                continue
+            if array.shape[:2] != (count, T) or array.ndim != 3 or array.dtype != np.float32:
+                raise ValueError(f'its {key} are not float32 ({count},{T},numbers) but {array.dtype} {array.shape}')
+            finite = np.isfinite(array).all((1, 2))
+            if not finite.all():
+                raise Refusal(f'{self.name}: the {key} of clip {np.argmin(finite)} are not finite')
         if self.physics:
             position = self.physics['position']
             if position.ndim != 3 or position.shape[::2] != (count, 2):
                 raise ValueError(f'its positions are not ({count},frames,2)')
-        finite = np.isfinite(actions).all((1, 2))
-        if not finite.all():
-            clip = np.argmin(finite)
-            raise Refusal(f'{self.name}: the actions of clip {clip} are not finite')
 
     def __len__(self):
         return len(self.actions)
 
     def __getitem__(self, indices):
-        """indices: sequence of b ints → z (b,T,N,D) float32 layer-normed without affine (eps 1e-5), a (b,T,A) float32."""
+        """
+        Features z, float32, layer-normed without affine (eps 1e-5), and actions a, float32, of clips.
+
+        A number gives z (T,N,D) and a (T,A); a sequence of b numbers or a slice gives z (b,T,N,D) and a (b,T,A). Raises
+        IndexError as a list does, and Refusal where features are not finite, or where a file is not what it was.
+        """
         # Makes slices, negative numbers and an IndexError work as for a list.
-        indices = np.arange(len(self))[indices]
-        shard_of = np.searchsorted(self.starts, indices, side='right') - 1
-        features = []
-        for shard, index in zip(shard_of, indices):
-            features.append(self.shards[shard][index - self.starts[shard]])
-        z = torch.from_numpy(np.stack(features)).float()
+        chosen = np.arange(len(self))[indices]
+        one = np.ndim(chosen) == 0
+        clips = np.atleast_1d(chosen)
+        features = np.empty((len(clips), *self.manifest['shape']), np.float16)
+        shard_of = np.searchsorted(self.starts, clips, side='right') - 1
+        for number in np.unique(shard_of):
+            members = shard_of == number
+            features[members] = self.read(self.shards[number], clips[members] - self.starts[number])
+        z = torch.from_numpy(features).float()
         z = F.layer_norm(z, z.shape[-1:])
         if not torch.isfinite(z.sum()):
             finite = torch.isfinite(z).flatten(1).all(1)
-            clip = indices[(~finite).nonzero()[0].item()]
+            clip = clips[(~finite).nonzero()[0].item()]
             raise Refusal(f'{self.name}: the features of clip {clip} are not finite')
-        return z, torch.from_numpy(self.actions[indices])
+        a = torch.from_numpy(self.actions[clips])
+        return (z[0], a[0]) if one else (z, a)
+
+    def read(self, shard, rows):
+        """The features of clips of one Shard, as stored → (len(rows),T,N,D) float16."""
+        shape = tuple(self.manifest['shape'])
+        try:
+            if shard.sha256:
+                return self.read_in_place(shard).reshape(1, *shape)
+            # Not memory-mapped: a map keeps its file open, and a process may open about a thousand.
+            count = math.prod(shape)
+            read = []
+            with open(shard.path, 'rb') as f:
+                for row in rows:
+                    f.seek(shard.offset + 2 * count * int(row))
+                    read.append(np.fromfile(f, np.float16, count).reshape(shape))
+            return np.stack(read)
+        except (EOFError, OSError, ValueError):
+            if shard.sha256:
+                raise Refusal(self.changed(shard.path)) from None
+            raise Refusal(f'{shard.path} is damaged or missing; prepare.py, run as before, repairs it') from None
+
+    def read_in_place(self, shard):
+        """The features in the own file of a clip, whose checksum is compared when it is first read → float16."""
+        if shard.path not in self.compared and sha256(shard.path) != shard.sha256:
+            raise Refusal(self.changed(shard.path))
+        self.compared.add(shard.path)
+        return np.load(shard.path, allow_pickle=False).astype(np.float16)
+
+
+def no_such_split(name, split, manifest):
+    """What to say where a data set has no such split."""
+    words = f'data set {name} has no split {split!r}; it has {", ".join(manifest["splits"])}'
+    domain = split.removeprefix('test_')
+    if domain != split and domain in DOMAINS and manifest['made_from'].get('source') == 'physics':
+        words += (f': it was made before the domain {domain} was added; make it anew (delete {folder_of(name)} and run '
+                  'prepare.py as before, or give prepare.py another --name)')
+    return words
 
 
 def open_split(name, *splits):
@@ -322,7 +421,7 @@ def batch_indices(clips, batch_size, seed, number):
 
 def mean_push(actions):
     """Mean length of the pushes of clips, actions (clips,T,A); 1 where there are none."""
-    sizes = np.linalg.norm(actions[:, 0], axis=1)
+    sizes = np.linalg.norm(actions, axis=-1)
     return float(sizes[sizes > 0].mean()) if sizes.any() else 1.0
 
 
@@ -353,8 +452,21 @@ def explained(x, y):
     return best
 
 
-def progress(items, label, unit='clips'):
-    """Iterate over a sized collection, showing the share done, the rate and the time left on the terminal."""
+def duration(seconds):
+    """A time for the user: 40 s, 12 min or 3.5 h."""
+    if seconds < 100:
+        return f'{seconds:.0f} s'
+    if seconds < 100 * 60:
+        return f'{seconds / 60:.0f} min'
+    return f'{seconds / 3600:.1f} h'
+
+
+def progress(items, label, unit='clips', after=0):
+    """
+    Iterate over a sized collection, showing the share done, the rate and the time left on the terminal.
+
+    after: the number of items that will follow it at the same rate. The time left then counts them, too.
+    """
     terminal = sys.stdout.isatty()
     interval = 0.3 if terminal else 10
     total = len(items)
@@ -368,7 +480,9 @@ def progress(items, label, unit='clips'):
         shown = now
         seconds = now - start
         rate = done / (seconds + 1e-9)
-        time_shown = f'{(total - done) / rate:.0f} s left'
+        time_shown = f'{(total - done + after) / rate:.0f} s left'
+        if after:
+            time_shown += ' in all'
         if last:
             time_shown = f'{seconds:.0f} s'
         line = f'{label:<28} {done:>6}/{total} {done / total:>5.0%} {rate:8.1f} {unit}/s {time_shown}   '

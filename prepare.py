@@ -4,6 +4,7 @@ Prepare features: simulate or import clips, encode them with a frozen encoder, w
     python prepare.py                                           the laptop default: data/slide, a minute or two
     python prepare.py --name=slide256 --size=256 --dim=1024 --clips=1000                    full-size tensors
     python prepare.py --name=mine --source=clips                                           your own clips (README)
+    python prepare.py --name=mine --source=clips --in_place=True             own features, read where they are: no copy
     python prepare.py --name=slide_vitl --encoder=vitl --clips=1000       with V-JEPA 2; downloads its weights once
 
 The split `zoom` is phase A seen from nearer by, where the same motion goes further across the picture than A ever shows.
@@ -13,11 +14,15 @@ After an interruption, the same command goes on where it stopped; a finished set
 other settings, or by other code for the world or the encoder, is refused. data/<name>/clips.png shows clips of each domain,
 data/<name>/displacement.png how far objects slide in A and B.
 """
+import copy
 import functools
+import hashlib
 import itertools
 import json
 import math
 import os
+import shutil
+import tempfile
 import time
 import types
 
@@ -26,9 +31,9 @@ import torch
 import torch.nn.functional as F
 
 import data
-from configurator import Refusal, configure
+from configurator import ROOT, Refusal, configure, read_knobs
 from hope import ActionMemory
-from model import pick_device
+from model import autocast, pick_device
 from support import own_clips, plots
 from support.files import claim, folder_of, intact, parse_manifest, sha256, write_atomically, write_manifest
 from support.made_from import depends_on
@@ -38,6 +43,8 @@ from vjepa2 import MODELS, VideoEncoder, load_vjepa2, official_weights
 name = 'slide'           # data set: data/<name> beside the code, or a folder if it contains a slash
 source = 'physics'       # physics, or a folder of your own clips: <source>/<split>/<clip>, or <source>/<clip> with --split
 split = ''               # own clips by their numbers: train:17000-21999,B:22000-22999,A2:23000-23999; '' = by folder
+content = ''             # own clips: what is taken of them; '' = what they have, if it is one of the two [ | features | pictures]
+in_place = False         # own features: no copy, training reads them where they are
 skip_bad = False         # own clips: leave out what cannot be read, name it and count it
 clips = 30000            # physics: clips in train; fit_B, for the oracle, has a fifth of them [1..]
 test_clips = 600         # physics: clips in val and in each test_<domain> [1..]
@@ -45,13 +52,14 @@ zoom = True              # also phase A seen from nearer by, half as many clips,
 seed = 1                 # of the physics, and of the inverse dynamics that reads the pushes of zoomed clips [0..]
 # how to encode
 size = 0                 # picture size in pixels, a multiple of 16; 0 = 64 for patch, that of the V-JEPA 2 model else [0..]
-encoder = 'patch'        # frozen: low frequencies of each patch, or V-JEPA 2 [patch | vitl | vith | vitg | vitg384 | vitb2.1 | vitl2.1 | vitg2.1 | vitG2.1]
+encoder = ''             # frozen: low frequencies of each patch ('' or patch), or V-JEPA 2 [ | patch | vitl | vith | vitg | vitg384 | vitb2.1 | vitl2.1 | vitg2.1 | vitG2.1]
 dim = 48                 # patch: D, the number of lowest frequencies kept [3..1536]
 weights = ''             # V-JEPA 2: official .pt, .safetensors or Hugging Face folder; '' = download once to torch's cache
 part = ''                # V-JEPA 2: encoder in an official .pt; '' = the published one [ | target_encoder | encoder | ema_encoder]
 encode = 'step'          # V-JEPA 2: each step's own frames, or all at once (then z_1 sees the future) [step | clip]
 # where
 device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
+dtype = 'auto'           # V-JEPA 2 computes in bfloat16 where a GPU has it, or as said here [auto | float32 | bfloat16]
 batch = 32               # clips encoded at once [1..]
 # When this file is imported, as by the tests, the knobs keep their defaults and nothing is done.
 settings = configure(globals()) if __name__ == '__main__' else {}
@@ -110,7 +118,7 @@ def patch_encode(frames, basis):
 
 
 @torch.inference_mode()
-def vjepa2_encode(frames, net, encode):
+def vjepa2_encode(frames, net, encode, dtype):
     """V-JEPA 2: (n,T,N,D), each step's frames encoded alone (encode='step') or the whole clip at once ('clip')."""
     n, count, height, width, _ = frames.shape
     steps = count // data.TUBELET
@@ -125,7 +133,7 @@ def vjepa2_encode(frames, net, encode):
     tokens = video.shape[2] // data.TUBELET * patches
     at_once = max(1, TOKENS // tokens)
     encoded = []
-    with torch.autocast('cuda', torch.bfloat16, enabled=frames.device.type == 'cuda'):
+    with autocast(frames.device, dtype):
         for videos in video.split(at_once):
             encoded.append(net(videos).float())                        # (b,N,D), or (b,T*N,D) for 'clip'
     return torch.cat(encoded).view(n, steps, patches, -1)
@@ -136,7 +144,7 @@ def as_they_are(features):
     return features
 
 
-def load_vjepa2_encoder(encoder, weights, part, size, encode, device):
+def load_vjepa2_encoder(encoder, weights, part, size, encode, device, dtype='auto'):
     """vjepa2_encode with the weights of a file, or the official ones; prints what the user should know about them."""
     path = weights or official_weights(encoder)
     net = load_vjepa2(path, part).to(device)
@@ -146,7 +154,7 @@ def load_vjepa2_encoder(encoder, weights, part, size, encode, device):
             raise Refusal(f'--size={size}: V-JEPA 2.1 needs two rows and two columns of patches, {2 * PATCH} pixels')
     if encode == 'clip':
         print("encode='clip': all frames attend to each other, so z_1 contains the whole clip and a jump from it is easy")
-    return functools.partial(vjepa2_encode, net=net, encode=encode)
+    return functools.partial(vjepa2_encode, net=net, encode=encode, dtype=dtype)
 
 
 # ---- sources -----------------------------------------------------------------------------------------------------------
@@ -155,13 +163,18 @@ def load_vjepa2_encoder(encoder, weights, part, size, encode, device):
 #   domain               the domain that they come from
 #   physics              the dict of arrays of simulate(); empty for own clips
 #   actions(indices)     float32 (n,T,A) of these clips
+#   states(indices)      float32 (n,T,S) of these clips, or None
+#   several_pushes       whether any clip has a push after step 1
 #   content(start, end)  the readable ones among clips start..end-1 as frames (n,F,H,W,3) uint8 or as features (n,T,N,D),
 #                        and the list of their indices
+#   pictures(indices, size)   frames (n,F,size,size,3) of those of these clips that have any, and the list of their indices
 #   example()            the content of one clip, whose shape all others must have
 #   zoomed(zooms)        the Source of so many clips seen from nearer by, clip i by the factor zooms[i]
 
 class PhysicsClips:
     """A Source of simulated clips."""
+
+    several_pushes = False
 
     def __init__(self, split, domain, count, seed, size, device, zooms=1):
         self.count, self.domain, self.seed, self.size, self.device = count, domain, seed, size, device
@@ -177,10 +190,18 @@ class PhysicsClips:
         actions[:, 0] = self.physics['impulse'][indices]
         return actions
 
+    def states(self, indices):
+        """There are none."""
+        return None
+
     def content(self, start, end):
         """Frames (n,F,size,size,3) of clips start..end-1, and their indices."""
-        drawn = {key: values[start:end] for key, values in self.physics.items()}
-        return data.render(drawn, self.size, self.device), list(range(start, end))
+        return self.pictures(list(range(start, min(end, self.count))), self.size)
+
+    def pictures(self, indices, size):
+        """Frames (n,F,size,size,3) of these clips, and their indices."""
+        drawn = {key: values[indices] for key, values in self.physics.items()}
+        return data.render(drawn, size, self.device), indices
 
     def example(self):
         """Frames of the first clip."""
@@ -208,6 +229,42 @@ def save(folder, manifest, file, write):
     manifest['sha256'][file] = sha256(path)
 
 
+def differences(found, wanted):
+    """How two made_from differ, in words for the user."""
+    if found.get('files') != wanted.get('files') and found.get('source') == wanted.get('source'):
+        before, now = found.get('files') or {}, wanted.get('files') or {}
+        if before.get('names') != now.get('names'):
+            return 'own clips that have changed since: files were added, removed or renamed'
+        if before.get('sizes') != now.get('sizes'):
+            return 'own clips that have changed since: files have another size'
+        return 'own clips that have changed since: files were written again'
+    words = []
+    for key in wanted:
+        if found.get(key) == wanted[key] or key in ('clips', 'code', 'constants'):
+            continue
+        words.append(f'{key} = {wanted[key]!r} (was {found.get(key)!r})')
+    if not words and found.get('clips') != wanted['clips']:
+        words.append('other numbers of clips')
+    if not words:
+        words.append('other code of the world or the encoder')
+    return f'other settings: {", ".join(words)}'
+
+
+def check_folder(folder, source):
+    """Raise Refusal for a folder that is not there for a data set alone. source: the folder of own clips."""
+    if folder in (ROOT, os.path.join(ROOT, 'data')):
+        raise Refusal(f'{folder} is no place for a data set; choose another --name')
+    own = os.path.abspath(source)
+    if source != 'physics' and os.path.join(folder, '').startswith(os.path.join(own, '')):
+        raise Refusal(f'{folder} is in the folder of your clips, where it would count as one; choose another --name')
+    if not os.path.isdir(folder) or os.path.exists(os.path.join(folder, 'manifest.json')):
+        return
+    # A run that was killed at its very beginning leaves no more than this.
+    foreign = [file for file in sorted(os.listdir(folder)) if file != 'manifest.json.tmp' and own_clips.visible(file)]
+    if foreign:
+        raise Refusal(f'{folder} exists and is not a data set (it holds {foreign[0]}); choose another --name')
+
+
 def take_over(folder, manifest):
     """
     Claim the folder of a set for this run → the manifest to continue from: the given one for a new set, else that of an
@@ -217,15 +274,21 @@ def take_over(folder, manifest):
     path = os.path.join(folder, 'manifest.json')
     os.makedirs(folder, exist_ok=True)
     if not os.path.exists(path):
-        claim(folder)
+        claim(folder, path)
+        # From now on the folder is known for that of a data set.
+        write_manifest(folder, manifest)
         return manifest
     # Of a run that was killed. claim() removes them.
     half_written = [f.path.removesuffix('.tmp') for f in os.scandir(folder) if f.name.endswith('.tmp')]
     claim(folder, *half_written)
     found = parse_manifest(path)
     if (found['made_from'], found['shape']) != (manifest['made_from'], manifest['shape']):
-        raise Refusal(f'{folder} holds a set made with other settings; choose another --name or delete the folder')
-    damaged = [file for file in found['sha256'] if not intact(folder, found, file)]
+        words = differences(found['made_from'], manifest['made_from'])
+        raise Refusal(f'{folder} holds a set made with {words}; choose another --name or delete the folder')
+    damaged = []
+    for file in data.progress(found['sha256'], 'comparing checksums', 'files'):
+        if not intact(folder, found, file):
+            damaged.append(file)
     if found['complete'] and not damaged:
         return found
     found['complete'] = False
@@ -237,46 +300,71 @@ def take_over(folder, manifest):
     return found
 
 
-def write_split(folder, manifest, split, source, encode_clips, batch, shard_clips):
-    """
-    Encode and write the shards of a split that are still missing, then its actions and physics.
+def clips_done(manifest, split, source, shard_clips):
+    """How many clips of a split have been written, or left out."""
+    return min(source.count, len(manifest['splits'][split]['shards']) * shard_clips)
 
-    encode_clips: content of n clips → features (n,T,N,D). batch: clips encoded at once. Returns the number of clips that
-    were left out; raises Refusal where that is all of them.
+
+def write_split(folder, manifest, split, source, encode_clips, batch, shard_clips, after=0):
+    """
+    Encode and write the shards of a split that are still missing, then its actions, states and physics.
+
+    encode_clips: content of n clips → features (n,T,N,D); None to write lists of files that are read in place. batch: clips
+    encoded at once. after: clips of later splits, for the time left. Returns the number of clips that were left out; raises
+    Refusal where that is all of them, or where the encoder returns what is not finite.
     """
     shards = manifest['splits'][split]['shards']
-    done = min(source.count, len(shards) * shard_clips)
+    done = clips_done(manifest, split, source, shard_clips)
     # Each further next() counts one clip as done.
-    bar = data.progress(range(done, source.count), split)
+    bar = data.progress(range(done, source.count), split, after=after)
     next(bar, None)
     for shard_start in range(done, source.count, shard_clips):
         shard_end = min(shard_start + shard_clips, source.count)
-        # Filled batch by batch. Small arrays, allocated between the encoder's large ones, would keep gigabytes of freed
-        # memory from being returned to the system.
-        z = np.empty((shard_end - shard_start, *manifest['shape']), np.float16)
+        if encode_clips:
+            # Filled batch by batch. Small arrays, allocated between the encoder's large ones, would keep gigabytes of freed
+            # memory from being returned to the system.
+            z = np.empty((shard_end - shard_start, *manifest['shape']), np.float16)
+        listed = []
         kept = []
         for start in range(shard_start, shard_end, batch):
             end = min(start + batch, shard_end)
-            content, readable = source.content(start, end)
-            if readable:
-                features = encode_clips(content).half().cpu().numpy()
-                z[len(kept):len(kept) + len(readable)] = features
+            if encode_clips:
+                content, readable = source.content(start, end)
+                if readable:
+                    z[len(kept):len(kept) + len(readable)] = to_store(encode_clips, content, f'{split}, from clip {start} on')
+            else:
+                entries, readable = source.listed(start, end)
+                listed += entries
             kept += readable
             for _ in range(start, end):
                 next(bar, None)
-        file = f'{split}_{len(shards):05d}.npy'
-        save(folder, manifest, file, lambda f: np.save(f, z[:len(kept)]))
+        if encode_clips:
+            file = f'{split}_{len(shards):05d}.npy'
+            save(folder, manifest, file, lambda f: np.save(f, z[:len(kept)]))
+        else:
+            file = f'{split}_{len(shards):05d}.json'
+            save(folder, manifest, file, lambda f: f.write(json.dumps(listed, indent=1).encode()))
         left_out = sorted(set(range(shard_start, shard_end)) - set(kept))
         shards.append({'file': file, 'clips': len(kept), 'skipped': left_out})
         write_manifest(folder, manifest)
     kept = kept_clips(manifest, split, source)
     if not kept:
         raise Refusal(f'split {split}: none of its {source.count} clips can be read')
-    actions = source.actions(kept)
+    actions, states = source.actions(kept), source.states(kept)
     save(folder, manifest, f'{split}_actions.npy', lambda f: np.save(f, actions))
+    if states is not None:
+        save(folder, manifest, f'{split}_states.npy', lambda f: np.save(f, states))
     if source.physics:
         save(folder, manifest, f'{split}_physics.npz', lambda f: np.savez(f, **source.physics))
     return source.count - len(kept)
+
+
+def to_store(encode_clips, content, where):
+    """The features of content, as they are stored → numpy (n,T,N,D) float16; raises Refusal where they are not finite."""
+    z = encode_clips(content).half().cpu().numpy()
+    if not np.isfinite(z).all():
+        raise Refusal(f'split {where}: the encoder returns features that are not finite in float16; are its weights whole?')
+    return z
 
 
 def kept_clips(manifest, split, source):
@@ -285,43 +373,33 @@ def kept_clips(manifest, split, source):
     return [index for index in range(source.count) if index not in skipped]
 
 
-def stored(folder, manifest, clips, steps):
-    """The first clips of train as they were stored, layer-normed as in data.Split → (n,steps,N,D) float32."""
-    arrays = []
-    missing = clips
-    for shard in manifest['splits']['train']['shards']:
-        z = np.load(os.path.join(folder, shard['file']), mmap_mode='r')[:missing, :steps]
-        arrays.append(z)
-        missing -= len(z)
-        if missing == 0:
-            break
-    z = np.concatenate(arrays)
-    return F.layer_norm(torch.from_numpy(z).float(), z.shape[-1:])
-
-
-def fit_decoder(folder, manifest, source, device):
+def fit_decoder(train, kept, source, device):
     """
-    Least squares from layer-normed features to a tubelet's pixels → float32 (D+1, 3*512), the last row the bias.
+    Least squares from layer-normed features to a tubelet's pixels → float32 (D+1, 3*512), the last row the bias; None where
+    no pictures are there. data.pictures turns predicted features back into pictures with it, for any encoder.
 
-    data.pictures turns predicted features back into pictures with it, for any encoder. source: that of train.
+    train: a data.Split; source: its Source; kept: the index in the Source of each clip.
     """
-    xx = xy = 0
-    done = 0
-    steps = manifest['shape'][0]
-    first_shard = manifest['splits']['train']['shards'][0]
-    z = stored(folder, manifest, min(512, first_shard['clips']), steps)
-    tried = first_shard['clips'] + len(first_shard['skipped'])
-    for start in range(0, tried, 32):
-        if done == len(z):
-            break
-        frames, _ = source.content(start, min(start + 32, tried))
-        frames = frames[:len(z) - done]
-        x = F.pad(z[done:done + len(frames)].to(device), (0, 1), value=1.0)             # (n,T,N,D+1)
+    T, N, _ = train.manifest['shape']
+    size = PATCH * math.isqrt(N)
+    # So many steps' patches are enough, and so many fit into memory at once.
+    clips = min(512, max(1, 2**16 // (T * N)), len(kept))
+    at_once = min(32, max(1, 2**12 // (T * N)))
+    xx = xy = fitted = 0
+    for start in range(0, clips, at_once):
+        indices = kept[start:min(start + at_once, clips)]
+        frames, readable = source.pictures(indices, size)
+        if not readable:
+            continue
+        z, _ = train[[start + indices.index(index) for index in readable]]
+        x = F.pad(z.to(device), (0, 1), value=1.0)                                      # (n,T,N,D+1)
         x = x.flatten(0, 2).double()                                                    # (n*T*N,D+1)
         y = data.tubelets(frames, PATCH).flatten(3).flatten(0, 2).double()              # (n*T*N,3*512)
         xx = xx + x.T @ x
         xy = xy + x.T @ y
-        done += len(frames)
+        fitted += len(readable)
+    if not fitted:
+        return None
     ridge = 1e-6 * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
     return torch.linalg.solve(xx + ridge, xy).float().cpu().numpy()
 
@@ -336,39 +414,58 @@ def zoom_levels(clips):
     return 1 + np.arange(clips) * ZOOMS // clips
 
 
-def why_not_zoomed(train, shape, encode_clips):
-    """Why no clips can be zoomed in, in words; '' where they can. train: its Source; shape: [T, N, D]."""
-    if encode_clips is as_they_are:
+def why_not_zoomed(train, shape, content):
+    """Why no clips can be zoomed in, in words; '' where they can. train: its Source; shape: [T, N, D]; content: of one clip."""
+    if content.dtype != torch.uint8:
         return 'imported features cannot be cropped'
     if train.count < FEWEST_CLIPS:
         return f'train has fewer than {FEWEST_CLIPS} clips'
     if shape[0] < 3:
         return 'its clips have fewer than three steps'
+    if train.several_pushes:
+        return 'clips with several pushes cannot be zoomed in on'
+    if train.states([0]) is not None:
+        return 'clips with states cannot be zoomed in on'
     return ''
+
+
+def new_inverse(shape, numbers, seed, device):
+    """An untrained ActionMemory for features of shape [T, N, D] and pushes of so many numbers, and its optimiser."""
+    steps, patches, dim = shape
+    side = math.isqrt(patches)
+    # Not model.Sizes: with a new default there, every data set would count as made by other code.
+    sizes = types.SimpleNamespace(steps=steps, grid=[side, side], feature_dim=dim, action_dim=numbers)
+    torch.manual_seed(seed)
+    memory = ActionMemory(sizes).to(device)
+    return memory, torch.optim.AdamW(memory.parameters(), lr=2e-3, betas=(0.9, 0.99))
+
+
+def inverse_step(memory, optimizer, z, a):
+    """One step of training an ActionMemory on clips z (B,T,N,D) and actions a (B,T,A)."""
+    loss = memory.loss(z, a)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(memory.parameters(), 1.0)
+    optimizer.step()
+
+
+def inverse_batches(clips):
+    """On how many batches the inverse dynamics is trained, with so many clips of train."""
+    return min(INVERSE_BATCHES, 2 * clips)
 
 
 def train_inverse(train, seed, device):
     """An ActionMemory whose inverse dynamics was trained on a data.Split, of phase A alone."""
-    steps, _, dim = train.manifest['shape']
-    # Not model.Sizes: with a new default there, every data set would count as made by other code.
-    sizes = types.SimpleNamespace(steps=steps, grid=train.manifest['grid'], feature_dim=dim,
-                                  action_dim=train.actions.shape[-1])
-    torch.manual_seed(seed)
-    memory = ActionMemory(sizes).to(device)
+    memory, optimizer = new_inverse(train.manifest['shape'], train.actions.shape[-1], seed, device)
     memory.scale.fill_(data.mean_push(train.actions))
-    optimizer = torch.optim.AdamW(memory.parameters(), lr=2e-3, betas=(0.9, 0.99))
-    batches = min(INVERSE_BATCHES, 2 * len(train))
+    batches = inverse_batches(len(train))
     for i in data.progress(range(batches), 'inverse dynamics', 'batches'):
         warmup = min(1, (i + 1) / (0.04 * batches))
         decay = min(1, (batches - i) / (0.7 * batches))
         for group in optimizer.param_groups:
             group['lr'] = 2e-3 * warmup * decay
         z, a = train[data.batch_indices(len(train), INVERSE_CLIPS, seed, i)]
-        loss = memory.loss(z.to(device), a.to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(memory.parameters(), 1.0)
-        optimizer.step()
+        inverse_step(memory, optimizer, z.to(device), a.to(device))
     return memory
 
 
@@ -413,31 +510,40 @@ def zoomed_pushes(memory, M, pushes, levels):
     return zoomed
 
 
-def write_zoomed_pushes(folder, manifest, source, seed, device):
-    """Replace the actions of the split `zoom`, which are the pushes that were given, by those that its clips look like."""
-    train = data.Split(folder, 'train', manifest=manifest)
-    clips = data.Split(folder, 'zoom', manifest=manifest)
-    val = data.Split(folder, 'val', manifest=manifest)
+def pushes_of_zoomed(train, clips, levels, seed, device):
+    """
+    The pushes that zoomed clips look like, read with an inverse dynamics that is trained on `train` → (pushes (n,A) float64,
+    M (A,2A), the ActionMemory). train, clips: data.Splits, clips with the pushes that were given; levels (n,) int.
+    """
     memory = train_inverse(train, seed, device)
-    share = share_read(memory, val, device)
-    levels = torch.from_numpy(zoom_levels(source.count)[kept_clips(manifest, 'zoom', source)])
     given = torch.from_numpy(clips.actions[:, 0]).double()
     size = given.norm(dim=1)
     # Harder pushes look like none that A showed.
     hardest = np.linalg.norm(train.actions[:, 0], axis=1).max() / ZOOM ** 1.5
     readable = ((levels == 1) & (size <= hardest)).nonzero()[:, 0]
     seen = read_pushes(memory, clips, readable, device).double()
-    memory = memory.cpu().double()
-    M = association(memory, given[readable], seen)
+    exact = copy.deepcopy(memory).cpu().double()
+    M = association(exact, given[readable], seen)
+    return zoomed_pushes(exact, M, given, levels), M, memory
+
+
+def write_zoomed_pushes(folder, manifest, source, seed, device):
+    """Replace the actions of the split `zoom`, which are the pushes that were given, by those that its clips look like."""
+    train = data.Split(folder, 'train', manifest=manifest)
+    clips = data.Split(folder, 'zoom', manifest=manifest)
+    val = data.Split(folder, 'val', manifest=manifest)
+    levels = torch.from_numpy(zoom_levels(source.count)[kept_clips(manifest, 'zoom', source)])
+    pushes, M, memory = pushes_of_zoomed(train, clips, levels, seed, device)
+    share = share_read(memory, val, device)
     manifest['zoom'] = {'factor': ZOOM, 'M': M.tolist(), 'share_read': share}
-    pushes = zoomed_pushes(memory, M, given, levels)
     actions = np.zeros_like(clips.actions)
     actions[:, 0] = pushes.numpy()
     save(folder, manifest, 'zoom_actions.npy', lambda f: np.save(f, actions))
+    size = np.linalg.norm(clips.actions[:, 0], axis=1)
     gains = []
     for level in range(1, ZOOMS + 1):
-        members = levels == level
-        gain = pushes[members].norm(dim=1).mean() / size[members].mean()
+        members = (levels == level).numpy()
+        gain = np.linalg.norm(pushes[members], axis=1).mean() / size[members].mean()
         gains.append(f'{gain:.2f}')
     print(f'zoomed clips: pushes read x {", ".join(gains)} (mean) of what was given')
     if share < LEAST_READ:
@@ -455,13 +561,18 @@ def print_read_out(folder, manifest, position):
     z_1 from the future.
     """
     _, patches, dim = manifest['shape']
+    train = data.Split(folder, 'train', manifest=manifest)
     # At most 512 MiB of float32.
-    clips = min(1600, 2**27 // (patches * dim))
-    z_1 = stored(folder, manifest, clips, 1)
-    position = position[:len(z_1)]
+    clips = min(1600, 2**27 // (patches * dim), len(train))
+    first_steps = []
+    for start in range(0, clips, 32):
+        z, _ = train[start:min(start + 32, clips)]
+        first_steps.append(z[:, 0].clone())
+    z_1 = torch.cat(first_steps)
+    position = position[:clips]
     displacement = torch.from_numpy(position[:, -1] - position[:, 0])
     explained = data.explained(z_1.flatten(1), displacement)
-    print(f'z_1 alone explains {explained:.0%} of the displacement (linear read-out, {len(z_1):,} clips left out in turn)')
+    print(f'z_1 alone explains {explained:.0%} of the displacement (linear read-out, {clips:,} clips left out in turn)')
 
 
 def draw_pictures(folder, clips, seed):
@@ -487,25 +598,51 @@ def draw_pictures(folder, clips, seed):
     plots.draw_displacement(os.path.join(folder, 'displacement.png'), slid['A'], slid['B'])
 
 
-# ---- the run -----------------------------------------------------------------------------------------------------------
+# ---- before the run ------------------------------------------------------------------------------------------------------
 
-def check_settings(size, source, split):
+def refuse_given(settings, knobs, why):
+    """Raise Refusal where one of these knobs has another value than its default: it would be ignored."""
+    defaults = {name: default for name, default, _, _ in read_knobs(os.path.join(ROOT, 'prepare.py'))}
+    for knob in knobs:
+        if settings[knob] != defaults[knob]:
+            raise Refusal(f'--{knob}={settings[knob]}: {why}')
+
+
+def check_settings(settings):
     """Raise Refusal for settings that do not go together."""
-    if size % PATCH:
-        raise Refusal(f'--size={size}: must be a multiple of {PATCH}')
-    if split and source == 'physics':
-        raise Refusal(f'--split={split}: is for clips of your own; name their folder with --source')
+    check_folder(os.path.normpath(folder_of(settings['name'])), settings['source'])
+    if settings['size'] % PATCH:
+        raise Refusal(f'--size={settings["size"]}: must be a multiple of {PATCH}')
+    if settings['source'] == 'physics':
+        refuse_given(settings, ('split', 'content', 'in_place', 'skip_bad'),
+                     'is for clips of your own; name their folder with --source')
+    else:
+        refuse_given(settings, ('clips', 'test_clips'), 'is for the built-in physics, not for --source')
+    if settings['content'] == 'features':
+        check_for_features(settings)
+    elif settings['content'] == 'pictures' and settings['in_place']:
+        raise Refusal('--in_place=True: is for features; pictures must be encoded')
+    if settings['encoder'] in MODELS:
+        refuse_given(settings, ('dim',), f'is for the patch encoder; {settings["encoder"]} has a size of its own')
+    else:
+        refuse_given(settings, ('weights', 'part', 'encode', 'dtype'), 'is for V-JEPA 2; choose one with --encoder')
+
+
+def check_for_features(settings):
+    """Raise Refusal for settings that are of no use where own features are imported."""
+    refuse_given(settings, ('encoder', 'weights', 'part', 'encode', 'dtype', 'dim', 'size', 'seed'),
+                 'features are taken as they are, so nothing is encoded; choose --content=pictures to encode pictures')
 
 
 def code_of_set(encoder, sources):
     """The functions and classes that the files of a set depend on. made_from.depends_on follows the names in them."""
-    code = [type(sources['train'])]
+    code = [type(sources['train']), fit_decoder]
     if encoder == 'patch':
-        code += [cosine_basis, patch_encode, fit_decoder]
+        code += [cosine_basis, patch_encode]
     elif encoder != 'none':
-        code += [vjepa2_encode, VideoEncoder, fit_decoder]
+        code += [vjepa2_encode, VideoEncoder]
     if 'zoom' in sources:
-        code += [write_zoomed_pushes]
+        code += [pushes_of_zoomed, share_read]
     return code
 
 
@@ -519,58 +656,156 @@ def new_manifest(shape, sources, made_from):
             'patch': PATCH, 'sha256': {}, 'splits': splits}
 
 
+def check_room(folder, needed):
+    """Free bytes where a folder is or will be. needed: bytes of the whole set; raises Refusal where they do not fit."""
+    there = 0
+    if os.path.isdir(folder):
+        there = sum(entry.stat().st_size for entry in os.scandir(folder))
+    place = folder
+    while not os.path.isdir(place):
+        place = os.path.dirname(place)
+    free = shutil.disk_usage(place).free
+    if needed - there > free:
+        raise Refusal(f'{folder}: the set takes {gibibytes(needed - there)} and {gibibytes(free)} are free; make room, choose '
+                      'a --name on another disk, or with own features --in_place=True')
+    return free
+
+
+def gibibytes(count):
+    """A number of bytes for the user."""
+    return f'{count / 2**30:.1f} GiB' if count >= 2**30 / 10 else f'{count / 2**20:.1f} MiB'
+
+
+def seconds_per_clip(folder, source, encode_clips, batch):
+    """Measured on one batch: reading or rendering, encoding, writing and comparing. encode_clips: None for in place."""
+    count = min(batch, source.count)
+    began = time.time()
+    if encode_clips is None:
+        source.listed(0, count)
+        return (time.time() - began) / count
+    # The first call of an encoder takes longer than the others.
+    encode_clips(source.example())
+    began = time.time()
+    encode_clips(source.example())
+    # A whole batch, unless that would take long.
+    if (time.time() - began) * count > 10:
+        count = 1
+    began = time.time()
+    content, readable = source.content(0, count)
+    if not readable:
+        return 0
+    z = to_store(encode_clips, content, 'train')
+    # Not seen by anybody, and gone with this process.
+    with tempfile.TemporaryFile(dir=folder) as f:
+        np.save(f, z)
+        f.flush()
+        os.fsync(f.fileno())
+    hashlib.sha256(z)
+    return (time.time() - began) / count
+
+
+def seconds_of_inverse(train, shape, seed, device):
+    """What training the inverse dynamics will take, measured on one batch of noise. train: its Source; shape: [T, N, D]."""
+    numbers = train.actions([0]).shape[-1]
+    memory, optimizer = new_inverse(shape, numbers, seed, device)
+    z = torch.randn(INVERSE_CLIPS, *shape, device=device)
+    a = torch.randn(INVERSE_CLIPS, shape[0], numbers, device=device)
+    for _ in range(2):
+        began = time.time()
+        inverse_step(memory, optimizer, z, a)
+        if z.device.type == 'cuda':
+            torch.cuda.synchronize()
+    return (time.time() - began) * inverse_batches(train.count)
+
+
+def print_plan(folder, manifest, sources, encode_clips, batch, seed, device, needed, free):
+    """Print what will be made, how long that takes and how much room. needed, free: bytes."""
+    shape = manifest['shape']
+    todo = 0
+    for split, source in sources.items():
+        todo += source.count - clips_done(manifest, split, source, shard_size(shape))
+    train = sources['train']
+    seconds = todo * seconds_per_clip(folder, train, encode_clips, batch)
+    if 'zoom' in sources:
+        seconds += seconds_of_inverse(train, shape, seed, device)
+    total = sum(source.count for source in sources.values())
+    room = f'{gibibytes(needed)} on disk' if needed else 'no copy'
+    print(f'{folder}: {total:,} clips of {shape[0]} steps x {shape[1]} patches x {shape[2]}: about '
+          f'{data.duration(seconds)} and {room} ({gibibytes(free)} free)', flush=True)
+
+
+# ---- the run -----------------------------------------------------------------------------------------------------------
+
+def shard_size(shape):
+    """Clips per shard; shape: [T, N, D]."""
+    return max(1, SHARD_BYTES // (2 * math.prod(shape)))
+
+
 def write_set(folder, manifest, sources, encode_clips, batch, seed, device):
     """Write what is missing of a set; returns the number of clips that were left out. See write_split."""
-    clip_bytes = 2 * math.prod(manifest['shape'])
-    shard_clips = max(1, SHARD_BYTES // clip_bytes)
+    shard_clips = shard_size(manifest['shape'])
+    after = sum(source.count - clips_done(manifest, split, source, shard_clips) for split, source in sources.items())
     skipped = 0
     for split, source in sources.items():
-        left_out = write_split(folder, manifest, split, source, encode_clips, batch, shard_clips)
+        after -= source.count - clips_done(manifest, split, source, shard_clips)
+        left_out = write_split(folder, manifest, split, source, encode_clips, batch, shard_clips, after)
         # Own clips that are zoomed in are those of train once more.
         if split != 'zoom':
             skipped += left_out
     if 'zoom' in sources:
         write_zoomed_pushes(folder, manifest, sources['zoom'], seed, device)
-    if encode_clips is not as_they_are:
+    train = data.Split(folder, 'train', manifest=manifest)
+    decoder = fit_decoder(train, kept_clips(manifest, 'train', sources['train']), sources['train'], device)
+    if decoder is None:
+        print('no pictures beside the features: predictions will not be shown as pictures')
+    else:
         manifest['decoder'] = 'decoder.npy'
-        decoder = fit_decoder(folder, manifest, sources['train'], device)
         save(folder, manifest, 'decoder.npy', lambda f: np.save(f, decoder))
     return skipped
 
 
 if __name__ == '__main__':
+    check_settings(settings)
     device = pick_device(device)
     official = MODELS.get(encoder)
     if official:
         size = size or official.pixels
         part = part or official.part
     size = size or 64
-    check_settings(size, source, split)
 
     # The clips
+    files, left_out = None, 0
     if source == 'physics':
         sources = physics_sources(clips, test_clips, seed, size, device)
     else:
         short = size
-        if encoder != 'patch':
+        if official:
             # V-JEPA 2 was trained on the middle of pictures whose short side is 256/224 of the crop.
             short = int(size * 256 / 224)
         crop = own_clips.Crop(size, short, data.TUBELET)
-        sources = own_clips.open_sources(source, split, crop, skip_bad, device)
+        sources, files, left_out = own_clips.open_sources(source, split, content, crop, skip_bad, device)
 
     # The encoder
     example = sources['train'].example()
     if example.dtype != torch.uint8:
+        check_for_features(settings)
         encoder, encode_clips = 'none', as_they_are
-    elif encoder == 'patch':
-        encode_clips = functools.partial(patch_encode, basis=cosine_basis(dim).to(device))
+        print(f'content: features of {tuple(example.shape[1:])}, taken as they are')
     else:
-        encode_clips = load_vjepa2_encoder(encoder, weights, part, size, encode, device)
+        if in_place:
+            raise Refusal(f'--in_place=True: is for features; {source} has pictures, which must be encoded')
+        encoder = encoder or 'patch'
+        if source != 'physics':
+            print(f"content: pictures of {sources['train'].picture_size()}, encoded by {encoder}")
+        if official:
+            encode_clips = load_vjepa2_encoder(encoder, weights, part, size, encode, device, dtype)
+        else:
+            encode_clips = functools.partial(patch_encode, basis=cosine_basis(dim).to(device))
     shape = list(encode_clips(example).shape[1:])                      # T, N, D
 
     # Phase A seen from nearer by
     if zoom:
-        obstacle = why_not_zoomed(sources['train'], shape, encode_clips)
+        obstacle = why_not_zoomed(sources['train'], shape, example)
         if obstacle:
             print(f'no zoomed clips: {obstacle}; far motion is then not taught')
         else:
@@ -579,17 +814,23 @@ if __name__ == '__main__':
     # What the set is made from. A set that was made from anything else is refused.
     counts = {key: sources[key].count for key in sources}
     code = depends_on(code_of_set(encoder, sources))
-    made_from = {'source': source, 'split': split, 'encoder': encoder, 'encode': encode, 'weights': weights, 'part': part,
-                 'seed': seed, 'size': size, 'skip_bad': skip_bad, 'zoom': zoom, 'clips': counts, **code}
+    made_from = {'source': source, 'split': split, 'content': content, 'in_place': in_place, 'encoder': encoder,
+                 'encode': encode, 'weights': weights, 'part': part, 'dtype': dtype, 'seed': seed, 'size': size,
+                 'skip_bad': skip_bad, 'zoom': zoom, 'files': files, 'clips': counts, **code}
     # As it is read back from JSON, where tuples are lists.
     made_from = json.loads(json.dumps(made_from))
     folder = folder_of(name)
-    manifest = take_over(folder, new_manifest(shape, sources, made_from))
+    manifest = new_manifest(shape, sources, made_from)
+    if in_place:
+        encode_clips = None
+    needed = 0 if in_place else sum(counts.values()) * 2 * math.prod(shape)
+    free = check_room(folder, needed)
+    manifest = take_over(folder, manifest)
     if manifest['complete']:
         print(f'{folder} is complete and undamaged; nothing to do')
         raise SystemExit
 
-    print(f'{folder}: {sum(counts.values()):,} clips of {shape[0]} steps x {shape[1]} patches x {shape[2]}')
+    print_plan(folder, manifest, sources, encode_clips, batch, seed, device, needed, free)
     began = time.time()
     skipped = write_set(folder, manifest, sources, encode_clips, batch, seed, device)
     if source == 'physics':
@@ -601,5 +842,5 @@ if __name__ == '__main__':
     if source == 'physics':
         message += f'; pictures: {folder}/clips.png'
     if skip_bad:
-        message += f'; {skipped} clips skipped'
+        message += f'; {left_out + skipped} clips skipped'
     print(message)

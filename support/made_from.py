@@ -36,6 +36,21 @@ def code_of(function):
     return tree
 
 
+def written(node):
+    """A syntax tree as text, the same in every version of Python: ast.unparse and ast.dump differ between versions."""
+    if isinstance(node, list):
+        items = [written(item) for item in node]
+        return f'[{", ".join(items)}]'
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = []
+    for name, value in ast.iter_fields(node):
+        # A later version has more fields. They are empty unless its syntax is used.
+        if value is not None and value != []:
+            fields.append(f'{name}={written(value)}')
+    return f'{type(node).__name__}({", ".join(fields)})'
+
+
 def names_in(tree, module):
     """The names that code of a module uses → pairs (module, name). `data.GRAVITY` gives (data, 'GRAVITY')."""
     for node in ast.walk(tree):
@@ -62,7 +77,7 @@ def depends_on(functions):
         if function in code:
             continue
         tree = code_of(function)
-        code[function] = ast.unparse(tree)
+        code[function] = written(tree)
         for module, name in names_in(tree, sys.modules[function.__module__]):
             value = getattr(module, name, None)
             if is_ours(value):

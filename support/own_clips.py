@@ -1,15 +1,18 @@
 """
 Own clips: the folders and files that they come in. No code in a file is run, and a bad file is refused by its name.
 
-    <clip>/actions_states/actions.npy, or <clip>/actions.npy   (rows,A), the impulse in its first non-zero row
+    <clip>/actions_states/actions.npy, or <clip>/actions.npy   (rows,A): one push in any row, or a push per step
+    <clip>/actions_states/states.npy, or <clip>/states.npy     (T,S), or a row per frame; all clips have it, or none has
     <clip>/feature_maps/<any>.npy                              features, (T*256,D) or (T,N,D), float16 or float32
-    <clip>/rgb/frame_00001.png, ...                            or an unbroken row of pictures
+    <clip>/rgb/frame_00001.png, ...                            or an unbroken row of pictures, all PNG or all JPEG
     <clip>/<any>.npy                                           or pictures, (frames,height,width,3) uint8
     <clip>/<any>.mp4, .avi, .mov, .mkv or .webm                or a video file
 
-The splits are folders, <source>/<split>/<clip>, or ranges of the numbers at the end of the clips' names. To add a layout,
-change read_content; to read other files of actions, change read_actions.
+The splits are folders, <source>/<split>/<clip>, or ranges of the numbers at the end of the clips' names. Everything that can
+be told without reading a clip's content is checked before the first one is read. To add a layout, change contents(),
+count_frames() and read_frames(); to read other files of actions, change read_actions().
 """
+import hashlib
 import os
 import re
 from dataclasses import dataclass, replace
@@ -19,8 +22,11 @@ import torch
 import torch.nn.functional as F
 
 from configurator import Refusal
+from support.files import sha256
 
 VIDEOS = '.mp4', '.avi', '.mov', '.mkv', '.webm'
+PICTURES = '.png', '.jpg', '.jpeg'
+ARCHIVES = '.zip', '.tar', '.tar.gz', '.tgz', '.7z', '.rar'
 # Patches per step of features that are stored as (T*PATCHES,D)
 PATCHES = 256
 # Grey levels, 0..255; pictures that change by less show nothing that moves.
@@ -29,41 +35,67 @@ NOISE = 16
 
 # ---- files -------------------------------------------------------------------------------------------------------------
 
+def visible(name):
+    """Whether a name is the user's own: not .DS_Store, .ipynb_checkpoints, __MACOSX, @eaDir or $RECYCLE.BIN."""
+    return not name.startswith(('.', '__', '@', '$'))
+
+
 def number_of(path):
     """The number at the end of a name (clip_00017 → 17), or None."""
     digits = re.search(r'(\d+)$', os.path.splitext(os.path.basename(path))[0])
     return int(digits[1]) if digits else None
 
 
-def only(folder, files, what):
-    """The path of the only one of these files; raises Refusal that names the folder where there are none or several."""
-    if len(files) != 1:
-        raise Refusal(f'{folder}: has {len(files)} {what}')
-    return os.path.join(folder, files[0])
+def one_line(error):
+    """The message of an exception, short and on one line."""
+    return ' '.join(str(error).split())[:200]
 
 
 def read_array(path):
     """A .npy file, memory-mapped; raises Refusal that names it."""
     try:
-        return np.load(path, mmap_mode='r', allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise Refusal(f'{path}: not a readable .npy file ({error})') from None
+        array = np.load(path, mmap_mode='r', allow_pickle=False)
+    # A damaged header can raise a dozen kinds of exceptions, such as those of Python's tokenizer.
+    except Exception as error:
+        raise Refusal(f'{path}: not a readable .npy file ({one_line(error)})') from None
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise Refusal(f'{path}: not a readable .npy file (it is an archive, as np.savez writes)')
+    return array
+
+
+def open_picture(path):
+    """A .png or .jpg file as a picture of Pillow, of which only the header is read."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise Refusal(f'{path}: pictures need the package: pip install pillow') from None
+    try:
+        return Image.open(path, formats=['PNG', 'JPEG'])
+    # As for .npy files: a damaged file can raise anything.
+    except Exception as error:
+        raise Refusal(f'{path}: not a readable picture ({one_line(error)})') from None
 
 
 def read_picture(path):
-    """A .png file → (H,W,3) uint8; raises Refusal that names it."""
-    # Installed with matplotlib.
-    from PIL import Image
-    try:
-        with Image.open(path, formats=['PNG']) as picture:
-            return np.asarray(picture.convert('RGB'))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Refusal(f'{path}: not a readable picture ({error})') from None
+    """A .png or .jpg file → (H,W,3) uint8. Transparency is left out; of 16 bits the upper 8 are taken. Raises Refusal."""
+    with open_picture(path) as picture:
+        try:
+            if not picture.mode.startswith('I'):
+                return np.asarray(picture.convert('RGB'))
+            # Grey of 16 bits, of which Pillow would make white.
+            grey = (np.asarray(picture) >> 8).astype(np.uint8)
+        except Exception as error:
+            raise Refusal(f'{path}: not a readable picture ({one_line(error)})') from None
+    return np.stack([grey, grey, grey], axis=-1)
 
 
-def read_pictures(folder):
-    """A folder of pictures with consecutive numbers → frames (F,H,W,3) uint8."""
-    names = [name for name in os.listdir(folder) if name.endswith('.png')]
+def picture_names(folder):
+    """The names of the pictures in a folder, in the order of their numbers, which must be consecutive."""
+    names = [name for name in os.listdir(folder) if visible(name) and name.lower().endswith(PICTURES)]
+    png = [name for name in names if name.lower().endswith('.png')]
+    if 0 < len(png) < len(names):
+        raise Refusal(f'{folder}: has PNG and JPEG pictures; keep one of the two')
     numbered = names and None not in map(number_of, names)
     if numbered:
         names.sort(key=number_of)
@@ -71,6 +103,12 @@ def read_pictures(folder):
         numbered = [number_of(name) for name in names] == list(range(first, first + len(names)))
     if not numbered:
         raise Refusal(f'{folder}: holds no unbroken row of numbered pictures (frame_00001.png, frame_00002.png, ...)')
+    return names
+
+
+def read_pictures(folder):
+    """A folder of pictures with consecutive numbers → frames (F,H,W,3) uint8."""
+    names = picture_names(folder)
     frames = []
     for name in names:
         path = os.path.join(folder, name)
@@ -80,47 +118,85 @@ def read_pictures(folder):
     return np.stack(frames)
 
 
-def read_video_file(path):
-    """A video file → frames (F,H,W,3) uint8."""
+def import_av(path):
+    """The module that decodes video files."""
     try:
         import av
     except ImportError:
         raise Refusal(f'{path}: video files need the package: pip install av') from None
+    return av
+
+
+def read_video_file(path):
+    """A video file → frames (F,H,W,3) uint8."""
+    av = import_av(path)
     try:
         with av.open(path) as container:
             frames = [frame.to_ndarray(format='rgb24') for frame in container.decode(video=0)]
-        return np.stack(frames)
     except (av.error.FFmpegError, ValueError, IndexError) as error:
-        raise Refusal(f'{path}: not a readable video ({error})') from None
+        raise Refusal(f'{path}: not a readable video ({one_line(error)})') from None
+    if not frames:
+        raise Refusal(f'{path}: a video without frames')
+    if len({frame.shape for frame in frames}) > 1:
+        raise Refusal(f'{path}: the size of its frames changes')
+    return np.stack(frames)
+
+
+def read_video_array(path):
+    """A .npy file of pictures, memory-mapped (F,H,W,3) uint8."""
+    frames = read_array(path)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape or frames.dtype != np.uint8:
+        raise Refusal(f'{path}: must be (frames,height,width,3) uint8, not {frames.shape} {frames.dtype}')
+    return frames
 
 
 def read_frames(path):
     """Frames (F,H,W,3) uint8 of a .npy array, a folder of numbered pictures, or a video file."""
     if os.path.isdir(path):
         return read_pictures(path)
-    if not path.endswith('.npy'):
-        return read_video_file(path)
-    frames = read_array(path)
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
-        raise Refusal(f'{path}: must be (frames,height,width,3) uint8, not {frames.shape} {frames.dtype}')
-    return np.array(frames)
+    if path.endswith('.npy'):
+        return np.array(read_video_array(path))
+    return read_video_file(path)
 
 
-def read_features(path):
-    """A .npy file of features, (T*256,D) or (T,N,D), float16 or float32 → (T,N,D) float16."""
+def count_frames(path):
+    """
+    The number of frames at a path and their (height, width), from names and headers only; None and None for a video file,
+    whose header cannot be trusted.
+    """
+    if os.path.isdir(path):
+        names = picture_names(path)
+        with open_picture(os.path.join(path, names[0])) as picture:
+            return len(names), picture.size[::-1]
+    if path.endswith('.npy'):
+        shape = read_video_array(path).shape
+        return shape[0], shape[1:3]
+    import_av(path)
+    return None, None
+
+
+def map_features(path):
+    """A .npy file of features, (T*256,D) or (T,N,D), float16 or float32, memory-mapped → (T,N,D)."""
     z = read_array(path)
     whole_steps = z.ndim == 3 or (z.ndim == 2 and len(z) % PATCHES == 0)
     if z.dtype not in (np.float16, np.float32) or 0 in z.shape or not whole_steps:
         raise Refusal(f'{path}: must be (T*256,D) or (T,N,D), float16 or float32, not {z.shape} {z.dtype}')
     if z.ndim == 2:
-        z = z.reshape(-1, PATCHES, z.shape[-1])                        # (T,N,D)
-    z = torch.from_numpy(np.array(z)).half()
-    if not torch.isfinite(z).all():
-        raise Refusal(f'{path}: has values that are not finite in float16')
+        z = z.reshape(-1, PATCHES, z.shape[-1])
     return z
 
 
-# ---- one clip ----------------------------------------------------------------------------------------------------------
+def read_features(path):
+    """A .npy file of features → (T,N,D) float16."""
+    # What is too large for float16 becomes infinite, and is refused.
+    with np.errstate(over='ignore'):
+        z = map_features(path).astype(np.float16)
+    if not np.isfinite(z).all():
+        raise Refusal(f'{path}: has values that are not finite in float16')
+    return torch.from_numpy(z)
+
+
+# ---- pictures become square ----------------------------------------------------------------------------------------------
 
 @dataclass
 class Crop:
@@ -190,71 +266,171 @@ def resize_and_crop(frames, crop):
     return x.clamp(0, 255).round().byte().permute(0, 2, 3, 1)          # (F,size,size,3)
 
 
-def read_content(folder, crop):
-    """The content of a clip's folder: features (T,N,D) float16, or frames (F,size,size,3) uint8."""
-    if not os.path.isdir(folder):
-        raise Refusal(f'{folder}: there is no such clip')
+# ---- one clip ----------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Clip:
+    """What is known of a clip before its content is read."""
+    folder: str
+    # The .npy or video file of its content, or the folder of its pictures
+    path: str
+    # Of its content: features (T,N,D), or pictures (F,size,size,3)
+    shape: tuple
+    # (T,A) float32
+    actions: np.ndarray
+    # (T,S) float32, or None
+    states: np.ndarray
+
+
+def contents(folder):
+    """The paths of what a clip's folder holds → {'features': [...], 'pictures': [...]}."""
+    features = []
     maps = os.path.join(folder, 'feature_maps')
     if os.path.isdir(maps):
-        arrays = [f for f in os.listdir(maps) if f.endswith('.npy')]
-        return read_features(only(maps, arrays, '.npy files of features; it must be one'))
-    files = []
-    for file in os.listdir(folder):
-        is_array = file.endswith('.npy') and file != 'actions.npy'
-        if file == 'rgb' or is_array or file.endswith(VIDEOS):
-            files.append(file)
-    path = only(folder, files, 'of feature_maps/, rgb/, a .npy array and a video file; it must be one')
-    frames = read_frames(path)
-    if len(frames) % crop.tubelet:
-        raise Refusal(f'{path}: has {len(frames)} frames; a step is {crop.tubelet}, so their number must be even')
-    return resize_and_crop(frames, crop)
+        features = [os.path.join(maps, file) for file in sorted(os.listdir(maps)) if visible(file) and file.endswith('.npy')]
+    pictures = []
+    for file in sorted(filter(visible, os.listdir(folder))):
+        path = os.path.join(folder, file)
+        is_array = file.endswith('.npy') and file not in ('actions.npy', 'states.npy')
+        has_pictures = file == 'rgb' and os.path.isdir(path) and any(f.lower().endswith(PICTURES) for f in os.listdir(path))
+        if is_array or has_pictures or file.endswith(VIDEOS):
+            pictures.append(path)
+    return {'features': features, 'pictures': pictures}
+
+
+def find_content(folder, kind):
+    """The path of a clip's features or pictures, of which it must have one."""
+    found = contents(folder)[kind]
+    if len(found) != 1:
+        what = '.npy files in feature_maps/'
+        if kind == 'pictures':
+            what = 'of rgb/ with pictures, a .npy array of pictures and a video file'
+        raise Refusal(f'{folder}: has {len(found)} {what}; it must be one')
+    return found[0]
+
+
+def find_rows(folder, file):
+    """The path of a clip's actions or states; it may not exist."""
+    path = os.path.join(folder, 'actions_states', file)
+    beside = os.path.join(folder, file)
+    return beside if os.path.exists(beside) and not os.path.exists(path) else path
+
+
+def read_rows(path):
+    """A .npy file of numbers → (rows,numbers) float32."""
+    rows = read_array(path)
+    if rows.ndim != 2 or 0 in rows.shape or rows.dtype.kind not in 'fiu':
+        raise Refusal(f'{path}: must be finite numbers, (rows,numbers), not {rows.shape} {rows.dtype}')
+    with np.errstate(over='ignore'):
+        rows = rows.astype(np.float32)
+    if not np.isfinite(rows).all():
+        raise Refusal(f'{path}: must be finite numbers in float32')
+    return rows
 
 
 def read_actions(folder, steps):
-    """Actions (steps,A) from actions_states/actions.npy or actions.npy (rows,A): its first non-zero row, at step 1."""
-    path = os.path.join(folder, 'actions_states', 'actions.npy')
-    beside = os.path.join(folder, 'actions.npy')
-    if os.path.exists(beside) and not os.path.exists(path):
-        path = beside
-    rows = read_array(path)
-    if rows.ndim != 2 or 0 in rows.shape or rows.dtype.kind not in 'fiu' or not np.isfinite(rows).all():
-        raise Refusal(f'{path}: actions must be finite numbers, (rows,A), not {rows.shape} {rows.dtype}')
+    """
+    Actions (steps,A) of a clip. A file with one non-zero row gives that push, at step 1. Several are pushes at their steps:
+    it then has a row for each step, or for each but the last.
+    """
+    path = find_rows(folder, 'actions.npy')
+    rows = read_rows(path)
+    pushes = np.flatnonzero(rows.any(1))
+    if not len(pushes):
+        raise Refusal(f'{path}: the push is zero throughout')
     actions = np.zeros((steps, rows.shape[1]), np.float32)
-    actions[0] = rows[np.argmax(rows.any(1))]
+    if len(pushes) == 1:
+        actions[0] = rows[pushes[0]]
+        return actions
+    if len(rows) not in (steps, steps - 1):
+        raise Refusal(f'{path}: several pushes need one row per step, {steps} or {steps - 1}, not {len(rows)}')
+    actions[:len(rows)] = rows
     return actions
+
+
+def read_states(folder, steps, tubelet):
+    """States (steps,S) of a clip, or None where it has none. Of a row per frame, the first of each step is taken."""
+    path = find_rows(folder, 'states.npy')
+    if not os.path.exists(path):
+        return None
+    rows = read_rows(path)
+    if len(rows) == steps * tubelet:
+        rows = rows[::tubelet]
+    if len(rows) != steps:
+        raise Refusal(f'{path}: states need one row per step, {steps}, or one per frame, {steps * tubelet}, not {len(rows)}')
+    return rows
+
+
+def inspect(folder, kind, crop, steps=None):
+    """
+    A Clip, from names and headers. kind: 'features' or 'pictures'. steps: T, for a video file; None to decode it. Raises
+    Refusal for a clip that lacks something, or has something else.
+    """
+    path = find_content(folder, kind)
+    if kind == 'features':
+        shape = map_features(path).shape
+        steps = shape[0]
+    else:
+        frames, _ = count_frames(path)
+        if frames is None:
+            frames = steps * crop.tubelet if steps else len(read_frames(path))
+        if frames % crop.tubelet:
+            raise Refusal(f'{path}: has {frames} frames; a step is {crop.tubelet}, so their number must be even')
+        shape = frames, crop.size, crop.size, 3
+        steps = frames // crop.tubelet
+    if steps < 2:
+        raise Refusal(f'{path}: has one step; nothing can be predicted')
+    return Clip(folder, path, shape, read_actions(folder, steps), read_states(folder, steps, crop.tubelet))
+
+
+def check_alike(clip, first):
+    """Raise Refusal where a Clip differs from the first one in the shape of its content, of its actions or of its states."""
+    if clip.shape != first.shape:
+        raise Refusal(f'{clip.folder}: shape {clip.shape} differs from {first.shape} of {first.folder}')
+    numbers = first.actions.shape[1]
+    if clip.actions.shape[1] != numbers:
+        raise Refusal(f'{clip.folder}: its actions do not have the {numbers} numbers of {first.folder}')
+    if (clip.states is None) != (first.states is None):
+        with_states, without = (first, clip) if clip.states is None else (clip, first)
+        raise Refusal(f'{with_states.folder} has states and {without.folder} has none; all clips must have them, or none')
+    if clip.states is not None and clip.states.shape != first.states.shape:
+        raise Refusal(f'{clip.folder}: its states do not have the {first.states.shape[1]} numbers of {first.folder}')
+
+
+def read_content(clip, crop):
+    """The content of a Clip: features (T,N,D) float16, or pictures (F,size,size,3) uint8. Raises Refusal."""
+    if len(clip.shape) == 3:
+        content = read_features(clip.path)
+    else:
+        content = resize_and_crop(read_frames(clip.path), crop)
+    if content.shape != clip.shape:
+        raise Refusal(f'{clip.folder}: shape {tuple(content.shape)} differs from {clip.shape} of the others')
+    return content
 
 
 # ---- splits ------------------------------------------------------------------------------------------------------------
 
-@dataclass
-class Clip:
-    """The data of one clip."""
-    folder: str
-    # Features (T,N,D) float16, or frames (F,size,size,3) uint8
-    content: torch.Tensor
-    # (T,A) float32
-    actions: np.ndarray
-
-
 class OwnClips:
     """
-    A Source (see prepare.py) of clips in folders. skip_bad: leave out clips that cannot be read, and print why. zooms: the
-    factor by which each clip is zoomed in, None for 1.
+    A Source (see prepare.py) of clips in folders. clips: list of Clip. skip_bad: leave out clips whose content cannot be
+    read, and print why. zooms: the factor by which each clip is zoomed in, None for 1.
     """
 
     # Not known for own clips.
     physics = {}
 
-    def __init__(self, folders, domain, first, crop, skip_bad, device, zooms=None):
-        self.folders, self.domain, self.first = folders, domain, first
-        self.crop, self.skip_bad, self.device = crop, skip_bad, device
-        self.zooms = zooms
-        self.count = len(folders)
+    def __init__(self, clips, domain, crop, skip_bad, device, zooms=None):
+        self.clips, self.domain, self.crop = clips, domain, crop
+        self.skip_bad, self.device, self.zooms = skip_bad, device, zooms
+        self.count = len(clips)
+        # Whether any clip has a push after step 1.
+        self.several_pushes = any(clip.actions[1:].any() for clip in clips)
+        # Folders of the clips whose content could not be read, each printed once.
+        self.unreadable = set()
 
     def zoomed(self, zooms):
         """The first len(zooms) of these clips seen from nearer by, clip i by the factor zooms[i] → a Source."""
-        folders = self.folders[:len(zooms)]
-        return OwnClips(folders, self.domain, self.first, self.crop, self.skip_bad, self.device, zooms)
+        return OwnClips(self.clips[:len(zooms)], self.domain, self.crop, self.skip_bad, self.device, zooms)
 
     def crop_of(self, index):
         """The Crop of a clip."""
@@ -265,63 +441,138 @@ class OwnClips:
         return replace(self.crop, zoom=float(self.zooms[index]), place=tuple(place))
 
     def example(self):
-        """The content of the first clip, whose shape all others must have."""
-        return self.first.content[None].to(self.device)
+        """The content of the first clip that can be read. All others have its shape."""
+        for index in range(self.count):
+            content, readable = self.content(index, index + 1)
+            if readable:
+                return content
+        raise Refusal(f'split {self.domain}: none of its {self.count} clips can be read')
+
+    def picture_size(self):
+        """The size of the first clip's pictures, in words."""
+        _, size = count_frames(self.clips[0].path)
+        height, width = size or read_frames(self.clips[0].path).shape[1:3]
+        return f'{width} x {height}'
 
     def actions(self, indices):
         """Actions (n,T,A) of these clips."""
-        steps = len(self.first.actions)
-        return np.stack([read_actions(self.folders[i], steps) for i in indices])
+        return np.stack([self.clips[i].actions for i in indices])
 
-    def content(self, start, end):
-        """Frames or features of the readable ones among clips start..end-1, and their indices."""
-        clips = []
-        readable = []
+    def states(self, indices):
+        """States (n,T,S) of these clips, or None."""
+        if self.clips[0].states is None:
+            return None
+        return np.stack([self.clips[i].states for i in indices])
+
+    def each_readable(self, start, end, read):
+        """read(index) of each of the clips start..end-1 that can be read → ([what it returned], their indices)."""
+        results, readable = [], []
         for index in range(start, end):
             try:
-                clips.append(self.read(self.folders[index], self.crop_of(index)))
+                results.append(read(index))
                 readable.append(index)
             except Refusal as refusal:
                 if not self.skip_bad:
                     raise
-                print(f'skipped: {refusal}')
-        if not clips:
-            return torch.empty(0, *self.first.content.shape, dtype=self.first.content.dtype), []
-        return torch.stack(clips).to(self.device), readable
+                folder = self.clips[index].folder
+                if folder not in self.unreadable:
+                    print(f'skipped: {refusal}')
+                self.unreadable.add(folder)
+        return results, readable
 
-    def read(self, folder, crop):
-        """The content of one clip; raises Refusal where its shape differs from that of the first."""
-        first = self.first
-        steps, numbers = first.actions.shape
-        content = read_content(folder, crop)
-        if content.shape != first.content.shape:
-            shapes = f'shape {tuple(content.shape)} differs from {tuple(first.content.shape)}'
-            raise Refusal(f'{folder}: {shapes} of {first.folder}')
-        if read_actions(folder, steps).shape != first.actions.shape:
-            raise Refusal(f'{folder}: its actions do not have the {numbers} numbers of {first.folder}')
-        return content
+    def content(self, start, end):
+        """Pictures or features of the readable ones among clips start..end-1, and their indices."""
+        read, readable = self.each_readable(start, end, lambda i: read_content(self.clips[i], self.crop_of(i)))
+        return torch.stack(read).to(self.device) if read else None, readable
+
+    def listed(self, start, end):
+        """As content(), but where the features are and what they are: {'path', 'bytes', 'sha256'} of each file."""
+        def entry(index):
+            clip = self.clips[index]
+            read_content(clip, self.crop)
+            path = os.path.abspath(clip.path)
+            return {'path': path, 'bytes': os.path.getsize(path), 'sha256': sha256(path)}
+        return self.each_readable(start, end, entry)
+
+    def pictures(self, indices, size):
+        """
+        Pictures (n,F,size,size,3) of those of these clips that have any, for a decoder of their features, and which of the
+        indices they are. Beside features there must be two pictures per step, or one, which is then taken twice.
+        """
+        taken, frames = [], []
+        for index in indices:
+            clip = self.clips[index]
+            steps = len(clip.actions)
+            try:
+                if len(clip.shape) == 4:
+                    x = read_content(clip, self.crop)
+                else:
+                    path = find_content(clip.folder, 'pictures')
+                    x = resize_and_crop(read_frames(path), replace(self.crop, size=size, short=size))
+            except Refusal:
+                continue
+            if len(x) == steps:
+                x = x.repeat_interleave(self.crop.tubelet, 0)
+            if len(x) == steps * self.crop.tubelet:
+                taken.append(index)
+                frames.append(x)
+        return torch.stack(frames).to(self.device) if frames else None, taken
 
 
-def numbered_clips(parent):
-    """The clips in a folder → {number: path}, in the order of their names. A clip without a number has its name as key."""
+def scan(parent):
+    """
+    The folders in a folder → ({name: path}, {name: what is wrong}), in the order of the names. What is wrong: the folder is
+    behind a link to nothing, or still in an archive.
+    """
+    found, lost = {}, {}
+    for entry in sorted(os.scandir(parent), key=lambda entry: entry.name):
+        if not visible(entry.name):
+            continue
+        endings = [ending for ending in ARCHIVES if entry.name.endswith(ending)]
+        if entry.is_dir():
+            found[entry.name] = entry.path
+        elif endings:
+            lost[entry.name.removesuffix(endings[0])] = f'{entry.path}: still an archive; unpack it, or move it away'
+        elif entry.is_symlink() and not os.path.exists(entry.path):
+            lost[entry.name] = f'{entry.path}: a link to nothing'
+    # An archive beside the folder that was in it does no harm.
+    lost = {name: words for name, words in lost.items() if name not in found}
+    return found, lost
+
+
+def by_number(named):
+    """{name of a clip: value} → {its number: value}; a name without a number stays. Raises Refusal for a number twice."""
     numbered = {}
-    for path in sorted(f.path for f in os.scandir(parent) if f.is_dir()):
-        number = number_of(path)
-        key = os.path.basename(path) if number is None else number
+    for name, value in named.items():
+        number = number_of(name)
+        key = name if number is None else number
         if key in numbered:
-            raise Refusal(f'{path} and {numbered[key]} are two clips with one number')
-        numbered[key] = path
+            raise Refusal(f'{value} and {numbered[key]} are two clips with one number')
+        numbered[key] = value
     return numbered
 
 
+def split_called(name):
+    """The split of a range's or folder's name: train, val, fit_... and test_... stay; a phase of adapt.py becomes test_<phase>."""
+    if re.fullmatch('train|val|(fit|test)_.*', name):
+        return name
+    return f'test_{name}'
+
+
 def clips_by_folder(source):
-    """<source>/<split>/<clip> → {split: [folder, ...]}."""
-    splits = sorted(f.name for f in os.scandir(source) if f.is_dir() and not f.name.startswith('.'))
+    """<source>/<split>/<clip> → ({split: [folder, ...]}, [(what is wrong, number of clips), ...])."""
+    parents, lost = scan(source)
+    # A whole split may be in an archive, or behind a link.
+    bad = [(words, 1) for words in lost.values()]
     found = {}
-    for split in splits:
-        clips = numbered_clips(os.path.join(source, split))
-        found[split] = list(clips.values())
-    return found
+    for name, parent in parents.items():
+        split = split_called(name)
+        if split in found:
+            raise Refusal(f'{parent}: there are two folders for split {split}')
+        clips, lost = scan(parent)
+        found[split] = list(by_number(clips).values())
+        bad += [(words, 1) for words in lost.values()]
+    return found, bad
 
 
 def parse_ranges(ranges):
@@ -342,76 +593,129 @@ def parse_ranges(ranges):
     return parsed
 
 
-def split_called(name):
-    """The split of a range's name: train, val, fit_... and test_... stay; a phase of adapt.py becomes test_<phase>."""
-    # A1 and A2 are both of domain A.
-    if name in ('A1', 'A2'):
-        return 'test_A'
-    if re.fullmatch('train|val|(fit|test)_.*', name):
-        return name
-    return f'test_{name}'
-
-
-def clips_by_number(source, ranges, skip_bad):
-    """<source>/<clip> and the ranges of --split → {split: [folder, ...]}."""
-    numbered = numbered_clips(source)
-    found = {}
+def clips_by_number(source, ranges):
+    """<source>/<clip> and the ranges of --split → as clips_by_folder."""
+    clips, lost = map(by_number, scan(source))
+    found, bad = {}, []
     for written, name, numbers in parse_ranges(ranges):
         present = found.setdefault(split_called(name), [])
         missing = []
         for number in numbers:
-            if number in numbered:
-                present.append(numbered[number])
+            if number in clips:
+                present.append(clips[number])
+            elif number in lost:
+                bad.append((lost[number], 1))
             else:
                 missing.append(os.path.join(source, f'clip_{number:05d}'))
-        if missing and not skip_bad:
-            raise Refusal(f'{missing[0]}: clip is missing ({len(missing)} of {written})')
         if missing:
-            print(f'skipped: {len(missing)} clips of {written} are missing, the first is {missing[0]}')
-    return found
+            bad.append((f'{missing[0]}: clip is missing ({len(missing)} of {written})', len(missing)))
+    return found, bad
 
 
-def find_clips(source, ranges, skip_bad):
-    """The folders of own clips → {split: [folder, ...]}. Without a val, every tenth clip of train is held out as val."""
+def find_clips(source, ranges):
+    """
+    The folders of own clips → ({split: [folder, ...]}, [(what is wrong, number of clips), ...]). Without a val, every tenth
+    clip of train is held out as val.
+    """
     if not os.path.isdir(source):
         raise Refusal(f'--source={source}: neither "physics" nor a folder')
-    found = clips_by_number(source, ranges, skip_bad) if ranges else clips_by_folder(source)
+    found, bad = clips_by_number(source, ranges) if ranges else clips_by_folder(source)
     for split in ('train', *found):
         if not found.get(split):
+            why = f' ({bad[0][0]})' if bad else ''
             raise Refusal(f'--source={source}: split {split} has no clips; they belong in '
-                          f'{os.path.join(source, split)}/<clip>/ or in a range of --split')
-    if 'zoom' in found:
-        raise Refusal(f'--source={source}: a split cannot be called zoom; prepare.py makes one of this name itself')
+                          f'{os.path.join(source, split)}/<clip>/ or in a range of --split{why}')
     if 'val' not in found:
         train = found['train']
         found['val'] = train[9::10] or train[-1:]
         held_out = set(found['val'])
         found['train'] = [folder for folder in train if folder not in held_out] or found['val']
         print(f"no split val: {len(found['val'])} of the clips of train, every tenth, are held out as val")
-    return found
+    return found, bad
 
 
-def first_clip(source, folders, crop, skip_bad):
-    """The first clip of train that can be read. All others must have its shape."""
+def choose_content(asked, found):
+    """What is taken of the clips {split: [folder, ...]}: 'features' or 'pictures'. asked: --content, or '' for what is there."""
+    if asked:
+        return asked
+    kinds = []
+    for folders in found.values():
+        for folder in folders:
+            kinds_here = [kind for kind, paths in contents(folder).items() if paths]
+            if len(kinds_here) > 1:
+                raise Refusal(f'{folder}: has features and pictures; choose --content=features (pictures then serve to show '
+                              'predictions), or --content=pictures (which are encoded anew)')
+            kinds += kinds_here
+    return kinds[0] if kinds else 'pictures'
+
+
+def first_clip(folders, kind, crop):
+    """The first of these clips that can be read, as a Clip. All others must be like it."""
+    refusals = []
     for folder in folders:
         try:
-            content = read_content(folder, crop)
-            steps = len(content)
-            if content.dtype == torch.uint8:
-                steps //= crop.tubelet
-            return Clip(folder, content, read_actions(folder, steps))
-        except Refusal:
-            if not skip_bad:
-                raise
-    raise Refusal(f'--source={source}: none of the {len(folders)} clips of train can be read')
+            clip = inspect(folder, kind, crop)
+            read_content(clip, crop)
+            return clip
+        except Refusal as refusal:
+            refusals.append(refusal)
+    raise Refusal(f'{refusals[0]}; none of the {len(folders)} clips of train can be read')
 
 
-def open_sources(source, ranges, crop, skip_bad, device):
-    """Every split of own clips → {split: OwnClips}. ranges: the numbers of each split; '' = splits are folders."""
-    found = find_clips(source, ranges, skip_bad)
-    first = first_clip(source, found['train'], crop, skip_bad)
-    sources = {}
+def fingerprint(source, found):
+    """
+    What tells whether the clips {split: [folder, ...]} have changed: checksums of the names, of the sizes and of the times
+    of their files, none of which is read → {'names': sha256, 'sizes': sha256, 'times': sha256}.
+    """
+    hashes = {'names': hashlib.sha256(), 'sizes': hashlib.sha256(), 'times': hashlib.sha256()}
+    for folder in sorted(folder for folders in found.values() for folder in folders):
+        for part in ('', 'actions_states', 'feature_maps', 'rgb'):
+            path = os.path.join(folder, part)
+            if not os.path.isdir(path):
+                continue
+            for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+                of_a_layout = entry.name.lower().endswith(('.npy', *PICTURES, *VIDEOS))
+                if not of_a_layout or not visible(entry.name) or not entry.is_file():
+                    continue
+                name = os.path.relpath(entry.path, source)
+                status = entry.stat()
+                hashes['names'].update(f'{name}\n'.encode())
+                hashes['sizes'].update(f'{name} {status.st_size}\n'.encode())
+                hashes['times'].update(f'{name} {status.st_mtime_ns}\n'.encode())
+    return {key: digest.hexdigest() for key, digest in hashes.items()}
+
+
+def open_sources(source, ranges, content, crop, skip_bad, device):
+    """
+    Every split of own clips, all clips checked → ({split: OwnClips}, their fingerprint, the number of clips left out).
+
+    ranges: the numbers of each split; '' = splits are folders. content: 'features', 'pictures' or ''. Raises Refusal that
+    names the first bad clip and says how many there are, or with skip_bad prints them all and leaves them out.
+    """
+    found, bad = find_clips(source, ranges)
+    kind = choose_content(content, found)
+    total = sum(map(len, found.values()))
+    print(f'checking {total:,} clips of {source}', flush=True)
+    first = first_clip(found['train'], kind, crop)
+    clips = {}
     for split, folders in found.items():
-        domain = split.removeprefix('test_')
-        sources[split] = OwnClips(folders, domain, first, crop, skip_bad, device)
-    return sources
+        clips[split] = []
+        for folder in folders:
+            try:
+                clip = inspect(folder, kind, crop, len(first.actions))
+                check_alike(clip, first)
+                clips[split].append(clip)
+            except Refusal as refusal:
+                bad.append((str(refusal), 1))
+    left_out = sum(count for _, count in bad)
+    if bad and not skip_bad:
+        others = f' ({left_out} clips are bad, of which this is the first; --skip_bad=True names and leaves out all)'
+        raise Refusal(bad[0][0] + (others if left_out > 1 else ''))
+    for words, _ in bad:
+        print(f'skipped: {words}')
+    sources = {}
+    for split in found:
+        if not clips[split]:
+            raise Refusal(f'split {split}: none of its {len(found[split])} clips can be read')
+        sources[split] = OwnClips(clips[split], split.removeprefix('test_'), crop, skip_bad, device)
+    return sources, fingerprint(source, found), left_out

@@ -115,16 +115,17 @@ def test_the_world_counts_as_a_whole():
 
 def test_shards_of_any_size_hold_the_same(tmp_path):
     """Seven clips, one of them bad, in shards of 3 and batches of 2; what an interruption left is gone on from."""
-    source = own_clips(tmp_path / 'clips', ('train',), 'video') / 'train'
+    source = own_clips(tmp_path / 'clips', ('train',), 'pictures') / 'train'
     for i in range(3, 7):
-        own_clip(source / f'clip_{i:05d}', i + 1, 'video')
-    (source / 'clip_00004' / 'video.npy').write_bytes(b'no array')
-    folders = sorted(map(str, source.iterdir()))
-    first = own.first_clip(str(source), folders, CROP, False)
-    clips = own.OwnClips(folders, 'train', first, CROP, True, 'cpu')
+        own_clip(source / f'clip_{i:05d}', i + 1, 'pictures')
+    (source / 'clip_00004' / 'rgb' / 'frame_00007.png').write_bytes(b'no picture')
+    found = [own.inspect(str(folder), 'pictures', CROP) for folder in sorted(source.iterdir())]
+    clips = own.OwnClips(found, 'train', CROP, True, 'cpu')
     encode = functools.partial(prepare.patch_encode, basis=prepare.cosine_basis(24))
     whole, readable = clips.content(0, 7)
     assert readable == [0, 1, 2, 3, 5, 6]
+    pictures, shown = clips.pictures([2, 4, 5], 32)
+    assert shown == [2, 5] and torch.equal(pictures, whole[[2, 4]])
     manifest = prepare.new_manifest([8, 4, 24], {'train': clips}, {})
 
     def write():
@@ -288,7 +289,7 @@ def test_where_a_window_starts(changing, place, start):
 
 
 def test_own_pictures_are_zoomed_in(tmp_path):
-    """Clip i of zoom is clip i of train, of which one cannot be read. Their pushes have three numbers."""
+    """Clip i of zoom is clip i of train, without one that cannot be read. Their pushes have three numbers."""
     rng = np.random.default_rng(0)
     for split, count in (('train', 66), ('val', 2)):
         for i in range(count):
@@ -304,13 +305,11 @@ def test_own_pictures_are_zoomed_in(tmp_path):
     assert len(train) == 65 and near.actions.shape == (32, 8, 3) and np.shape(near.manifest['zoom']['M']) == (3, 6)
     assert near.manifest['splits']['zoom']['domain'] == 'train'
     assert not torch.equal(near[[0]][0], train[[0]][0])
-    sources = own.open_sources(f'{tmp_path}/clips', '', CROP, True, 'cpu')
-    pictures, readable = sources['train'].zoomed(1.2 ** prepare.zoom_levels(33)).content(0, 33)
-    assert readable == [0, 1, 2, *range(4, 33)] and pictures.shape == (32, 16, 32, 32, 3)
+    sources, _, left_out = own.open_sources(f'{tmp_path}/clips', '', '', CROP, True, 'cpu')
+    pictures, readable = sources['train'].zoomed(1.2 ** prepare.zoom_levels(32)).content(0, 32)
+    assert left_out == 1 and readable == list(range(32)) and pictures.shape == (32, 16, 32, 32, 3)
     light = pictures[:, :, :, :, 0].float().sum((2, 3)).mean(1)
     assert light[-8:].mean() > 2.5 * light[:8].mean()
-    os.rename(tmp_path / 'clips' / 'val', tmp_path / 'clips' / 'zoom')
-    assert 'cannot be called zoom' in refused(run('prepare.py', *args, ok=False))
 
 
 # ---- own clips ---------------------------------------------------------------------------------------------------------
@@ -334,25 +333,48 @@ def test_features_are_imported_byte_for_byte(tmp_path):
 
 
 def test_clips_by_their_numbers(tmp_path):
-    """The user's numbering in one folder: phases by range, A2 is A again, every tenth training clip is held out."""
+    """The user's numbering in one folder: phases by range, which stay apart; every tenth training clip is held out."""
     source = tmp_path / 'clips'
-    for i, number in enumerate([*range(17000, 17012), *range(22000, 22002), *range(23000, 23003), 5]):
+    for i, number in enumerate([*range(17000, 17012), *range(22000, 22004), *range(23000, 23003), 5]):
         own_clip(source / f'clip_{number:05d}', i + 1, 'video')
     args = f'--source={source}', '--size=32', '--dim=24'
-    ranges = '--split=train:17000-17011,B:22000-22001,A2:23000-23002'
+    ranges = '--split=train:17000-17011,B:22000-22001,fit_B:22002-22003,A1:23000-23000,A2:23001-23002'
     assert 'held out as val' in run('prepare.py', f'--name={tmp_path}/set', *args, ranges).stdout
     manifest = json.load(open(tmp_path / 'set' / 'manifest.json'))
     domains = {split: entry['domain'] for split, entry in manifest['splits'].items()}
-    assert domains == {'train': 'train', 'val': 'val', 'test_B': 'B', 'test_A': 'A'}
+    assert domains == {'train': 'train', 'val': 'val', 'test_B': 'B', 'fit_B': 'fit_B', 'test_A1': 'A1', 'test_A2': 'A2'}
     pushes = {s: data.open_split(str(tmp_path / 'set'), s).actions[:, 0, 0].tolist() for s in manifest['splits']}
-    assert pushes == {'train': [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12], 'val': [10], 'test_B': [13, 14], 'test_A': [15, 16, 17]}
+    assert pushes == {'train': [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12], 'val': [10], 'test_B': [13, 14], 'fit_B': [15, 16],
+                      'test_A1': [17], 'test_A2': [18, 19]}
     ranges = '--split=train:17000-17012,B:22000-22001'
     out = run('prepare.py', f'--name={tmp_path}/y', *args, ranges, '--skip_bad=True').stdout
-    assert 'skipped: 1 clips' in out and len(data.open_split(f'{tmp_path}/y', 'test_B')) == 2
+    assert 'clip is missing (1 of train:17000-17012)' in out and '1 clips skipped' in out
+    assert len(data.open_split(f'{tmp_path}/y', 'test_B')) == 2
+
+
+def opened(source, ranges='', content='', skip_bad=False):
+    """What own.open_sources makes of a folder."""
+    return own.open_sources(str(source), ranges, content, CROP, skip_bad, 'cpu')
+
+
+def test_folders_are_named_as_ranges_are(tmp_path):
+    """B is test_B; what the system puts into folders is neither a split nor a clip nor a picture."""
+    source = own_clips(tmp_path / 'clips', ('train', 'val', 'B', 'fit_B'), 'pictures')
+    for folder in ('.ipynb_checkpoints', '__MACOSX', 'train/.ipynb_checkpoints', 'train/__MACOSX', 'train/@eaDir'):
+        (source / folder).mkdir()
+    for file in ('.DS_Store', 'train/.DS_Store', 'train/notes.txt', 'train/clip_00000/rgb/._frame_00001.png'):
+        (source / file).write_bytes(b'')
+    sources, _, left_out = opened(source)
+    assert {split: clips.count for split, clips in sources.items()} == {'train': 3, 'val': 3, 'test_B': 3, 'fit_B': 3}
+    assert left_out == 0 and sources['train'].content(0, 3)[1] == [0, 1, 2]
+    (source / 'test_B').mkdir()
+    with pytest.raises(Refusal, match='two folders for split test_B'):
+        opened(source)
 
 
 @pytest.mark.parametrize('ranges, words', [
     ('train:1-4', 'clip_00004: clip is missing (1 of train:1-4)'),
+    ('train:1-2,B:3-5', 'clip_00004: clip is missing (2 of B:3-5) (2 clips are bad, of which this is the first'),
     ('train:1-3,B:3-5', 'another range'),
     ('train:1-99999999', 'more than ten million'),
     ('train=1-2', 'is not name:first-last'),
@@ -362,13 +384,29 @@ def test_clips_by_their_numbers(tmp_path):
 ])
 def test_bad_ranges(ranges, words, tmp_path):
     for number in (1, 2, 3):
-        (tmp_path / f'clip_{number:05d}').mkdir()
+        own_clip(tmp_path / f'clip_{number:05d}', number, 'video')
     with pytest.raises(Refusal, match=re.escape(words)):
-        own.find_clips(str(tmp_path), ranges, False)
+        opened(tmp_path, ranges)
     (tmp_path / 'clip_2').mkdir()
     if ranges:
         with pytest.raises(Refusal, match='two clips with one number'):
-            own.find_clips(str(tmp_path), 'train:1-2', False)
+            own.find_clips(str(tmp_path), 'train:1-2')
+
+
+def test_clips_that_are_not_there_are_named(tmp_path):
+    """Behind a link to nothing, or in an archive: both layouts. An archive beside its folder does no harm."""
+    source = own_clips(tmp_path / 'clips', ('train', 'val'), 'video')
+    train = source / 'train'
+    (train / 'clip_00007').symlink_to(tmp_path / 'nowhere')
+    (train / 'clip_00008.tar.gz').write_bytes(b'')
+    (train / 'clip_00001.zip').write_bytes(b'')
+    (source / 'B.zip').write_bytes(b'')
+    with pytest.raises(Refusal, match=r'B.zip: still an archive; .* \(3 clips are bad, of which this is the first'):
+        opened(source)
+    assert opened(source, skip_bad=True)[2] == 3
+    with pytest.raises(Refusal, match='clip_00007: a link to nothing .2 clips are bad'):
+        opened(train, 'train:0-1,val:2-2,train:7-8')
+    assert opened(train, 'train:0-1,val:2-2')[2] == 0
 
 
 def test_pictures_arrays_and_videos_are_the_same_clip(tmp_path):
@@ -416,27 +454,51 @@ def npy(array):
     return file.getvalue()
 
 
+def npz(array):
+    """The bytes of a .npz file."""
+    file = io.BytesIO()
+    np.savez(file, array)
+    return file.getvalue()
+
+
 FEATURES = np.zeros((2048, 1024), np.float16)
+PUSH = np.array([[0, 0], [1, -1]])
 # Layout, file of clip_00001, what it holds instead (None: it is gone), words of the refusal.
 BAD_CLIPS = [
     ('features', MAPS, npy(FEATURES[:1000]), 'must be (T*256,D)'),
     ('features', MAPS, npy(FEATURES[:1024]), 'differs from'),
+    ('features', MAPS, npy(FEATURES[:256]), 'has one step'),
     ('features', MAPS, npy(FEATURES * np.float16(np.nan)), 'not finite'),
     ('features', MAPS, npy(FEATURES + np.float32(1e6)), 'not finite'),
     ('features', MAPS, npy(FEATURES)[:-100], 'not a readable .npy'),
     ('features', MAPS, npy(np.array([{}])), 'not a readable .npy'),
+    ('features', MAPS, npz(FEATURES), 'it is an archive'),
+    ('features', MAPS, npy(FEATURES).replace(b"'descr'", b"'d\0scr'"), 'not a readable .npy'),
+    ('features', MAPS, npy(FEATURES).replace(b"'descr'", b"('descr'"), 'not a readable .npy'),
+    ('features', MAPS, b'', 'not a readable .npy'),
     ('features', 'feature_maps/other.npy', npy(FEATURES), 'it must be one'),
     ('features', MAPS, None, 'it must be one'),
     ('features', ACTIONS, None, 'actions.npy'),
+    ('features', ACTIONS, npz(PUSH), 'it is an archive'),
     ('features', ACTIONS, npy(np.full((16, 2), np.inf)), 'must be finite numbers'),
-    ('features', ACTIONS, npy(np.ones((16, 3))), 'do not have the 2 numbers'),
+    ('features', ACTIONS, npy(1e300 * PUSH), 'must be finite numbers in float32'),
+    ('features', ACTIONS, npy(0 * PUSH), 'the push is zero throughout'),
+    ('features', ACTIONS, npy(1e-300 * PUSH), 'the push is zero throughout'),
+    ('features', ACTIONS, npy(np.ones((16, 2))), 'several pushes need one row per step, 8 or 7, not 16'),
+    ('features', ACTIONS, npy(np.ones((8, 3))), 'do not have the 2 numbers'),
+    ('features', 'actions_states/states.npy', npy(np.ones((8, 3))), 'has states and'),
+    ('features', 'actions_states/states.npy', npy(np.ones((9, 3))), 'states need one row per step, 8, or one per frame, 16'),
+    ('features', 'states.npy', npy(np.full((8, 3), np.nan)), 'must be finite numbers'),
     ('video', 'video.npy', npy(np.zeros((16, 40, 48))), 'must be (frames'),
+    ('video', 'video.npy', npy(np.zeros((0, 40, 48, 3), np.uint8)), 'must be (frames'),
     ('video', 'video.npy', npy(np.zeros((12, 40, 48, 3), np.uint8)), 'differs from'),
     ('video', 'video.npy', npy(np.zeros((15, 40, 48, 3), np.uint8)), 'must be even'),
     ('video', 'video.npy', None, 'it must be one'),
+    ('pictures', 'rgb/frame_00001.png', b'no picture', 'frame_00001.png: not a readable picture'),
     ('pictures', 'rgb/frame_00004.png', b'no picture', 'frame_00004.png: not a readable picture'),
     ('pictures', 'rgb/frame_00004.png', None, 'no unbroken row'),
     ('pictures', 'rgb/cover.png', b'a picture without a number', 'no unbroken row'),
+    ('pictures', 'rgb/frame_00017.jpg', b'another kind', 'has PNG and JPEG pictures'),
 ]
 
 
@@ -452,10 +514,11 @@ def put(path, content):
 def test_a_bad_clip_is_named(layout, file, content, words, tmp_path):
     source = own_clips(tmp_path / 'clips', ('train', 'val'), layout)
     put(source / 'train' / 'clip_00001' / file, content)
-    train = own.open_sources(str(source), '', CROP, False, 'cpu')['train']
     with pytest.raises(Refusal, match=re.escape(words)) as refusal:
-        train.content(0, 3)
-    assert 'clip_00001' in str(refusal.value)
+        opened(source)[0]['train'].content(0, 3)
+    assert 'clip_00001' in str(refusal.value) and '\n' not in str(refusal.value)
+    sources, _, left_out = opened(source, skip_bad=True)
+    assert len(sources['train'].content(0, sources['train'].count)[1]) == 2
 
 
 def test_bad_clips_in_a_run(tmp_path):
@@ -464,8 +527,9 @@ def test_bad_clips_in_a_run(tmp_path):
     put(source / 'train' / 'clip_00001' / MAPS, npy(FEATURES[:1024]))
     put(source / 'val' / 'clip_00000' / ACTIONS, npy(np.full((16, 2), np.nan)))
     args = f'--name={tmp_path}/set', f'--source={source}'
-    assert 'train/clip_00001: shape' in refused(run('prepare.py', *args, ok=False))
-    shutil.rmtree(tmp_path / 'set')
+    line = refused(run('prepare.py', *args, ok=False))
+    assert 'train/clip_00001: shape' in line and '2 clips are bad, of which this is the first' in line
+    assert not (tmp_path / 'set').exists()
     out = run('prepare.py', *args, '--skip_bad=True').stdout
     assert out.count('skipped:') == 2 and '2 clips skipped' in out
     clips = data.open_split(f'{tmp_path}/set', 'train')

@@ -21,11 +21,14 @@ def readme_commands():
 
 
 def small_prepare(args, tiny, trained, tmp_path):
-    args += [f'--name={tmp_path}/set', '--size=32', '--dim=24', '--clips=6', '--test_clips=4']
+    args.append(f'--name={tmp_path}/set')
+    encoded = any(arg.startswith('--encoder=vit') for arg in args)
+    if encoded:
+        args += ['--size=32', f'--weights={official_weights(tmp_path / "vitl.pt")}']
     if '--source=clips' in args:
-        args.append(f'--source={own_clips(tmp_path / "clips")}')
-    if any(arg.startswith('--encoder=vit') for arg in args):
-        args.append(f'--weights={official_weights(tmp_path / "vitl.pt")}')
+        args.append(f'--source={own_clips(tmp_path / "clips", layout="pictures" if encoded else "features")}')
+    else:
+        args += ['--clips=6', '--test_clips=4'] if encoded else ['--size=32', '--dim=24', '--clips=6', '--test_clips=4']
     if any(arg.startswith('--split=') for arg in args):
         for i, number in enumerate((17000, 17001, 22000, 23000)):
             own_clip(tmp_path / 'clips' / f'clip_{number}', i + 1)

@@ -10,6 +10,8 @@ import importlib.util
 import os
 from types import SimpleNamespace
 
+import conftest
+import numpy as np
 import pytest
 import torch
 from conftest import FEW, NUMBERS, ROOT, TINY, counted, official_predictor, official_weights, run
@@ -21,14 +23,14 @@ from configurator import Refusal, configure
 from data import open_split
 from model import Sizes, pick_device
 from support import own_clips
-from support.files import folder_of, read_sealed, write_sealed
+from support.files import read_sealed, write_sealed
 from vjepa2 import MODELS, start_from
 
 # What every row of a script begins with. {names} are files and folders of the fixture `places`.
 BEGINNINGS = {
     'train.py': [*TINY, '--data={tiny}', '--out={empty}/x.pt'],
     'adapt.py': [*FEW, '--ckpt={vit}', '--data={tiny}', '--out={empty}/aba'],
-    'prepare.py': ['--name={empty}/set', '--clips=4', '--test_clips=2', '--device=cpu'],
+    'prepare.py': ['--name={empty}/set', '--device=cpu'],
     'bench.py': [],
     'ablate.py': [],
 }
@@ -95,7 +97,8 @@ KNOBS = [
     ('train.py', '--mixer=both,titan', 'allowed: titan | attention | both'),
     ('adapt.py', '--clips=0', 'clips = 0 is not allowed'),
     ('prepare.py', '--dim=0', 'allowed: 3..1536'),
-    ('prepare.py', '--encoder=resnet', 'allowed: patch | vitl'),
+    ('prepare.py', '--encoder=resnet', 'allowed: | patch | vitl'),
+    ('prepare.py', '--content=sound', 'allowed: | features | pictures'),
 ]
 
 # What stands in a config file of train.py.
@@ -148,6 +151,17 @@ REQUESTS = [
     ('adapt.py', '--memory_out=x.pt --methods=frozen', 'has a memory to keep'),
     ('prepare.py', '--size=33', 'must be a multiple of 16'),
     ('prepare.py', '--split=train:1-2', 'name their folder with --source'),
+    ('prepare.py', '--content=pictures', 'name their folder with --source'),
+    ('prepare.py', '--in_place=True', 'name their folder with --source'),
+    ('prepare.py', '--skip_bad=True', 'name their folder with --source'),
+    ('prepare.py', '--source={both} --clips=9', '--clips=9: is for the built-in physics'),
+    ('prepare.py', '--source={both}', 'has features and pictures; choose --content=features'),
+    ('prepare.py', '--source={both} --content=features --encoder=vitl', '--encoder=vitl: features are taken as they are'),
+    ('prepare.py', '--source={both} --content=features --size=32', '--size=32: features are taken as they are'),
+    ('prepare.py', '--source={both} --content=pictures --in_place=True', '--in_place=True: is for features'),
+    ('prepare.py', '--dtype=bfloat16', '--dtype=bfloat16: is for V-JEPA 2'),
+    ('prepare.py', '--weights=x.pt', '--weights=x.pt: is for V-JEPA 2'),
+    ('prepare.py', '--encoder=vitl --dim=24', '--dim=24: is for the patch encoder'),
     ('prepare.py', '--encoder=vitb2.1 --weights={weights_2_1} --size=16', 'two rows and two columns'),
     ('bench.py', '--steps=8,x', '--steps=8,x: must be whole numbers'),
     ('bench.py', '--steps=0', '--steps=0: must be whole numbers from 1 to 1,000,000'),
@@ -170,6 +184,8 @@ REQUESTS = [
     ('adapt.py', '--data={other}', 'trained on features of size 24'),
     ('prepare.py', '--name=', 'a data set needs a name'),
     ('prepare.py', '--name=..', "'..' is no name of a data set"),
+    ('prepare.py', '--name={folder}', 'exists and is not a data set'),
+    ('prepare.py', '--source={both} --name={both}/set', 'is in the folder of your clips'),
     ('prepare.py', '--source=nowhere', 'neither "physics" nor a folder'),
     # Checkpoints and weights that are not there, or are no such thing.
     ('train.py', '--out=', 'must name a file'),
@@ -227,7 +243,11 @@ def places(tiny, trained, tmp_path_factory):
     write_sealed(f'{folder}/long_jump.pt', {**stored, 'jump_last': 8})
     names = 'text', 'short', 'foreign', 'rollout', 'official', 'weights_2_1', 'no_jump', 'long_jump'
     files = {name: f'{folder}/{name}.pt' for name in names}
-    return {**files, **trained, 'tiny': tiny, 'empty': f'{folder}/empty', 'other': f'{folder}/other'}
+    for clip in conftest.own_clips(folder / 'both', ('train', 'val'), 'pictures').glob('*/*'):
+        (clip / 'feature_maps').mkdir()
+        np.save(clip / 'feature_maps' / 'z.npy', np.ones((8, 4, 24), np.float16))
+    return {**files, **trained, 'tiny': tiny, 'empty': f'{folder}/empty', 'other': f'{folder}/other',
+            'both': f'{folder}/both', 'folder': folder}
 
 
 def arguments(script, written, places):
@@ -285,10 +305,10 @@ def check_adapt(settings):
 def check_prepare(settings):
     knobs = SimpleNamespace(**settings)
     where = pick_device(knobs.device)
-    prepare.check_settings(knobs.size, knobs.source, knobs.split)
-    folder_of(knobs.name)
+    prepare.check_settings(settings)
     if knobs.source != 'physics':
-        own_clips.find_clips(knobs.source, knobs.split, knobs.skip_bad)
+        found, _ = own_clips.find_clips(knobs.source, knobs.split)
+        own_clips.choose_content(knobs.content, found)
     if knobs.encoder in MODELS:
         part = knobs.part or MODELS[knobs.encoder].part
         prepare.load_vjepa2_encoder(knobs.encoder, knobs.weights, part, knobs.size, knobs.encode, where)
