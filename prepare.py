@@ -252,8 +252,6 @@ def differences(found, wanted):
 
 def check_folder(folder, source):
     """Raise Refusal for a folder that is not there for a data set alone. source: the folder of own clips."""
-    if folder in (ROOT, os.path.join(ROOT, 'data')):
-        raise Refusal(f'{folder} is no place for a data set; choose another --name')
     own = os.path.abspath(source)
     if source != 'physics' and os.path.join(folder, '').startswith(os.path.join(own, '')):
         raise Refusal(f'{folder} is in the folder of your clips, where it would count as one; choose another --name')
@@ -610,7 +608,7 @@ def refuse_given(settings, knobs, why):
 
 def check_settings(settings):
     """Raise Refusal for settings that do not go together."""
-    check_folder(os.path.normpath(folder_of(settings['name'])), settings['source'])
+    check_folder(folder_of(settings['name']), settings['source'])
     if settings['size'] % PATCH:
         raise Refusal(f'--size={settings["size"]}: must be a multiple of {PATCH}')
     if settings['source'] == 'physics':

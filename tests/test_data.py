@@ -1,6 +1,7 @@
 """Physics against the closed form, pictures against the physics, the disk format, batches."""
 import json
 import os
+import shutil
 import zlib
 
 import numpy as np
@@ -192,6 +193,71 @@ def test_reading_a_split(tiny):
     assert torch.equal(clips[[5]][0][0], z[1]) and torch.equal(clips[range(5, 6)][0][0], z[1])
     with pytest.raises(IndexError):
         clips[[24]]
+
+
+def test_one_clip_some_clips_and_a_loader(tiny):
+    """A Split is a sequence of clips, and a torch data set."""
+    clips = data.open_split(tiny, 'val')
+    z, a = clips[range(24)]
+    for index in (0, 5, -1, np.int64(3), torch.tensor(7)):
+        one = clips[index]
+        assert one[0].shape == (8, 4, 24) and torch.equal(one[0], z[index]) and torch.equal(one[1], a[index])
+    for indices in (slice(2, 20, 5), [3, 3, 0], np.array([4, 1]), torch.tensor([9, 2]), slice(-3, None)):
+        assert torch.equal(clips[indices][0], z[indices]) and torch.equal(clips[indices][1], a[indices])
+    assert sum(1 for _ in clips) == 24
+    for wrong in (24, -25):
+        with pytest.raises(IndexError):
+            clips[wrong]
+    assert clips.states is None and not clips.several_pushes
+    both = data.open_split(tiny, 'val', 'test_B')
+    assert torch.equal(both[-1][0], data.open_split(tiny, 'test_B')[23][0]) and torch.equal(both[5][0], z[5])
+    for workers in (0, 2):
+        batches = list(torch.utils.data.DataLoader(clips, batch_size=10, num_workers=workers))
+        assert [len(batch[0]) for batch in batches] == [10, 10, 4]
+        assert torch.equal(torch.cat([batch[0] for batch in batches]), z)
+        assert torch.equal(torch.cat([batch[1] for batch in batches]), a)
+
+
+def test_more_shards_than_files_may_be_open(tiny, tmp_path):
+    """A set of a shard per clip, in a process that may open few files more than it has open."""
+    resource = pytest.importorskip('resource')
+    folder = shutil.copytree(tiny, tmp_path / 'set')
+    manifest = files.parse_manifest(str(folder / 'manifest.json'))
+    z = np.load(folder / 'train_00000.npy')
+    entries = []
+    for i, clip in enumerate(z):
+        entries.append({'file': f'train_{i:05d}.npy', 'clips': 1, 'skipped': []})
+        np.save(folder / entries[-1]['file'], clip[None])
+    manifest['splits']['train']['shards'] = entries
+    files.write_manifest(str(folder), manifest)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + 10, limits[1]))
+        clips = data.open_split(str(folder), 'train')
+        read = clips[range(48)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    same = data.open_split(tiny, 'train')[range(48)]
+    assert len(clips.shards) == 48 and torch.equal(read[0], same[0]) and torch.equal(read[1], same[1])
+
+
+def test_a_file_that_is_cut_after_opening_is_named(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / 'set')
+    clips = data.open_split(str(folder), 'val')
+    os.truncate(folder / 'val_00000.npy', 1000)
+    with pytest.raises(Refusal, match='val_00000.npy is damaged or missing; prepare.py, run as before, repairs it'):
+        clips[range(24)]
+
+
+def test_a_domain_that_a_set_lacks_is_named(tiny, monkeypatch):
+    """One that was added to DOMAINS after the set was made."""
+    with pytest.raises(Refusal, match="has no split 'test_moon'; it has train, .*[a-z]$"):
+        data.open_split(tiny, 'test_moon')
+    monkeypatch.setitem(data.DOMAINS, 'moon', data.Physics(mu=0.1, mass=1.0))
+    with pytest.raises(Refusal, match="'test_moon'; it has train, .*it was made before the domain moon was added; make it anew"):
+        data.open_split(tiny, 'test_moon')
 
 
 def test_prepare_goes_on_where_it_stopped_and_leaves_finished_sets_alone(tiny, tmp_path):

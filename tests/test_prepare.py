@@ -2,6 +2,7 @@
 Preparing: what a set is made from; own clips in every layout, byte for byte, and every bad one refused or skipped by name;
 official encoders and their download.
 """
+import ast
 import functools
 import glob
 import hashlib
@@ -12,10 +13,12 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -103,6 +106,16 @@ def test_code_is_followed_by_name(old, new, same, tmp_path, monkeypatch):
         found.append((constants, depends['code']))
     assert WORLD != WORLD.replace(old, new)
     assert (found[0] == found[1]) == same
+
+
+def test_code_is_written_alike_by_every_python():
+    """Python 3.10 to 3.13 give this text; ast.unparse and ast.dump do not."""
+    tree = ast.parse("def f(x, *y): return f'{x!r:>3}', [1, None, 'a\\n']")
+    assert made_from.written(tree) == (
+        "Module(body=[FunctionDef(name='f', args=arguments(args=[arg(arg='x')], vararg=arg(arg='y')), body=[Return(value="
+        "Tuple(elts=[JoinedStr(values=[FormattedValue(value=Name(id='x', ctx=Load()), conversion=114, format_spec=JoinedStr("
+        "values=[Constant(value='>3')]))]), List(elts=[Constant(value=1), Constant(), Constant(value='a\\n')], ctx=Load())], "
+        "ctx=Load()))])])")
 
 
 def test_the_world_counts_as_a_whole():
@@ -536,6 +549,279 @@ def test_bad_clips_in_a_run(tmp_path):
     assert clips.actions[:, 0, 0].tolist() == [1, 3] and len(clips[[0, 1]][0]) == 2
     stored = np.load(tmp_path / 'set' / 'train_00000.npy')
     assert stored[1].tobytes() == np.load(source / 'train' / 'clip_00002' / MAPS).tobytes()
+
+
+# ---- features, pictures, or both -----------------------------------------------------------------------------------------
+
+def add_features(source, dtype=np.float16):
+    """Features (8,4,24) beside whatever own clips have, one row of patches per step in a file of shape (8,4,24)."""
+    for i, clip in enumerate(sorted(source.glob('*/*'))):
+        (clip / 'feature_maps').mkdir()
+        z = np.random.default_rng(i).normal(size=(8, 4, 24)).astype(dtype)
+        np.save(clip / MAPS, z)
+    return source
+
+
+def small_clips(folder, splits=('train', 'val'), dtype=np.float16):
+    """Own clips with small features alone → their folder."""
+    source = own_clips(folder, splits, 'video')
+    for video in source.glob('*/*/video.npy'):
+        video.unlink()
+    return add_features(source, dtype)
+
+
+def stored(folder, split='train'):
+    """All of a split: z, a."""
+    clips = data.open_split(str(folder), split)
+    return clips[range(len(clips))]
+
+
+def test_features_and_pictures(tmp_path):
+    """Which of the two is taken is said; pictures beside features give a decoder, without any that is said, too."""
+    source = add_features(own_clips(tmp_path / 'clips', ('train', 'val'), 'pictures'))
+    args = f'--source={source}',
+    assert 'choose --content=features' in refused(run('prepare.py', f'--name={tmp_path}/x', *args, ok=False))
+    assert not (tmp_path / 'x').exists()
+
+    out = run('prepare.py', f'--name={tmp_path}/features', *args, '--content=features').stdout
+    assert 'content: features of (8, 4, 24), taken as they are' in out and 'will not be shown' not in out
+    manifest = json.load(open(tmp_path / 'features' / 'manifest.json'))
+    decoder = torch.from_numpy(np.load(tmp_path / 'features' / manifest['decoder']))
+    assert decoder.shape == (25, 1536)
+    # Of the pictures that stand beside: their mean is the mean of what is shown.
+    z, _ = stored(tmp_path / 'features')
+    shown = data.pictures(z.flatten(0, 1), decoder, (2, 2), 16).mean()
+    frames = np.load(own_clips(tmp_path / 'same', ('train',), 'video') / 'train' / 'clip_00000' / 'video.npy')
+    assert abs(shown - frames.mean() / 255) < 0.05
+
+    out = run('prepare.py', f'--name={tmp_path}/pictures', *args, '--content=pictures', '--size=32', '--dim=24').stdout
+    assert 'content: pictures of 48 x 40, encoded by patch' in out
+    plain = own_clips(tmp_path / 'plain', ('train', 'val'), 'video')
+    run('prepare.py', f'--name={tmp_path}/plain_set', f'--source={plain}', '--size=32', '--dim=24')
+    assert torch.equal(stored(tmp_path / 'pictures')[0], stored(tmp_path / 'plain_set')[0])
+
+    alone = small_clips(tmp_path / 'alone')
+    out = run('prepare.py', f'--name={tmp_path}/alone_set', f'--source={alone}').stdout
+    assert 'no pictures beside the features' in out and 'about' in out and 'GiB free' in out
+    assert 'decoder' not in json.load(open(tmp_path / 'alone_set' / 'manifest.json'))
+    for knob in ('--encoder=patch', '--weights=x.pt', '--size=32', '--seed=2'):
+        line = refused(run('prepare.py', f'--name={tmp_path}/y', f'--source={alone}', knob, ok=False))
+        assert line.startswith(f'prepare.py: {knob}: ') and not (tmp_path / 'y').exists()
+    assert 'is for features' in refused(run('prepare.py', f'--name={tmp_path}/y', f'--source={plain}', '--in_place=True',
+                                            ok=False))
+
+
+@pytest.mark.parametrize('frames, used', [(16, True), (8, True), (30, False)])
+def test_pictures_beside_features(frames, used, tmp_path):
+    """Two a step, or one a step, which is shown twice; of any other number no decoder is made."""
+    source = add_features(own_clips(tmp_path / 'clips', ('train', 'val'), 'video'))
+    for video in source.glob('*/*/video.npy'):
+        np.save(video, np.resize(np.load(video), (frames, 40, 48, 3)))
+    clips = opened(source, content='features')[0]['train']
+    pictures, indices = clips.pictures([0, 1, 2], 32)
+    assert indices == ([0, 1, 2] if used else [])
+    if frames == 8:
+        assert torch.equal(pictures[:, ::2], pictures[:, 1::2]) and pictures.shape == (3, 16, 32, 32, 3)
+
+
+def png_of(samples, kind):
+    """The bytes of a PNG of 16-bit samples (H,W,channels), written by hand. kind: 0 grey, 2 colour, 4 grey and alpha."""
+    def chunk(name, body):
+        return struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body))
+    height, width = samples.shape[:2]
+    rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in samples)
+    header = struct.pack('>IIBBBBB', width, height, 16, kind, 0, 0, 0)
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
+
+
+@pytest.mark.parametrize('kind, channels', [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_pictures_of_16_bits(kind, channels, tmp_path):
+    """Of grey and of colour the upper 8 bits are taken; transparency is left out."""
+    samples = np.random.default_rng(0).integers(0, 65536, (6, 5, channels)).astype(np.uint16)
+    (tmp_path / 'frame_00001.png').write_bytes(png_of(samples, kind))
+    colours = samples[..., :3] if channels > 2 else samples[..., [0, 0, 0]]
+    assert (own.read_picture(str(tmp_path / 'frame_00001.png')) == colours >> 8).all()
+
+
+def test_other_pictures(tmp_path):
+    """JPEG by both endings, a palette, transparency, black and white."""
+    from PIL import Image
+    frame = np.kron(np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
+    picture = Image.fromarray(frame)
+    for i, ending in enumerate(('jpg', 'JPEG', 'jpg')):
+        picture.save(tmp_path / f'frame_{i + 1}.{ending}', quality=95, subsampling=0)
+    read = own.read_frames(str(tmp_path))
+    assert read.shape == (3, 24, 32, 3) and np.abs(read[0].astype(int) - frame).mean() < 4
+    clear = picture.copy()
+    clear.putalpha(Image.new('L', clear.size, 0))
+    grey = np.asarray(picture.convert('L'))
+    for mode, written, expected in (('P', picture.quantize(12), frame), ('RGBA', clear, frame),
+                                    ('L', picture.convert('L'), np.stack([grey] * 3, -1)),
+                                    ('1', picture.convert('1'), np.asarray(picture.convert('1').convert('RGB')))):
+        written.save(tmp_path / f'{mode}.png')
+        assert (own.read_picture(str(tmp_path / f'{mode}.png')) == expected).all(), mode
+
+
+# ---- read in place ---------------------------------------------------------------------------------------------------------
+
+def test_clips_read_in_place_are_those_of_a_copy(tmp_path):
+    """Bit for bit, as float16 and as float32, in both published shapes; nothing is copied."""
+    source = small_clips(tmp_path / 'clips', ('train', 'val', 'B'), np.float32)
+    np.save(source / 'train' / 'clip_00001' / MAPS, np.load(source / 'train' / 'clip_00001' / MAPS).astype(np.float16))
+    args = f'--source={source}', '--content=features'
+    run('prepare.py', f'--name={tmp_path}/copy', *args)
+    out = run('prepare.py', f'--name={tmp_path}/set', *args, '--in_place=True').stdout
+    assert 'no copy' in out and not glob.glob(f'{tmp_path}/set/*_0*.npy')
+    for split in ('train', 'val', 'test_B'):
+        for read, copied in zip(stored(tmp_path / 'set', split), stored(tmp_path / 'copy', split)):
+            assert torch.equal(read, copied)
+    assert 'nothing to do' in run('prepare.py', f'--name={tmp_path}/set', *args, '--in_place=True').stdout
+    assert 'in_place = False (was True)' in refused(run('prepare.py', f'--name={tmp_path}/set', *args, ok=False))
+
+    flat = own_clips(tmp_path / 'flat', ('train', 'val'))
+    run('prepare.py', f'--name={tmp_path}/flat_set', f'--source={flat}', '--in_place=True')
+    z, _ = data.open_split(f'{tmp_path}/flat_set', 'train')[2]
+    raw = torch.from_numpy(np.load(flat / 'train' / 'clip_00002' / MAPS)).float().view(8, 256, 1024)
+    assert torch.equal(z, F.layer_norm(raw, (1024,)))
+
+
+def test_a_clip_that_changed_in_place_is_named(tmp_path):
+    """A changed byte when it is first read, another size or a missing file when the split is opened."""
+    source = small_clips(tmp_path / 'clips')
+    run('prepare.py', f'--name={tmp_path}/set', f'--source={source}', '--in_place=True')
+    path = source / 'train' / 'clip_00001' / MAPS
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    clips = data.open_split(f'{tmp_path}/set', 'train')
+    clips[[0, 2]]
+    words = f'{path} is missing or has changed since .*restore the file, or delete that folder and run prepare.py again'
+    with pytest.raises(Refusal, match=words):
+        clips[1]
+    path.write_bytes(whole)
+    clips[1]
+    for damage in (lambda: path.write_bytes(whole[:-1]), path.unlink):
+        damage()
+        with pytest.raises(Refusal, match=words):
+            data.open_split(f'{tmp_path}/set', 'train')
+
+
+def test_bad_clips_in_place_are_left_out(tmp_path):
+    """What is not finite is found when the list is made."""
+    source = small_clips(tmp_path / 'clips')
+    np.save(source / 'train' / 'clip_00001' / MAPS, np.full((8, 4, 24), np.nan, np.float16))
+    args = f'--name={tmp_path}/set', f'--source={source}', '--in_place=True'
+    assert 'clip_00001' in refused(run('prepare.py', *args, ok=False))
+    shutil.rmtree(tmp_path / 'set')
+    out = run('prepare.py', *args, '--skip_bad=True').stdout
+    assert out.count('skipped:') == 1 and '1 clips skipped' in out
+    assert stored(tmp_path / 'set')[1][:, 0, 0].tolist() == [1, 3]
+
+
+# ---- several pushes, states ------------------------------------------------------------------------------------------------
+
+def test_several_pushes_and_states(tmp_path):
+    """(8,2) is kept as it is, (7,2) gets a row of zeros, a single push acts at step 1; states of steps or of frames."""
+    source = small_clips(tmp_path / 'clips')
+    rows = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
+    np.save(source / 'train' / 'clip_00000' / ACTIONS, rows)
+    np.save(source / 'train' / 'clip_00001' / ACTIONS, rows[:7])
+    run('prepare.py', f'--name={tmp_path}/set', f'--source={source}')
+    clips = data.open_split(f'{tmp_path}/set', 'train')
+    single = [[3, -1]] + [[0, 0]] * 7
+    expected = np.stack([rows, np.concatenate([rows[:7], [[0, 0]]]), single]).astype(np.float32)
+    assert clips.several_pushes and clips.states is None and (clips.actions == expected).all()
+    assert not data.open_split(f'{tmp_path}/set', 'val').several_pushes
+
+    states = np.arange(48, dtype=np.float64).reshape(16, 3)
+    for i, clip in enumerate(sorted(source.glob('*/*'))):
+        of_frames = i % 2
+        np.save(clip / ('states.npy' if of_frames else 'actions_states/states.npy'), states if of_frames else states[::2])
+    run('prepare.py', f'--name={tmp_path}/with_states', f'--source={source}')
+    clips = data.open_split(f'{tmp_path}/with_states', 'train')
+    assert clips.states.dtype == np.float32 and (clips.states == states[::2]).all() and clips.states.shape == (3, 8, 3)
+    assert len(data.open_split(f'{tmp_path}/with_states', 'train', 'val').states) == 6
+
+
+@pytest.mark.parametrize('change, words', [
+    ({'actions.npy': np.ones((8, 2))}, 'clips with several pushes cannot be zoomed in on'),
+    ({'states.npy': np.ones((8, 2))}, 'clips with states cannot be zoomed in on'),
+])
+def test_what_cannot_be_zoomed(change, words, tmp_path):
+    for i in range(64):
+        own_clip(tmp_path / 'train' / f'clip_{i}', i + 1, 'video')
+        for file, rows in change.items():
+            np.save(tmp_path / 'train' / f'clip_{i}' / 'actions_states' / file, rows)
+    train = opened(tmp_path)[0]['train']
+    train.count = 64
+    assert prepare.why_not_zoomed(train, [8, 4, 24], train.example()) == words
+
+
+# ---- what was changed since --------------------------------------------------------------------------------------------------
+
+def test_own_clips_that_changed_are_noticed(tmp_path):
+    """Changed in place, added, mended after --skip_bad: the same command says so and leaves the set as it is."""
+    source = own_clips(tmp_path / 'clips', ('train', 'val'), 'video')
+    bad = source / 'train' / 'clip_00001' / 'video.npy'
+    whole = bad.read_bytes()
+    bad.write_bytes(b'no array')
+    args = f'--name={tmp_path}/set', f'--source={source}', '--size=32', '--dim=24', '--skip_bad=True'
+    run('prepare.py', *args)
+    made = (tmp_path / 'set' / 'manifest.json').read_bytes()
+    assert 'nothing to do' in run('prepare.py', *args).stdout
+    (source / 'train' / 'clip_00000' / 'notes.txt').write_text('not of the clip')
+    assert 'nothing to do' in run('prepare.py', *args).stdout
+
+    def changed(words):
+        assert f'own clips that have changed since: {words}' in refused(run('prepare.py', *args, ok=False))
+        assert (tmp_path / 'set' / 'manifest.json').read_bytes() == made
+    bad.write_bytes(whole)
+    changed('files have another size')
+    bad.write_bytes(b'no array')
+    changed('files were written again')
+    own_clip(source / 'train' / 'clip_00003', 4, 'video')
+    changed('files were added, removed or renamed')
+
+
+def test_the_folder_of_a_set_is_its_own(tmp_path):
+    """A folder of other files is refused; one that a run left at its very beginning is gone on with."""
+    args = '--size=16', '--dim=6', '--clips=4', '--test_clips=2'
+    folder = tmp_path / 'thesis'
+    folder.mkdir()
+    (folder / 'chapter.tex').write_text('mine')
+    assert 'not a data set (it holds chapter.tex)' in refused(run('prepare.py', f'--name={folder}', *args, ok=False))
+    assert os.listdir(folder) == ['chapter.tex']
+    os.rename(folder / 'chapter.tex', folder / 'manifest.json.tmp')
+    run('prepare.py', f'--name={folder}', *args)
+    assert 'manifest.json.tmp' not in os.listdir(folder)
+
+
+def test_a_full_disk_is_said_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(10**9, 9 * 10**8, 10**8))
+    assert prepare.check_room(str(tmp_path / 'a' / 'b'), 10**7) == 10**8
+    with pytest.raises(Refusal, match='the set takes 0.9 GiB and 95.4 MiB are free'):
+        prepare.check_room(str(tmp_path / 'a' / 'b'), 10**9)
+
+
+def test_an_encoder_that_returns_no_numbers(tmp_path):
+    """Nothing that is not finite is written."""
+    source = prepare.PhysicsClips('train', 'A', count=3, seed=1, size=32, device='cpu')
+    manifest = prepare.new_manifest([8, 4, 24], {'train': source}, {})
+    for value in (float('nan'), 1e6):
+        def encode(frames):
+            return torch.full((len(frames), 8, 4, 24), value)
+        with pytest.raises(Refusal, match='split train, from clip 0 on: the encoder returns features that are not finite'):
+            prepare.write_split(str(tmp_path), manifest, 'train', source, encode, batch=2, shard_clips=3)
+    assert not os.listdir(tmp_path)
+
+
+def test_the_encoder_computes_in_the_dtype_asked_for(tmp_path):
+    weights = f'--weights={official_weights(tmp_path / "w.pt")}'
+    args = '--encoder=vitl', weights, '--size=32', '--clips=4', '--test_clips=2', '--device=cpu'
+    for dtype in ('auto', 'float32', 'bfloat16'):
+        run('prepare.py', f'--name={tmp_path}/{dtype}', *args, f'--dtype={dtype}')
+    auto, exact, rounded = [stored(tmp_path / dtype)[0] for dtype in ('auto', 'float32', 'bfloat16')]
+    assert torch.equal(auto, exact) and not torch.equal(exact, rounded)
+    assert (exact - rounded).abs().max() < 0.2
 
 
 SIZES = [                    # height, width, short side → height, width, by hand

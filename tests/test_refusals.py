@@ -97,8 +97,8 @@ KNOBS = [
     ('train.py', '--mixer=both,titan', 'allowed: titan | attention | both'),
     ('adapt.py', '--clips=0', 'clips = 0 is not allowed'),
     ('prepare.py', '--dim=0', 'allowed: 3..1536'),
-    ('prepare.py', '--encoder=resnet', 'allowed: | patch | vitl'),
-    ('prepare.py', '--content=sound', 'allowed: | features | pictures'),
+    ('prepare.py', '--encoder=resnet', '| patch | vitl'),
+    ('prepare.py', '--content=sound', '| features | pictures'),
 ]
 
 # What stands in a config file of train.py.
