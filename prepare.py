@@ -168,6 +168,7 @@ def load_vjepa2_encoder(encoder, weights, part, size, encode, device, dtype='aut
 #   content(start, end)  the readable ones among clips start..end-1 as frames (n,F,H,W,3) uint8 or as features (n,T,N,D),
 #                        and the list of their indices
 #   pictures(indices, size)   frames (n,F,size,size,3) of those of these clips that have any, and the list of their indices
+#   stamp(start, end)    for own clips a checksum that changes when the files of clips start..end-1 do, else ''
 #   example()            the content of one clip, whose shape all others must have
 #   zoomed(zooms)        the Source of so many clips seen from nearer by, clip i by the factor zooms[i]
 
@@ -202,6 +203,10 @@ class PhysicsClips:
         """Frames (n,F,size,size,3) of these clips, and their indices."""
         drawn = {key: values[indices] for key, values in self.physics.items()}
         return data.render(drawn, size, self.device), indices
+
+    def stamp(self, start, end):
+        """No files are read, so none can change."""
+        return ''
 
     def example(self):
         """Frames of the first clip."""
@@ -263,11 +268,40 @@ def check_folder(folder, source):
         raise Refusal(f'{folder} exists and is not a data set (it holds {foreign[0]}); choose another --name')
 
 
-def take_over(folder, manifest):
+def drop_changed(found, manifest, sources):
+    """
+    Go on with an unfinished set after own clips were mended: without the shards of clips that have changed, and those after
+    them. found: its manifest, which is changed; manifest: what it would be now.
+    """
+    before = sum(len(entry['shards']) for entry in found['splits'].values())
+    shard_clips = shard_size(found['shape'])
+    for split, entry in found['splits'].items():
+        source = sources[split]
+        whole = []
+        for start, shard in zip(range(0, source.count, shard_clips), entry['shards']):
+            if shard['stamp'] != source.stamp(start, min(start + shard_clips, source.count)):
+                break
+            whole.append(shard)
+        entry['shards'] = whole
+    kept = [shard['file'] for entry in found['splits'].values() for shard in entry['shards']]
+    print(f'own clips have changed since the last run: {before - len(kept)} of {before} shards are made again')
+    # What was made of all clips, such as actions, is made again in any case.
+    found['sha256'] = {file: found['sha256'][file] for file in kept}
+    found['made_from'] = manifest['made_from']
+
+
+def only_clips_changed(found, wanted):
+    """Whether two manifests differ in nothing but the files of own clips."""
+    same = {**found['made_from'], 'files': None, 'clips': None} == {**wanted['made_from'], 'files': None, 'clips': None}
+    return same and found['shape'] == wanted['shape'] and list(found['splits']) == list(wanted['splits'])
+
+
+def take_over(folder, manifest, sources):
     """
     Claim the folder of a set for this run → the manifest to continue from: the given one for a new set, else that of an
     earlier run without its damaged shards and those after them. 'complete' stays true where nothing is left to do. Raises
-    Refusal where another run is at work, or for a set that was made with other settings.
+    Refusal where another run is at work, or for a set that was made with other settings or, once it is complete, of own
+    clips that have changed.
     """
     path = os.path.join(folder, 'manifest.json')
     os.makedirs(folder, exist_ok=True)
@@ -280,7 +314,10 @@ def take_over(folder, manifest):
     half_written = [f.path.removesuffix('.tmp') for f in os.scandir(folder) if f.name.endswith('.tmp')]
     claim(folder, *half_written)
     found = parse_manifest(path)
-    if (found['made_from'], found['shape']) != (manifest['made_from'], manifest['shape']):
+    differs = (found['made_from'], found['shape']) != (manifest['made_from'], manifest['shape'])
+    if differs and not found['complete'] and only_clips_changed(found, manifest):
+        drop_changed(found, manifest, sources)
+    elif differs:
         words = differences(found['made_from'], manifest['made_from'])
         raise Refusal(f'{folder} holds a set made with {words}; choose another --name or delete the folder')
     damaged = []
@@ -343,7 +380,8 @@ def write_split(folder, manifest, split, source, encode_clips, batch, shard_clip
             file = f'{split}_{len(shards):05d}.json'
             save(folder, manifest, file, lambda f: f.write(json.dumps(listed, indent=1).encode()))
         left_out = sorted(set(range(shard_start, shard_end)) - set(kept))
-        shards.append({'file': file, 'clips': len(kept), 'skipped': left_out})
+        stamp = source.stamp(shard_start, shard_end)
+        shards.append({'file': file, 'clips': len(kept), 'skipped': left_out, 'stamp': stamp})
         write_manifest(folder, manifest)
     kept = kept_clips(manifest, split, source)
     if not kept:
@@ -823,7 +861,7 @@ if __name__ == '__main__':
         encode_clips = None
     needed = 0 if in_place else sum(counts.values()) * 2 * math.prod(shape)
     free = check_room(folder, needed)
-    manifest = take_over(folder, manifest)
+    manifest = take_over(folder, manifest, sources)
     if manifest['complete']:
         print(f'{folder} is complete and undamaged; nothing to do')
         raise SystemExit

@@ -47,8 +47,9 @@ def number_of(path):
 
 
 def one_line(error):
-    """The message of an exception, short and on one line."""
-    return ' '.join(str(error).split())[:200]
+    """The message of an exception, short and on one line, without numpy's advice to run what is in a file."""
+    words = ' '.join(str(error).split())
+    return words.partition(' If you trust')[0][:200]
 
 
 def read_array(path):
@@ -309,6 +310,21 @@ def find_content(folder, kind):
     return found[0]
 
 
+def files_of(folder):
+    """The files of a clip, of any layout → [(path, size in bytes, time when it was written), ...]. None is read."""
+    files = []
+    for part in ('', 'actions_states', 'feature_maps', 'rgb'):
+        path = os.path.join(folder, part)
+        if not os.path.isdir(path):
+            continue
+        for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+            of_a_layout = entry.name.lower().endswith(('.npy', *PICTURES, *VIDEOS))
+            if of_a_layout and visible(entry.name) and os.path.isfile(entry.path):
+                status = entry.stat()
+                files.append((entry.path, status.st_size, status.st_mtime_ns))
+    return files
+
+
 def find_rows(folder, file):
     """The path of a clip's actions or states; it may not exist."""
     path = os.path.join(folder, 'actions_states', file)
@@ -494,6 +510,11 @@ class OwnClips:
             return {'path': path, 'bytes': os.path.getsize(path), 'sha256': sha256(path)}
         return self.each_readable(start, end, entry)
 
+    def stamp(self, start, end):
+        """A checksum of the names, sizes and times of the files of clips start..end-1, none of which is read."""
+        files = [files_of(clip.folder) for clip in self.clips[start:end]]
+        return hashlib.sha256(repr(files).encode()).hexdigest()
+
     def pictures(self, indices, size):
         """
         Pictures (n,F,size,size,3) of those of these clips that have any, for a decoder of their features, and which of the
@@ -529,7 +550,8 @@ def scan(parent):
         if not visible(entry.name):
             continue
         endings = [ending for ending in ARCHIVES if entry.name.endswith(ending)]
-        if entry.is_dir():
+        # A link that leads to itself is no folder either, but entry.is_dir() would raise an error.
+        if os.path.isdir(entry.path):
             found[entry.name] = entry.path
         elif endings:
             lost[entry.name.removesuffix(endings[0])] = f'{entry.path}: still an archive; unpack it, or move it away'
@@ -669,19 +691,11 @@ def fingerprint(source, found):
     """
     hashes = {'names': hashlib.sha256(), 'sizes': hashlib.sha256(), 'times': hashlib.sha256()}
     for folder in sorted(folder for folders in found.values() for folder in folders):
-        for part in ('', 'actions_states', 'feature_maps', 'rgb'):
-            path = os.path.join(folder, part)
-            if not os.path.isdir(path):
-                continue
-            for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
-                of_a_layout = entry.name.lower().endswith(('.npy', *PICTURES, *VIDEOS))
-                if not of_a_layout or not visible(entry.name) or not entry.is_file():
-                    continue
-                name = os.path.relpath(entry.path, source)
-                status = entry.stat()
-                hashes['names'].update(f'{name}\n'.encode())
-                hashes['sizes'].update(f'{name} {status.st_size}\n'.encode())
-                hashes['times'].update(f'{name} {status.st_mtime_ns}\n'.encode())
+        for path, size, written in files_of(folder):
+            name = os.path.relpath(path, source)
+            hashes['names'].update(f'{name}\n'.encode())
+            hashes['sizes'].update(f'{name} {size}\n'.encode())
+            hashes['times'].update(f'{name} {written}\n'.encode())
     return {key: digest.hexdigest() for key, digest in hashes.items()}
 
 

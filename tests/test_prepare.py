@@ -782,6 +782,31 @@ def test_own_clips_that_changed_are_noticed(tmp_path):
     changed('files were added, removed or renamed')
 
 
+def test_a_clip_that_is_mended_stops_no_run(tmp_path):
+    """A picture of the second split is damaged: once it is mended, the same command goes on, and the first is not made again."""
+    source = own_clips(tmp_path / 'clips', ('train', 'val'), 'pictures')
+    bad = source / 'val' / 'clip_00002' / 'rgb' / 'frame_00009.png'
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:60])
+    args = f'--source={source}', '--size=32', '--dim=24'
+    assert 'frame_00009.png: not a readable' in refused(run('prepare.py', f'--name={tmp_path}/set', *args, ok=False))
+    made = os.stat(tmp_path / 'set' / 'train_00000.npy').st_mtime_ns
+    bad.write_bytes(whole)
+    out = run('prepare.py', f'--name={tmp_path}/set', *args).stdout
+    assert 'own clips have changed since the last run: 0 of 1 shards are made again' in out
+    assert os.stat(tmp_path / 'set' / 'train_00000.npy').st_mtime_ns == made
+    run('prepare.py', f'--name={tmp_path}/at_once', *args)
+    for file in os.listdir(tmp_path / 'at_once'):
+        assert (tmp_path / 'at_once' / file).read_bytes() == (tmp_path / 'set' / file).read_bytes(), file
+
+    manifest = json.load(open(tmp_path / 'set' / 'manifest.json'))
+    manifest['complete'] = False
+    files.write_manifest(str(tmp_path / 'set'), manifest)
+    os.utime(source / 'train' / 'clip_00000' / 'rgb' / 'frame_00001.png')
+    out = run('prepare.py', f'--name={tmp_path}/set', *args).stdout
+    assert '1 of 2 shards are made again' in out and os.stat(tmp_path / 'set' / 'train_00000.npy').st_mtime_ns > made
+
+
 def test_the_folder_of_a_set_is_its_own(tmp_path):
     """A folder of other files is refused; one that a run left at its very beginning is gone on with."""
     args = '--size=16', '--dim=6', '--clips=4', '--test_clips=2'
