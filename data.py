@@ -303,7 +303,7 @@ class Split:
                 'file, or delete that folder and run prepare.py again')
 
     def read_arrays(self, split, key):
-        """Actions, states or physics of a split, their checksum compared; None where the set has none. Actions must be there."""
+        """Actions, states or physics of a split, their checksum compared; None where there are none. Actions must exist."""
         file = f'{split}_{key}.npz' if key == 'physics' else f'{split}_{key}.npy'
         if key != 'actions' and file not in self.manifest['sha256']:
             return None

@@ -43,7 +43,7 @@ from vjepa2 import MODELS, VideoEncoder, load_vjepa2, official_weights
 name = 'slide'           # data set: data/<name> beside the code, or a folder if it contains a slash
 source = 'physics'       # physics, or a folder of your own clips: <source>/<split>/<clip>, or <source>/<clip> with --split
 split = ''               # own clips by their numbers: train:17000-21999,B:22000-22999,A2:23000-23999; '' = by folder
-content = ''             # own clips: what is taken of them; '' = what they have, if it is one of the two [ | features | pictures]
+content = ''             # own clips: what is taken of clips that have both [ | features | pictures]
 in_place = False         # own features: no copy, training reads them where they are
 skip_bad = False         # own clips: leave out what cannot be read, name it and count it
 clips = 30000            # physics: clips in train; fit_B, for the oracle, has a fifth of them [1..]
@@ -80,6 +80,8 @@ INVERSE_CLIPS = 64
 LEAST_READ = 0.98
 # Tokens that V-JEPA 2 encodes at once, which bounds its memory for any batch.
 TOKENS = 2**14
+# What has happened to own clips, by the checksum that differs first (see own_clips.fingerprint).
+CHANGES = {'names': 'were added, removed or renamed', 'sizes': 'have another size', 'times': 'were written again'}
 # Mean and standard deviation of ImageNet's colours, by which V-JEPA 2 normalises pictures.
 MEAN = 0.485, 0.456, 0.406
 STD = 0.229, 0.224, 0.225
@@ -235,24 +237,25 @@ def save(folder, manifest, file, write):
 
 
 def differences(found, wanted):
-    """How two made_from differ, in words for the user."""
-    if found.get('files') != wanted.get('files') and found.get('source') == wanted.get('source'):
-        before, now = found.get('files') or {}, wanted.get('files') or {}
-        if before.get('names') != now.get('names'):
-            return 'own clips that have changed since: files were added, removed or renamed'
-        if before.get('sizes') != now.get('sizes'):
-            return 'own clips that have changed since: files have another size'
-        return 'own clips that have changed since: files were written again'
+    """How two manifests differ in what the set is made from, in words for the user."""
+    before, now = found['made_from'], wanted['made_from']
+    if set(before) != set(now):
+        return 'other settings, or by another version of prepare.py'
+    # The constants of the code count as settings.
+    was = {**before, **before['constants'], 'shape': found['shape']}
+    settings = {**now, **now['constants'], 'shape': wanted['shape']}
     words = []
-    for key in wanted:
-        if found.get(key) == wanted[key] or key in ('clips', 'code', 'constants'):
-            continue
-        words.append(f'{key} = {wanted[key]!r} (was {found.get(key)!r})')
-    if not words and found.get('clips') != wanted['clips']:
-        words.append('other numbers of clips')
-    if not words:
-        words.append('other code of the world or the encoder')
-    return f'other settings: {", ".join(words)}'
+    for key, value in settings.items():
+        if key not in ('files', 'clips', 'code', 'constants') and was.get(key) != value:
+            words.append(f'{key} = {value!r} (was {was.get(key)!r})')
+    if words:
+        return f'other settings: {", ".join(words)}'
+    for key, change in CHANGES.items():
+        if before['files'] and before['files'][key] != now['files'][key]:
+            return f'own clips that have changed since: files {change}'
+    if before['clips'] != now['clips']:
+        return 'other settings: the number of clips'
+    return 'other code of the world or of the encoder'
 
 
 def check_folder(folder, source):
@@ -318,7 +321,7 @@ def take_over(folder, manifest, sources):
     if differs and not found['complete'] and only_clips_changed(found, manifest):
         drop_changed(found, manifest, sources)
     elif differs:
-        words = differences(found['made_from'], manifest['made_from'])
+        words = differences(found, manifest)
         raise Refusal(f'{folder} holds a set made with {words}; choose another --name or delete the folder')
     damaged = []
     for file in data.progress(found['sha256'], 'comparing checksums', 'files'):
@@ -335,64 +338,19 @@ def take_over(folder, manifest, sources):
     return found
 
 
-def clips_done(manifest, split, source, shard_clips):
+def shard_size(shape):
+    """Clips per shard; shape: [T, N, D]."""
+    return max(1, SHARD_BYTES // (2 * math.prod(shape)))
+
+
+def clips_done(manifest, split, source):
     """How many clips of a split have been written, or left out."""
-    return min(source.count, len(manifest['splits'][split]['shards']) * shard_clips)
+    return min(source.count, len(manifest['splits'][split]['shards']) * shard_size(manifest['shape']))
 
 
-def write_split(folder, manifest, split, source, encode_clips, batch, shard_clips, after=0):
-    """
-    Encode and write the shards of a split that are still missing, then its actions, states and physics.
-
-    encode_clips: content of n clips → features (n,T,N,D); None to write lists of files that are read in place. batch: clips
-    encoded at once. after: clips of later splits, for the time left. Returns the number of clips that were left out; raises
-    Refusal where that is all of them, or where the encoder returns what is not finite.
-    """
-    shards = manifest['splits'][split]['shards']
-    done = clips_done(manifest, split, source, shard_clips)
-    # Each further next() counts one clip as done.
-    bar = data.progress(range(done, source.count), split, after=after)
-    next(bar, None)
-    for shard_start in range(done, source.count, shard_clips):
-        shard_end = min(shard_start + shard_clips, source.count)
-        if encode_clips:
-            # Filled batch by batch. Small arrays, allocated between the encoder's large ones, would keep gigabytes of freed
-            # memory from being returned to the system.
-            z = np.empty((shard_end - shard_start, *manifest['shape']), np.float16)
-        listed = []
-        kept = []
-        for start in range(shard_start, shard_end, batch):
-            end = min(start + batch, shard_end)
-            if encode_clips:
-                content, readable = source.content(start, end)
-                if readable:
-                    z[len(kept):len(kept) + len(readable)] = to_store(encode_clips, content, f'{split}, from clip {start} on')
-            else:
-                entries, readable = source.listed(start, end)
-                listed += entries
-            kept += readable
-            for _ in range(start, end):
-                next(bar, None)
-        if encode_clips:
-            file = f'{split}_{len(shards):05d}.npy'
-            save(folder, manifest, file, lambda f: np.save(f, z[:len(kept)]))
-        else:
-            file = f'{split}_{len(shards):05d}.json'
-            save(folder, manifest, file, lambda f: f.write(json.dumps(listed, indent=1).encode()))
-        left_out = sorted(set(range(shard_start, shard_end)) - set(kept))
-        stamp = source.stamp(shard_start, shard_end)
-        shards.append({'file': file, 'clips': len(kept), 'skipped': left_out, 'stamp': stamp})
-        write_manifest(folder, manifest)
-    kept = kept_clips(manifest, split, source)
-    if not kept:
-        raise Refusal(f'split {split}: none of its {source.count} clips can be read')
-    actions, states = source.actions(kept), source.states(kept)
-    save(folder, manifest, f'{split}_actions.npy', lambda f: np.save(f, actions))
-    if states is not None:
-        save(folder, manifest, f'{split}_states.npy', lambda f: np.save(f, states))
-    if source.physics:
-        save(folder, manifest, f'{split}_physics.npz', lambda f: np.savez(f, **source.physics))
-    return source.count - len(kept)
+def clips_to_do(manifest, sources):
+    """How many clips of all splits are not yet written."""
+    return sum(source.count - clips_done(manifest, split, source) for split, source in sources.items())
 
 
 def to_store(encode_clips, content, where):
@@ -401,6 +359,77 @@ def to_store(encode_clips, content, where):
     if not np.isfinite(z).all():
         raise Refusal(f'split {where}: the encoder returns features that are not finite in float16; are its weights whole?')
     return z
+
+
+def encode_shard(shape, split, source, start, end, encode_clips, batch, bar):
+    """The features (n,T,N,D) float16 of the readable ones among clips start..end-1, and their indices."""
+    # Filled batch by batch. Small arrays, allocated between the encoder's large ones, would keep gigabytes of freed memory
+    # from being returned to the system.
+    z = np.empty((end - start, *shape), np.float16)
+    kept = []
+    for first in range(start, end, batch):
+        last = min(first + batch, end)
+        content, readable = source.content(first, last)
+        if readable:
+            features = to_store(encode_clips, content, f'{split}, from clip {first} on')
+            z[len(kept):len(kept) + len(readable)] = features
+        kept += readable
+        for _ in range(first, last):
+            next(bar, None)
+    return z[:len(kept)], kept
+
+
+def list_shard(source, start, end, bar):
+    """Where the features of clips start..end-1 are, to be read in place, and the indices of the readable ones."""
+    listed = []
+    kept = []
+    for index in range(start, end):
+        entries, readable = source.listed(index, index + 1)
+        listed += entries
+        kept += readable
+        next(bar, None)
+    return listed, kept
+
+
+def write_split(folder, manifest, split, source, encode_clips, batch, after=0):
+    """
+    Write the shards of a split that are still missing, then its actions, states and physics.
+
+    encode_clips: content of n clips → features (n,T,N,D); None to write lists of files that are read in place. batch: clips
+    encoded at once. after: clips of later splits, for the time left. Returns the number of clips that were left out; raises
+    Refusal where that is all of them, or where the encoder returns what is not finite.
+    """
+    shards = manifest['splits'][split]['shards']
+    shard_clips = shard_size(manifest['shape'])
+    done = clips_done(manifest, split, source)
+    # Each further next() counts one clip as done.
+    bar = data.progress(range(done, source.count), split, after=after)
+    next(bar, None)
+    for start in range(done, source.count, shard_clips):
+        end = min(start + shard_clips, source.count)
+        number = len(shards)
+        if encode_clips:
+            file = f'{split}_{number:05d}.npy'
+            z, kept = encode_shard(manifest['shape'], split, source, start, end, encode_clips, batch, bar)
+            save(folder, manifest, file, lambda f: np.save(f, z))
+        else:
+            file = f'{split}_{number:05d}.json'
+            listed, kept = list_shard(source, start, end, bar)
+            save(folder, manifest, file, lambda f: f.write(json.dumps(listed, indent=1).encode()))
+        left_out = sorted(set(range(start, end)) - set(kept))
+        shards.append({'file': file, 'clips': len(kept), 'skipped': left_out, 'stamp': source.stamp(start, end)})
+        write_manifest(folder, manifest)
+    kept = kept_clips(manifest, split, source)
+    if not kept:
+        raise Refusal(f'split {split}: none of its {source.count} clips can be read')
+    actions = source.actions(kept)
+    save(folder, manifest, f'{split}_actions.npy', lambda f: np.save(f, actions))
+    states = source.states(kept)
+    if states is not None:
+        save(folder, manifest, f'{split}_states.npy', lambda f: np.save(f, states))
+    if source.physics:
+        save(folder, manifest, f'{split}_physics.npz', lambda f: np.savez(f, **source.physics))
+    return source.count - len(kept)
 
 
 def kept_clips(manifest, split, source):
@@ -757,11 +786,8 @@ def seconds_of_inverse(train, shape, seed, device):
 def print_plan(folder, manifest, sources, encode_clips, batch, seed, device, needed, free):
     """Print what will be made, how long that takes and how much room. needed, free: bytes."""
     shape = manifest['shape']
-    todo = 0
-    for split, source in sources.items():
-        todo += source.count - clips_done(manifest, split, source, shard_size(shape))
     train = sources['train']
-    seconds = todo * seconds_per_clip(folder, train, encode_clips, batch)
+    seconds = clips_to_do(manifest, sources) * seconds_per_clip(folder, train, encode_clips, batch)
     if 'zoom' in sources:
         seconds += seconds_of_inverse(train, shape, seed, device)
     total = sum(source.count for source in sources.values())
@@ -772,19 +798,13 @@ def print_plan(folder, manifest, sources, encode_clips, batch, seed, device, nee
 
 # ---- the run -----------------------------------------------------------------------------------------------------------
 
-def shard_size(shape):
-    """Clips per shard; shape: [T, N, D]."""
-    return max(1, SHARD_BYTES // (2 * math.prod(shape)))
-
-
 def write_set(folder, manifest, sources, encode_clips, batch, seed, device):
     """Write what is missing of a set; returns the number of clips that were left out. See write_split."""
-    shard_clips = shard_size(manifest['shape'])
-    after = sum(source.count - clips_done(manifest, split, source, shard_clips) for split, source in sources.items())
+    after = clips_to_do(manifest, sources)
     skipped = 0
     for split, source in sources.items():
-        after -= source.count - clips_done(manifest, split, source, shard_clips)
-        left_out = write_split(folder, manifest, split, source, encode_clips, batch, shard_clips, after)
+        after -= source.count - clips_done(manifest, split, source)
+        left_out = write_split(folder, manifest, split, source, encode_clips, batch, after)
         # Own clips that are zoomed in are those of train once more.
         if split != 'zoom':
             skipped += left_out

@@ -575,7 +575,7 @@ def by_number(named):
 
 
 def split_called(name):
-    """The split of a range's or folder's name: train, val, fit_... and test_... stay; a phase of adapt.py becomes test_<phase>."""
+    """The split of a range or a folder: train, val, fit_... and test_... are called as it; any other X becomes test_X."""
     if re.fullmatch('train|val|(fit|test)_.*', name):
         return name
     return f'test_{name}'
@@ -657,7 +657,7 @@ def find_clips(source, ranges):
 
 
 def choose_content(asked, found):
-    """What is taken of the clips {split: [folder, ...]}: 'features' or 'pictures'. asked: --content, or '' for what is there."""
+    """What is taken of the clips {split: [folder, ...]}: 'features' or 'pictures'. asked: --content, '' for what is there."""
     if asked:
         return asked
     kinds = []

@@ -52,7 +52,12 @@ def test_a_changed_world_is_another_set(tmp_path):
     (code / 'data.py').write_text(world + '\n# A comment.\n', encoding='utf-8')
     assert 'nothing to do' in run(*args).stdout
     (code / 'data.py').write_text(world.replace('GRAVITY = 9.81', 'GRAVITY = 1.62'), encoding='utf-8')
-    assert 'made with other settings' in refused(run(*args, ok=False))
+    assert 'made with other settings: data.GRAVITY = 1.62 (was 9.81)' in refused(run(*args, ok=False))
+    (code / 'data.py').write_text(world.replace('(0.5 + edge', '(0.4 + edge'), encoding='utf-8')
+    assert 'made with other code of the world' in refused(run(*args, ok=False))
+    (code / 'data.py').write_text(world.replace('def check(self)', 'def check_all(self)').replace('self.check(', 'self.check_all('),
+                                  encoding='utf-8')
+    assert 'nothing to do' in run(*args).stdout
 
     (code / 'data.py').write_text(world, encoding='utf-8')
     manifest = json.load(open(folder / 'manifest.json'))
@@ -126,7 +131,7 @@ def test_the_world_counts_as_a_whole():
         assert world['constants'][f'data.{name}'] == getattr(data, name)
 
 
-def test_shards_of_any_size_hold_the_same(tmp_path):
+def test_shards_of_any_size_hold_the_same(tmp_path, monkeypatch):
     """Seven clips, one of them bad, in shards of 3 and batches of 2; what an interruption left is gone on from."""
     source = own_clips(tmp_path / 'clips', ('train',), 'pictures') / 'train'
     for i in range(3, 7):
@@ -141,8 +146,11 @@ def test_shards_of_any_size_hold_the_same(tmp_path):
     assert shown == [2, 5] and torch.equal(pictures, whole[[2, 4]])
     manifest = prepare.new_manifest([8, 4, 24], {'train': clips}, {})
 
+    # Three clips of a shard, in bytes.
+    monkeypatch.setattr(prepare, 'SHARD_BYTES', 3 * 2 * 8 * 4 * 24)
+
     def write():
-        assert prepare.write_split(str(tmp_path), manifest, 'train', clips, encode, batch=2, shard_clips=3) == 1
+        assert prepare.write_split(str(tmp_path), manifest, 'train', clips, encode, batch=2) == 1
         shards = manifest['splits']['train']['shards']
         assert [shard['clips'] for shard in shards] == [3, 2, 1]
         assert [shard['skipped'] for shard in shards] == [[], [4], []]
@@ -211,7 +219,7 @@ def test_zoomed_clips_after_an_interruption(zoomed, tmp_path):
     for file in json.load(open(folder / 'manifest.json'))['sha256']:
         assert (again / file).read_bytes() == (folder / file).read_bytes(), file
     assert 'nothing to do' in run('prepare.py', *args).stdout
-    assert 'other settings' in refused(run('prepare.py', *args, '--zoom=False', ok=False))
+    assert 'other settings: zoom = False (was True)' in refused(run('prepare.py', *args, '--zoom=False', ok=False))
 
 
 class Plain:
@@ -783,7 +791,7 @@ def test_own_clips_that_changed_are_noticed(tmp_path):
 
 
 def test_a_clip_that_is_mended_stops_no_run(tmp_path):
-    """A picture of the second split is damaged: once it is mended, the same command goes on, and the first is not made again."""
+    """A picture of the second split is damaged: once it is mended, the same command goes on, and keeps the first."""
     source = own_clips(tmp_path / 'clips', ('train', 'val'), 'pictures')
     bad = source / 'val' / 'clip_00002' / 'rgb' / 'frame_00009.png'
     whole = bad.read_bytes()
@@ -835,7 +843,7 @@ def test_an_encoder_that_returns_no_numbers(tmp_path):
         def encode(frames):
             return torch.full((len(frames), 8, 4, 24), value)
         with pytest.raises(Refusal, match='split train, from clip 0 on: the encoder returns features that are not finite'):
-            prepare.write_split(str(tmp_path), manifest, 'train', source, encode, batch=2, shard_clips=3)
+            prepare.write_split(str(tmp_path), manifest, 'train', source, encode, batch=2)
     assert not os.listdir(tmp_path)
 
 
