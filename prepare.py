@@ -741,53 +741,74 @@ def gibibytes(count):
     return f'{count / 2**30:.1f} GiB' if count >= 2**30 / 10 else f'{count / 2**20:.1f} MiB'
 
 
-def seconds_per_clip(folder, source, encode_clips, batch):
-    """Measured on one batch: reading or rendering, encoding, writing and comparing. encode_clips: None for in place."""
+def seconds_per_clip(folder, source, encode_clips, batch, clips):
+    """
+    Measured on one batch: reading or rendering, encoding, writing and comparing. encode_clips: None for in place. clips: how
+    many there will be.
+    """
     count = min(batch, source.count)
-    began = time.time()
     if encode_clips is None:
-        source.listed(0, count)
-        return (time.time() - began) / count
+        return seconds_of(lambda: source.listed(0, count)) / count
     # The first call of an encoder takes longer than the others.
     encode_clips(source.example())
-    began = time.time()
-    encode_clips(source.example())
     # A whole batch, unless that would take long.
-    if (time.time() - began) * count > 10:
+    if seconds_of(lambda: encode_clips(source.example())) * count > 10:
         count = 1
-    began = time.time()
-    content, readable = source.content(0, count)
-    if not readable:
+    encoded = []
+
+    def read_and_encode():
+        content, readable = source.content(0, count)
+        if readable:
+            encoded.append(to_store(encode_clips, content, 'train'))
+    seconds = seconds_of(read_and_encode)
+    if not encoded:
         return 0
-    z = to_store(encode_clips, content, 'train')
-    # Not seen by anybody, and gone with this process.
-    with tempfile.TemporaryFile(dir=folder) as f:
-        np.save(f, z)
-        f.flush()
-        os.fsync(f.fileno())
-    hashlib.sha256(z)
-    return (time.time() - began) / count
+    # Up to 32 MiB: to sync a small file takes as long as a large one.
+    times = max(1, min(2**25 // encoded[0].nbytes, clips // count))
+
+    def write():
+        # Not seen by anybody, and gone with this process.
+        with tempfile.TemporaryFile(dir=folder) as f:
+            for _ in range(times):
+                f.write(encoded[0])
+                hashlib.sha256(encoded[0])
+            f.flush()
+            os.fsync(f.fileno())
+    return (seconds + seconds_of(write) / times) / count
+
+
+def seconds_of(work):
+    """How long work() takes: the median of up to five times, of a second or two together."""
+    times = []
+    while len(times) < 5 and sum(times) < 1:
+        began = time.time()
+        work()
+        times.append(time.time() - began)
+    return sorted(times)[len(times) // 2]
 
 
 def seconds_of_inverse(train, shape, seed, device):
-    """What training the inverse dynamics will take, measured on one batch of noise. train: its Source; shape: [T, N, D]."""
+    """What training the inverse dynamics will take, measured on a batch of noise. train: its Source; shape: [T, N, D]."""
     numbers = train.actions([0]).shape[-1]
     memory, optimizer = new_inverse(shape, numbers, seed, device)
     z = torch.randn(INVERSE_CLIPS, *shape, device=device)
     a = torch.randn(INVERSE_CLIPS, shape[0], numbers, device=device)
-    for _ in range(2):
-        began = time.time()
+
+    def step():
         inverse_step(memory, optimizer, z, a)
         if z.device.type == 'cuda':
             torch.cuda.synchronize()
-    return (time.time() - began) * inverse_batches(train.count)
+    # The first one takes longer.
+    step()
+    return seconds_of(step) * inverse_batches(train.count)
 
 
 def print_plan(folder, manifest, sources, encode_clips, batch, seed, device, needed, free):
     """Print what will be made, how long that takes and how much room. needed, free: bytes."""
     shape = manifest['shape']
     train = sources['train']
-    seconds = clips_to_do(manifest, sources) * seconds_per_clip(folder, train, encode_clips, batch)
+    todo = clips_to_do(manifest, sources)
+    seconds = todo * seconds_per_clip(folder, train, encode_clips, batch, todo)
     if 'zoom' in sources:
         seconds += seconds_of_inverse(train, shape, seed, device)
     total = sum(source.count for source in sources.values())
