@@ -121,8 +121,10 @@ def read_bytes(path):
 
 
 # ---- data sets ---------------------------------------------------------------------------------------------------------
-# data/<name>/<split>_<nnnnn>.npy     float16 (clips,T,N,D) features as the encoder gave them, memory-mapped
-# data/<name>/<split>_actions.npy     float32 (clips,T,A), zero after step 1
+# data/<name>/<split>_<nnnnn>.npy     float16 (clips,T,N,D) features as the encoder gave them
+# data/<name>/<split>_<nnnnn>.json    or, where own features are read in place, their paths, sizes and sha256
+# data/<name>/<split>_actions.npy     float32 (clips,T,A)
+# data/<name>/<split>_states.npy      float32 (clips,T,S), where own clips have states
 # data/<name>/<split>_physics.npz     what data.simulate() returned
 # data/<name>/manifest.json           shapes, domains, encoder, seed, sha256 of every file and of itself, complete or not
 

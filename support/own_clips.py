@@ -93,7 +93,7 @@ def read_picture(path):
 
 def picture_names(folder):
     """The names of the pictures in a folder, in the order of their numbers, which must be consecutive."""
-    names = [name for name in os.listdir(folder) if visible(name) and name.lower().endswith(PICTURES)]
+    names = holds(folder, PICTURES)
     png = [name for name in names if name.lower().endswith('.png')]
     if 0 < len(png) < len(names):
         raise Refusal(f'{folder}: has PNG and JPEG pictures; keep one of the two')
@@ -155,7 +155,7 @@ def read_frames(path):
     """Frames (F,H,W,3) uint8 of a .npy array, a folder of numbered pictures, or a video file."""
     if os.path.isdir(path):
         return read_pictures(path)
-    if path.endswith('.npy'):
+    if path.lower().endswith('.npy'):
         return np.array(read_video_array(path))
     return read_video_file(path)
 
@@ -169,7 +169,7 @@ def count_frames(path):
         names = picture_names(path)
         with open_picture(os.path.join(path, names[0])) as picture:
             return len(names), picture.size[::-1]
-    if path.endswith('.npy'):
+    if path.lower().endswith('.npy'):
         shape = read_video_array(path).shape
         return shape[0], shape[1:3]
     import_av(path)
@@ -283,19 +283,22 @@ class Clip:
     states: np.ndarray
 
 
+def holds(folder, endings):
+    """The names of the files in a folder that end so, in order; none where there is no such folder."""
+    if not os.path.isdir(folder):
+        return []
+    return [name for name in sorted(os.listdir(folder)) if visible(name) and name.lower().endswith(endings)]
+
+
 def contents(folder):
     """The paths of what a clip's folder holds → {'features': [...], 'pictures': [...]}."""
-    features = []
     maps = os.path.join(folder, 'feature_maps')
-    if os.path.isdir(maps):
-        features = [os.path.join(maps, file) for file in sorted(os.listdir(maps)) if visible(file) and file.endswith('.npy')]
-    pictures = []
-    for file in sorted(filter(visible, os.listdir(folder))):
-        path = os.path.join(folder, file)
-        is_array = file.endswith('.npy') and file not in ('actions.npy', 'states.npy')
-        has_pictures = file == 'rgb' and os.path.isdir(path) and any(f.lower().endswith(PICTURES) for f in os.listdir(path))
-        if is_array or has_pictures or file.endswith(VIDEOS):
-            pictures.append(path)
+    features = [os.path.join(maps, name) for name in holds(maps, '.npy')]
+    names = holds(folder, ('.npy', *VIDEOS))
+    pictures = [os.path.join(folder, name) for name in names if name not in ('actions.npy', 'states.npy')]
+    rgb = os.path.join(folder, 'rgb')
+    if holds(rgb, PICTURES):
+        pictures.append(rgb)
     return {'features': features, 'pictures': pictures}
 
 
@@ -314,14 +317,11 @@ def files_of(folder):
     """The files of a clip, of any layout → [(path, size in bytes, time when it was written), ...]. None is read."""
     files = []
     for part in ('', 'actions_states', 'feature_maps', 'rgb'):
-        path = os.path.join(folder, part)
-        if not os.path.isdir(path):
-            continue
-        for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
-            of_a_layout = entry.name.lower().endswith(('.npy', *PICTURES, *VIDEOS))
-            if of_a_layout and visible(entry.name) and os.path.isfile(entry.path):
-                status = entry.stat()
-                files.append((entry.path, status.st_size, status.st_mtime_ns))
+        for name in holds(os.path.join(folder, part), ('.npy', *PICTURES, *VIDEOS)):
+            path = os.path.join(folder, part, name)
+            if os.path.isfile(path):
+                status = os.stat(path)
+                files.append((path, status.st_size, status.st_mtime_ns))
     return files
 
 
