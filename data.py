@@ -426,8 +426,10 @@ def mean_push(actions):
 
 
 def median_scene(split):
-    """Each patch's median feature over the first 256 clips: an empty scene, (N,D)."""
-    z, _ = split[range(min(256, len(split)))]
+    """Each patch's median feature over the first clips, 256 of them or 256 MiB: an empty scene, (N,D)."""
+    T, N, D = split.manifest['shape']
+    clips = min(256, 2**26 // (T * N * D) + 1, len(split))
+    z, _ = split[range(clips)]
     return z.flatten(0, 1).median(0).values
 
 

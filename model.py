@@ -341,14 +341,17 @@ def feature_loss(z_hat, z):
     return (z_hat - z).abs().flatten(1).mean(1)
 
 
-def teacher_forcing_loss(predictor, z, a, memory=None):
+def teacher_forcing_loss(predictor, z, a, memory=None, states=None):
     """
     Mean L1 of every one-step prediction (V-JEPA 2, Eq. 2): z (B,T,N,D), a (B,T,A) → scalar, memory after the clips.
 
+    states (B,T,S): for a predictor with a state token, here and in a rollout.
     Steps 1..T-1 are written to the memory, the last is only a target. Clips are written to a memory by this call only, in
     training and at test time. A test-time write of step T would spoil jumps to T: training never wrote a key at that time.
     """
-    z_hat, memory = predictor(z[:, :-1], a[:, :-1], memory=memory)
+    if states is not None:
+        states = states[:, :-1]
+    z_hat, memory = predictor(z[:, :-1], a[:, :-1], memory=memory, states=states)
     # With the batch as a single clip, the loss is one mean over all clips and steps.
     loss = feature_loss(z_hat[None], z[None, :, 1:])[0]
     return loss, memory
@@ -361,18 +364,23 @@ def jump_loss(predictor, z, a, tau, memory=None):
     return feature_loss(z_hat, z[clip, tau])
 
 
-def rollout(predictor, z, a, steps, memory=None):
-    """Feed predictions back: z (B,T,N,D), of which only step 1 is used, a (B,T,A) → steps 2..steps+1, (B,steps,N,D)."""
+def rollout(predictor, z, a, steps, memory=None, states=None):
+    """
+    Feed predictions back: z (B,T,N,D), of which only step 1 is used, a (B,T,A) → steps 2..steps+1, (B,steps,N,D).
+
+    States, like actions, are the true ones, as in the published training.
+    """
     seen = z[:, :1]
     for t in range(steps):
-        z_hat, _ = predictor(seen, a[:, :t + 1], memory=memory)
+        known = None if states is None else states[:, :t + 1]
+        z_hat, _ = predictor(seen, a[:, :t + 1], memory=memory, states=known)
         seen = torch.cat([seen, z_hat[:, -1:]], dim=1)
     return seen[:, 1:]
 
 
-def rollout_loss(predictor, z, a, steps, memory=None):
+def rollout_loss(predictor, z, a, steps, memory=None, states=None):
     """L1 of the last of `steps` predictions, each fed back: z (B,T,N,D), a (B,T,A) → (B,), one per clip."""
-    predictions = rollout(predictor, z, a, steps, memory)
+    predictions = rollout(predictor, z, a, steps, memory, states)
     return feature_loss(predictions[:, -1], z[:, steps])
 
 

@@ -2,6 +2,7 @@
 # a rollout over two steps. Needs vjepa2-ac-vitg.pt (its `predictor`; `target_encoder` is the encoder of the features),
 # a GPU with 40 GB or more (not tried on one yet), and features of ViT-g:
 #   python prepare.py --name=mine_vitg --source=clips --encoder=vitg --weights=vjepa2-ac-vitg.pt
+# Clips with states: --states=True. Clips of several pushes: --action_memory=False.
 model = 'vit'
 init_from = 'vjepa2-ac-vitg.pt'
 rope = 'vjepa2'

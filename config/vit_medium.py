@@ -1,0 +1,18 @@
+# ViT-AC between the laptop and full size: the baseline of config/hope_medium.py, 5.4 M parameters as well.
+# A night on a workstation: 1,000 steps take 1.6 hours on two cores of an AMD EPYC 9004 (5.9 s a step), 3 hours on one; 3 GB
+# of memory. Not trained to the end yet, and not tried on a GPU, which needs no accumulation: --accumulation=1.
+model = 'vit'
+data = 'mine'
+depth = 6
+width = 256
+heads = 8
+mlp_hidden = 1024
+batch_size = 16
+accumulation = 4
+teacher_every = 4
+# 256, as on the laptop, would read a gigabyte a step. So a step reads 16 + 32 clips, 200 MB.
+inverse_batch = 32
+max_iters = 4000
+learning_rate = 1e-3
+eval_clips = 64
+out = 'out/vit_medium.pt'
