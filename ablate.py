@@ -5,7 +5,8 @@ The ablation table: train HOPE once per variant, run A→B→A with each, print 
     python ablate.py --seeds=1,2,3 --max_iters=2500        at full length
 
 Every variant is config/hope_jump.py with the knobs below changed and the same steps, clips and seeds. Finished runs are
-kept, so an interrupted table goes on where it stopped.
+kept, so an interrupted table goes on where it stopped, and seeds and variants may be added. What the results depend on is in
+<out>/settings.json; with other settings, another data set or other code a run is refused there.
 """
 import csv
 import json
@@ -16,8 +17,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from configurator import ROOT, Refusal, configure
-from support.files import claim, write_atomically
+from configurator import ROOT, Refusal, configure, read_config
+from support.files import claim, read_bytes, read_manifest, sha256, write_atomically
 
 # what to run
 config = 'config/hope_jump.py'   # config file that the variants change
@@ -30,9 +31,10 @@ tune_clips = 25          # clips per phase of the tuning stream [1..]
 out = 'out/ablation'     # folder for checkpoints, results and table.txt
 extra = ''               # more flags for every training run, separated by blanks
 device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
-settings = configure(globals())
-knobs = SimpleNamespace(**settings)
+settings = configure(globals()) if __name__ == '__main__' else {}
 
+# Code that results depend on. That of prepare.py is in the manifest of the data set.
+CODE = 'train.py', 'adapt.py', 'model.py', 'hope.py', 'data.py'
 # A row of the table: its name, the method by which it adapts, and its flags for train.py.
 VARIANTS = {
     'HOPE': ('memory', ''),
@@ -117,20 +119,71 @@ def line(label, cells):
     return f'{label:<28}{columns}\n'
 
 
-chosen = choose(variants, VARIANTS)
-os.makedirs(out, exist_ok=True)
-claim(out, os.path.join(out, 'table.txt'))
-table = ''
-for variant in chosen:
-    runs = [results(variant, seed, knobs) for seed in seeds.split(',')]
-    means = {column: np.mean([one[column] for one in runs]) for column in runs[0]}
-    if not table:
-        table = line(f'{max_iters} steps, seeds {seeds}', means)
-    cells = []
-    for column, mean in means.items():
-        digits = 0 if column == 'clips/s' else 4
-        cells.append(f'{mean:.{digits}f}')
-    table += line(variant, cells)
-table += "ViT-AC adapts by tuned LN-TTA, the plan's own HOPE by CMS writes, the others by the action memory.\n"
-print('\n' + table)
-write_atomically(os.path.join(out, 'table.txt'), lambda f: f.write(table.encode()))
+def depends_on(knobs, chosen):
+    """What the results of variants depend on, but for seed and device → {name: plain value}. Makes data/slide if missing."""
+    try:
+        manifest = read_manifest(knobs.data)
+    except Refusal:
+        if knobs.data != 'slide':
+            raise
+        run('prepare.py')
+        manifest = read_manifest(knobs.data)
+    depends = {name: getattr(knobs, name) for name in ('max_iters', 'clips', 'tune_clips', 'extra')}
+    depends['data'] = manifest['checksum']
+    for name, value in read_config(knobs.config).items():
+        depends[f'{name} in config'] = value
+    for script in CODE:
+        depends[script] = sha256(os.path.join(ROOT, script))
+    for variant in chosen:
+        depends[f'variant {variant}'] = ': '.join(VARIANTS[variant])
+    return depends
+
+
+def check_same(out, depends):
+    """Keep in the folder `out` what its results depend on; raises Refusal where they depend on something else."""
+    path = os.path.join(out, 'settings.json')
+    kept = {}
+    if os.path.exists(path):
+        try:
+            kept = json.loads(read_bytes(path))
+        except ValueError:
+            raise Refusal(f'{path} is damaged; name another --out') from None
+    elif any(name.endswith('.pt') for name in os.listdir(out)):
+        raise Refusal(f'{out} holds results, but not the settings that they depend on; name another --out')
+    other = []
+    for name in sorted({**kept, **depends}) if kept else []:
+        added = name.startswith('variant') and not (name in kept and name in depends)
+        if not added and kept.get(name) != depends.get(name):
+            numbers = isinstance(kept.get(name), int) and isinstance(depends.get(name), int)
+            other.append(f'{name} = {depends[name]} (was {kept[name]})' if numbers else name)
+    if other:
+        raise Refusal(f'{out} holds results with other settings, data or code: {", ".join(other)}; name another --out')
+    text = json.dumps({**kept, **depends}, indent=1)
+    write_atomically(path, lambda f: f.write(text.encode()))
+
+
+def main(knobs):
+    """Run what is missing and print the table."""
+    chosen = choose(knobs.variants, VARIANTS)
+    depends = depends_on(knobs, chosen)
+    os.makedirs(knobs.out, exist_ok=True)
+    claim(knobs.out, os.path.join(knobs.out, 'table.txt'))
+    check_same(knobs.out, depends)
+    table = ''
+    for variant in chosen:
+        runs = [results(variant, seed, knobs) for seed in knobs.seeds.split(',')]
+        means = {column: np.mean([one[column] for one in runs]) for column in runs[0]}
+        if not table:
+            table = line(f'{knobs.max_iters} steps, seeds {knobs.seeds}', means)
+        cells = []
+        for column, mean in means.items():
+            digits = 0 if column == 'clips/s' else 4
+            cells.append(f'{mean:.{digits}f}')
+        table += line(variant, cells)
+    table += "ViT-AC adapts by tuned LN-TTA, the plan's own HOPE by CMS writes, the others by the action memory.\n"
+    print('\n' + table)
+    write_atomically(os.path.join(knobs.out, 'table.txt'), lambda f: f.write(table.encode()))
+
+
+if __name__ == '__main__':
+    main(SimpleNamespace(**settings))
