@@ -5,11 +5,11 @@ Train a predictor on phase A: teacher forcing plus a curriculum-weighted jump (o
     python train.py config/hope_jump.py --resume=True              go on after an interruption
     torchrun --standalone --nproc_per_node=4 train.py config/hope_jump.py        four GPUs of one machine
 
-The data set is prepared first if it is missing. Writes the checkpoint `out`, and beside it the log as CSV. Ctrl-C or
-SIGTERM stops at the next step with everything saved; a second one stops at once. A resumed run ends as if never stopped;
-its log goes on below the old one, where steps after the checkpoint may stand already: the later row of a step counts.
+The data set is prepared first if it is missing. Writes the checkpoint `out` at least every few minutes, beside it the
+weights of the best evaluation, <out>_best.pt, and the log as CSV. Ctrl-C or SIGTERM stops at the next step with everything
+saved; a second one stops at once. A resumed run ends as if never stopped; its log goes on below the old one, where steps
+after the checkpoint may stand already: the later row of a step counts.
 """
-import csv
 import functools
 import importlib.util
 import math
@@ -25,11 +25,15 @@ import torch
 import torch.distributed as dist
 
 from configurator import ROOT, Refusal, configure, launched
-from data import batch_indices, mean_push, open_split
+from data import batch_indices, mean_push, median_scene, open_split
 from hope import build, load
 from model import Sizes, autocast, feature_loss, jump_loss, pick_device, rollout, rollout_loss, teacher_forcing_loss
-from support.files import MALFORMED, VERSION, claim, read_manifest, save
+from support.files import MALFORMED, VERSION, read_manifest, save
+from support.running import best_of, duration, log, note_signals, open_log, refuse_existing, round_down
 from vjepa2 import start_from
+
+if __name__ != '__main__':
+    raise ImportError('train.py is one page that trains from top to bottom: python train.py')
 
 # predictor
 model = 'hope'           # AC-HOPE-ViT or ViT-AC [hope | vit]
@@ -37,6 +41,7 @@ depth = 2                # blocks [1..]
 width = 96               # C, channels inside the predictor; a multiple of heads [6..]
 heads = 4                # attention heads, or Titan memories per block [1..]
 action_memory = True     # actions pass through a memory of what a push means in the present world
+states = False           # give the predictor the states of the clips; the published form takes them, rope = 'vjepa2'
 rope = 'paired'          # rotary positions: a true rotation, or the published models' form [paired | vjepa2]
 mlp_hidden = 384         # vit: hidden width of the MLP [1..]
 cms_hidden = 236         # hope: hidden width of each CMS level [1..]
@@ -86,8 +91,12 @@ compile = False          # torch.compile the predictor; pays off in long runs on
 wandb = ''               # project name: also log to Weights & Biases
 settings = configure(globals())
 knobs = SimpleNamespace(**settings)
-# These change no result. The others are the recipe: a resumed run must have the same.
-RUN_KNOBS = {'out', 'resume', 'stop_at', 'eval_interval', 'eval_clips', 'log_interval', 'device', 'dtype', 'compile', 'wandb'}
+# These change no result but for rounding. The others are the recipe: a resumed run must have the same. Of `data` the
+# checksum must be the same, and a resumed run says if its device, dtype or number of threads is another.
+RUN_KNOBS = {'data', 'accumulation', 'out', 'resume', 'stop_at', 'eval_interval', 'eval_clips', 'log_interval', 'device',
+             'dtype', 'compile', 'wandb'}
+# Seconds between checkpoints, or more where saving is slow: it may take a fiftieth of the time.
+SAVE_EVERY = 60
 recipe = {key: value for key, value in settings.items() if key not in RUN_KNOBS}
 
 
@@ -108,8 +117,10 @@ def check_settings(knobs, processes):
         raise Refusal('--wandb needs the package: pip install wandb')
     if not os.path.basename(knobs.out) or knobs.out.endswith('.csv'):
         raise Refusal(f'out = {knobs.out!r}: must name a file, and not the log, whose name is the same but for .csv')
-    if os.path.exists(knobs.out) and not knobs.resume:
-        raise Refusal(f'{knobs.out} exists; go on with --resume=True, or name another --out, or delete it')
+    if knobs.states and (knobs.model, knobs.rope, knobs.loss) != ('vit', 'vjepa2', 'rollout'):
+        raise Refusal("states = True: only the published predictor takes them, and no jump: set model = 'vit', "
+                      "rope = 'vjepa2' and loss = 'rollout'")
+    refuse_existing(knobs.out, knobs.resume)
 
 
 def open_training(name, split, zoom):
@@ -123,6 +134,14 @@ def open_training(name, split, zoom):
 def check_clips(knobs, train_clips, val_clips):
     """Raise Refusal for clips that do not suit each other or the knobs."""
     _, T, A = train_clips.actions.shape
+    for clips in train_clips, val_clips:
+        if clips.several_pushes and knobs.loss == 'jump':
+            raise Refusal(f'{clips.name} has clips of several pushes, and a jump sees the first alone: --loss=rollout')
+        if clips.several_pushes and knobs.action_memory:
+            raise Refusal(f'{clips.name} has clips of several pushes, and the action memory knows one a clip: '
+                          '--action_memory=False')
+        if knobs.states and clips.states is None:
+            raise Refusal(f'states = True, but {clips.name} has no states')
     if val_clips.actions.shape[2] != A:
         raise Refusal(f'data = {knobs.data}: actions of {knobs.split} have {A} numbers, those of val '
                       f'{val_clips.actions.shape[2]}')
@@ -133,66 +152,17 @@ def check_clips(knobs, train_clips, val_clips):
                       'predicted')
 
 
-# ---- log, signals, checkpoints, processes --------------------------------------------------------------------------
-
-def open_log(path, columns, out, resume):
-    """
-    Open the CSV log and keep other runs out. A resumed run appends to it, any other begins it anew.
-
-    Raises Refusal while another run writes there, and for a file that is not such a log, which is left as it is.
-    """
-    file = open(path, 'a+', newline='', encoding='utf-8', errors='replace')
-    claim(path, out)
-    if not resume and os.path.exists(out):
-        # Another run was quicker.
-        raise Refusal(f'{out} exists; go on with --resume=True, or name another --out, or delete it')
-    file.seek(0)
-    header = file.readline(10_000)
-    ours = header == ','.join(columns) + '\r\n' if resume else header.startswith('step,loss,teacher_forcing,')
-    if header and not ours:
-        raise Refusal(f'{path} is not the log of {out}; move it away, or name another --out')
-    if not resume:
-        file.truncate(0)
-    if not resume or not header:
-        csv.writer(file).writerow(columns)
-    elif not (header + file.read()).endswith('\n'):
-        # A full disk cut the last row short.
-        file.write('\r\n')
-    return file
-
-
-def log(file, columns, head, row, tail, wandb_run=None):
-    """
-    Write a row {figure: value} to the CSV and, between head and tail, to the terminal.
-
-    columns: {figure: how the terminal shows it, '' for not at all}. A figure without a column is for the terminal alone.
-    """
-    figures = {name: row[name] for name in columns if name in row}
-    shown = [columns[name].format(value, **row) for name, value in figures.items() if columns[name]]
-    print('  '.join([head, *shown, tail]), flush=True)
-    csv.DictWriter(file, columns).writerow(figures)
-    file.flush()
-    if wandb_run:
-        wandb_run.log(figures, step=row['step'])
-
-
-def note_signals():
-    """Have SIGINT and SIGTERM put their number into the list returned; a second one ends the run at once."""
-    received = []
-
-    def note(number, frame):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, note)
-    return received
-
+# ---- checkpoints, processes ----------------------------------------------------------------------------------------
 
 def load_checkpoint(path, device, recipe):
     """The predictor and the checkpoint to go on from; raises Refusal where other settings or other code made it."""
-    predictor, checkpoint = load(path, device, recipe=dict, data=str, version=int, optimizer=dict, random=dict, step=int,
-                                 best=float)
-    changed = [f'{k} = {recipe[k]!r} (was {v!r})' for k, v in checkpoint['recipe'].items() if recipe.get(k) != v]
+    predictor, checkpoint = load(path, device, recipe=dict, data=str, version=int, step=int, best=float)
+    if 'optimizer' not in checkpoint:
+        raise Refusal(f'--resume=True, but {path} holds the weights of step {checkpoint["step"]} alone, without the '
+                      'optimiser; resume the last checkpoint, or start anew from these weights with --init_from')
+    # A knob that is not in an older checkpoint was not there yet, which is as if it had been off.
+    old = {key: checkpoint['recipe'].get(key, False) for key in recipe}
+    changed = [f'{key} = {recipe[key]!r} (was {old[key]!r})' for key in recipe if recipe[key] != old[key]]
     if changed:
         raise Refusal(f'--resume=True, but {path} was trained with other settings: {", ".join(changed)}')
     if checkpoint['version'] != VERSION:
@@ -207,8 +177,8 @@ def restore(optimizer, checkpoint, device, path):
 
     Only torch's own generators have a state: data order and jump targets follow from seed and step.
     """
-    random = checkpoint['random']
     try:
+        random = checkpoint['random']
         optimizer.load_state_dict(checkpoint['optimizer'])
         for p, state in optimizer.state.items():
             if not all(v.shape in ((), p.shape) and v.isfinite().all() for v in state.values()):
@@ -224,7 +194,13 @@ def save_checkpoint(path, predictor, optimizer, device, **more):
     """Write the checkpoint with what a resumed run needs to end as if never stopped."""
     cuda = torch.cuda.get_rng_state() if device.startswith('cuda') else None
     random = {'torch': torch.get_rng_state(), 'cuda': cuda}
-    save(path, predictor, optimizer=optimizer.state_dict(), **more, random=random, version=VERSION)
+    save(path, predictor, optimizer=optimizer.state_dict(), **more, random=random)
+
+
+def save_best(out, predictor, about):
+    """Write the best weights beside the checkpoint `out`, with the entries of `about` but for what only resuming needs."""
+    kept = set(about) - {'sizes', 'predictor', 'optimizer', 'random', 'rounding'}
+    save(best_of(out), predictor, **{key: about[key] for key in sorted(kept)})
 
 
 def average_gradients(predictor, processes, stop):
@@ -251,11 +227,25 @@ if processes > 1:
         torch.cuda.set_device(device)
     dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
 precision = autocast(device, dtype)
+with precision:
+    bfloat16 = torch.is_autocast_enabled(torch.device(device).type)
+# The last bits of a result depend on these. They are no part of the recipe, so that a run can move to another machine.
+rounding = {
+    'device': torch.device(device).type,
+    'precision': 'bfloat16' if bfloat16 else 'float32',
+    'threads': torch.get_num_threads(),
+    'processes': processes,
+    'accumulation': accumulation,
+}
 torch.backends.cuda.matmul.allow_tf32 = True
-first_step, best, checkpoint = 0, float('inf'), None
+first_step, best, best_step, checkpoint = 0, float('inf'), 0, None
 if resume:
     predictor, checkpoint = load_checkpoint(out, device, recipe)
-    first_step, best = checkpoint['step'], checkpoint['best']
+    first_step, best, best_step = checkpoint['step'], checkpoint['best'], checkpoint.get('best_step', 0)
+    before = checkpoint.get('rounding', rounding)
+    other = [f'{key} = {rounding[key]} (was {before[key]})' for key in rounding if rounding[key] != before[key]]
+    if other:
+        print0(f'going on with {", ".join(other)}: the result will not be the same to the last bit')
     if first_step >= max_iters:
         print0(f'{out} is finished ({first_step} steps); nothing to do')
         sys.exit(0)
@@ -267,6 +257,8 @@ if data == 'slide' and rank == 0:
     except Refusal:
         # Missing, or left unfinished by an interruption.
         print0('preparing data/slide first (built-in physics, nothing is downloaded)')
+        # As an exception, it ends prepare.py, too.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         if subprocess.run([sys.executable, os.path.join(ROOT, 'prepare.py')]).returncode:
             sys.exit(2)
 if processes > 1:
@@ -274,6 +266,8 @@ if processes > 1:
 train_clips, val_clips = open_training(data, split, zoom), open_split(data, 'val')
 check_clips(knobs, train_clips, val_clips)
 manifest = train_clips.manifest
+if not states and train_clips.states is not None:
+    print0('the clips have states, which are not used; a predictor of the published form takes them, with --states=True')
 if resume and checkpoint['data'] != manifest['checksum']:
     raise Refusal(f'--resume=True, but {out} was trained on another data set than {data} now is (its manifest differs)')
 T, N, D = manifest['shape']
@@ -281,7 +275,8 @@ T, N, D = manifest['shape']
 # ---- predictor -----------------------------------------------------------------------------------------------------
 torch.manual_seed(seed)
 if not resume:
-    sizes = Sizes.from_settings(settings, feature_dim=D, action_dim=train_clips.actions.shape[-1],
+    state_dim = train_clips.states.shape[-1] if states else 0
+    sizes = Sizes.from_settings(settings, feature_dim=D, action_dim=train_clips.actions.shape[-1], state_dim=state_dim,
                                 grid=tuple(manifest['grid']), steps=T)
     predictor = build(sizes).to(device)
     if action_memory:
@@ -354,41 +349,87 @@ def inverse_loss(predictor, clips, count, seed, step, share, device):
     return predictor.action_memory.loss(z.to(device), a.to(device), shown.to(device))
 
 
-def rollout_to(steps):
-    """rollout_loss over so many steps, to be called like jump_loss."""
-    def second_loss(predictor, z, a, tau, memory=None):
-        return rollout_loss(predictor, z, a, steps, memory)
-    return second_loss
+def states_of(clips, indices, used, device):
+    """The states of clips, (B,T,S), or None where they are not used."""
+    return torch.from_numpy(clips.states[indices]).to(device) if used else None
+
+
+def learn_from(predictor, clips, indices, tau, weight, knobs, device, precision):
+    """Add the gradients of one micro-batch, clips[indices], with jumps to tau → teacher forcing and second loss, (2,)."""
+    z, a = clips[indices]
+    z, a, tau = (x.to(device, non_blocking=True) for x in (z, a, tau))
+    s = states_of(clips, indices, knobs.states, device)
+    every = knobs.teacher_every
+    seen = None if s is None else s[::every]
+    with precision:
+        if knobs.loss == 'jump':
+            second = jump_loss(predictor, z, a, tau).mean()
+        else:
+            second = rollout_loss(predictor, z, a, knobs.rollout_steps, states=s).mean()
+        first, _ = teacher_forcing_loss(predictor, z[::every], a[::every], states=seen)
+        total = total_loss(first, second, weight)
+    (total / knobs.accumulation).backward()
+    return torch.stack([first, second]).detach()
+
+
+def baselines(clips, count, blank, jump_last):
+    """Losses of the first `count` clips over the last steps, if z_1 is predicted again, and if `blank` (N,D) is."""
+    sums = np.zeros(2)
+    for i in range(count):
+        z, _ = clips[[i]]
+        last = z[:, -jump_last:]
+        sums += feature_loss(z[:, :1], last).item(), feature_loss(blank, last).item()
+    return (sums / count).tolist()
 
 
 @torch.no_grad()
-def evaluate(predictor, clips, count, loss, jump_last, device, precision):
+def evaluate(predictor, clips, count, micro, knobs, device, precision):
     """
-    Losses of the first `count` clips: teacher forcing; jump (or rollout), copy baseline and swapped over the last steps.
+    Losses of the first `count` clips, `micro` at a time: teacher forcing, and over the last steps jump (or rollout) and
+    swapped.
 
     Swapped is the jump loss of a predictor that is told the last target step in place of the first, and so on: it is not
     higher where time does not matter. Of a rollout it is nan.
     """
     predictor.eval()
-    sums, count = np.zeros(4), min(count, len(clips))
-    for start in range(0, count, 64):
-        z, a = (x.to(device) for x in clips[range(start, min(start + 64, count))])
+    sums, jump_last = np.zeros(3), knobs.jump_last
+    for start in range(0, count, micro):
+        indices = range(start, min(start + micro, count))
+        z, a = (x.to(device) for x in clips[indices])
+        s = states_of(clips, indices, knobs.states, device)
         T = z.shape[1]
         last = z[:, -jump_last:]
         with precision:
-            if loss == 'jump':
+            if knobs.loss == 'jump':
                 taus = [torch.full((len(z),), t, device=device) for t in range(T - jump_last, T)]
                 z_hat = torch.stack([predictor(z[:, :1], a[:, :1], tau=tau)[0] for tau in taus], 1)
                 swapped = feature_loss(z_hat.flip(1), last).mean()
             else:
-                z_hat = rollout(predictor, z, a, T - 1)[:, -jump_last:]
+                z_hat = rollout(predictor, z, a, T - 1, states=s)[:, -jump_last:]
                 swapped = torch.tensor(float('nan'))
             second = feature_loss(z_hat, last).mean()
-            first, _ = teacher_forcing_loss(predictor, z, a)
-        copy = feature_loss(z[:, :1], last).mean()
-        sums += len(z) * np.array([first.item(), second.item(), copy.item(), swapped.item()])
+            first, _ = teacher_forcing_loss(predictor, z, a, states=s)
+        sums += len(z) * np.array([first.item(), second.item(), swapped.item()])
     predictor.train()
     return (sums / count).tolist()
+
+
+# ---- estimate ------------------------------------------------------------------------------------------------------
+
+def measure_step(predictor, clips, micro, inverse_share, knobs, device, precision):
+    """Seconds that a step will take, from one micro-batch and the inverse's clips, whose gradients it leaves behind."""
+    rows = np.arange(micro) % len(clips)
+    tau = torch.full((micro,), clips.actions.shape[1] - 1)
+    seconds = []
+    # The first time, memory is allocated and a compiled predictor is compiled.
+    for _ in range(2):
+        started = time.time()
+        if knobs.action_memory:
+            inverse_loss(predictor, clips, knobs.inverse_batch, knobs.seed, 0, inverse_share, device).backward()
+        between = time.time()
+        learn_from(predictor, clips, rows, tau, 0.5, knobs, device, precision).sum().item()
+        seconds.append(between - started + knobs.accumulation * (time.time() - between))
+    return min(seconds)
 
 
 # ---- figures -------------------------------------------------------------------------------------------------------
@@ -413,21 +454,35 @@ if rank == 0:
     if wandb:
         import wandb as wandb_library
         wandb_run = wandb_library.init(project=wandb, config=settings)
-_, _, copy, _ = evaluate(predictor, val_clips, eval_clips, loss, jump_last, device, precision)
-print0(f'{model}: {sum(p.numel() for p in predictor.parameters()):,} parameters, {T * (1 + N)} tokens per clip, '
-       f'{len(train_clips):,} training clips, {device}{", bfloat16" if precision._enabled else ""}'
-       + (f', {processes} processes' if processes > 1 else ''))
-print0(f'copy baseline ({loss} L1 of predicting z_1 again): {copy:.4f}')
-
-# ---- training ------------------------------------------------------------------------------------------------------
-second_loss = jump_loss if loss == 'jump' else rollout_to(rollout_steps)
+    if best_step == first_step > 0:
+        # A kill between the two files would have left an older best one.
+        save_best(out, predictor, checkpoint)
 # Clips per process and micro-batch.
 micro = batch_size // (accumulation * processes)
 inverse_micro = inverse_batch // processes
 inverse_share = slice(rank * inverse_micro, (rank + 1) * inverse_micro)
+print0(f'{model}: {sum(p.numel() for p in predictor.parameters()):,} parameters, {T * (1 + N)} tokens per clip, '
+       f'{len(train_clips):,} training clips, {device}{", bfloat16" if bfloat16 else ""}'
+       + (f', {processes} processes' if processes > 1 else ''))
+count = min(eval_clips, len(val_clips))
+copy, blank = baselines(val_clips, count, median_scene(train_clips), jump_last)
+print0(f'copy baseline ({loss} L1 of predicting z_1 again): {copy:.4f}; blank (scene without object): {blank:.4f}')
+
+# ---- training ------------------------------------------------------------------------------------------------------
 clipped_together = apart(predictor)
+step_seconds = measure_step(predictor, train_clips, micro, inverse_share, knobs, device, precision)
+optimizer.zero_grad(set_to_none=True)
+started = time.time()
+evaluate(predictor, val_clips, min(micro, count), micro, knobs, device, precision)
+eval_seconds = (time.time() - started) * count / min(micro, count)
+estimate = step_seconds * (max_iters - first_step) + eval_seconds * ((max_iters - first_step) // eval_interval + 1)
+hint = ''
+if estimate > 5400 and not resume:
+    hint = f'; --max_iters={max(1, round_down(3600 / estimate * max_iters))} for one hour'
+print0(f'about {duration(estimate)} on this machine{hint}')
 received = note_signals()
-started = window = time.time()
+started = window = saved = time.time()
+save_seconds = 0.0
 for step in range(first_step, max_iters):
     # Lambda, the weight of the second loss, and the learning rate.
     weight = lambda_start + (lambda_end - lambda_start) * step / max(1, max_iters - 1)
@@ -448,14 +503,8 @@ for step in range(first_step, max_iters):
     for part in range(accumulation):
         start = (rank * accumulation + part) * micro
         mine = slice(start, start + micro)
-        z, a = train_clips[indices[mine]]
-        z, a, tau = (x.to(device, non_blocking=True) for x in (z, a, targets[mine]))
-        with precision:
-            second = second_loss(predictor, z, a, tau).mean()
-            first, _ = teacher_forcing_loss(predictor, z[::teacher_every], a[::teacher_every])
-            total = total_loss(first, second, weight)
-        (total / accumulation).backward()
-        sums[1:] += torch.stack([first, second]).detach() / accumulation
+        losses = learn_from(predictor, train_clips, indices[mine], targets[mine], weight, knobs, device, precision)
+        sums[1:] += losses / accumulation
     stop = bool(received)
     if processes > 1:
         stop = average_gradients(predictor, processes, stop)
@@ -464,8 +513,8 @@ for step in range(first_step, max_iters):
     # One number decides: a non-finite loss makes the gradient norm non-finite too, and the norm is the same everywhere.
     if not torch.isfinite(sum(norms)):
         raise Refusal(f'step {step + 1}: the loss or its gradient is not finite (teacher forcing {sums[1].item():.4g}, '
-                      f'{loss} {sums[2].item():.4g}, inverse {sums[0].item():.4g}); the weights were not touched and {out} keeps the last good '
-                      'ones; try a lower --learning_rate')
+                      f'{loss} {sums[2].item():.4g}, inverse {sums[0].item():.4g}); the weights were not touched and {out} '
+                      'keeps the last good ones; try a lower --learning_rate')
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     done = step + 1
@@ -497,30 +546,38 @@ for step in range(first_step, max_iters):
             log(log_file, FIGURES, f'step {done:>5}/{max_iters} {done / max_iters:>4.0%}', row,
                 f'{left // 60:.0f}:{left % 60:02.0f} left', wandb_run)
     if evaluating:
-        val_first, val_second, copy, swapped = evaluate(predictor, val_clips, eval_clips, loss, jump_last, device, precision)
+        val_first, val_second, swapped = evaluate(predictor, val_clips, count, micro, knobs, device, precision)
         if not math.isfinite(val_first + val_second):
             raise Refusal(f'step {done}: the loss on val is not finite; {out} keeps the last good weights; '
                           'try a lower --learning_rate')
-        best = min(best, val_second)
+        if val_second < best:
+            best, best_step = val_second, done
         row = {'step': done, 'val_teacher_forcing': val_first, f'val_{loss}': val_second}
+        tail = (f'{1 - val_second / copy:.0%} below copy ({copy:.4f}), '
+                f'{1 - val_second / blank:.0%} below blank ({blank:.4f})')
         if rank == 0:
-            log(log_file, FIGURES, f'  val {done:>6}', row,
-                f'{1 - val_second / copy:.0%} below copy ({copy:.4f})  saved {out}', wandb_run)
-    if evaluating or stopping:
-        if rank == 0:
-            # What is in the checkpoint is in the log, also after a loss of power.
-            os.fsync(log_file.fileno())
-            save_checkpoint(out, predictor, optimizer, device, step=done, recipe=recipe, loss=loss, jump_last=jump_last,
-                            clip_steps=T, best=best, data=manifest['checksum'])
-        if done % log_interval == 0:
-            window = time.time()
+            log(log_file, FIGURES, f'  val {done:>6}', row, tail, wandb_run)
+    now = time.time()
+    if rank == 0 and (evaluating or stopping or now - saved > max(SAVE_EVERY, 50 * save_seconds)):
+        # What is in the checkpoint is in the log, also after a loss of power.
+        os.fsync(log_file.fileno())
+        about = {'step': done, 'recipe': recipe, 'loss': loss, 'jump_last': jump_last, 'clip_steps': T, 'best': best,
+                 'best_step': best_step, 'data': manifest['checksum'], 'version': VERSION}
+        save_checkpoint(out, predictor, optimizer, device, rounding=rounding, **about)
+        if best_step == done:
+            save_best(out, predictor, about)
+        saved = time.time()
+        save_seconds = saved - now
+    if evaluating and done % log_interval == 0:
+        window = time.time()
     if stopping:
         print0(f'stopped at step {done}, saved {out}; --resume=True goes on')
         break
 else:
     if loss == 'jump' and jump_last > 1:
         print0(f'with steps {T - jump_last + 1} and {T} swapped: jump {swapped:.4f} ({swapped / val_second - 1:+.0%})')
-    print0(f'finished in {(time.time() - started) / 60:.1f} min; next: python adapt.py --ckpt={out}')
+    print0(f'finished in {duration(time.time() - started)}; the best on val was step {best_step}: {best_of(out)}\n'
+           f'next: python adapt.py --ckpt={out}')
 if processes > 1:
     dist.destroy_process_group()
 if received and done < max_iters:

@@ -24,6 +24,7 @@ from data import open_split
 from model import Sizes, pick_device
 from support import own_clips
 from support.files import read_sealed, write_sealed
+from support.running import refuse_existing
 from vjepa2 import MODELS, start_from
 
 # What every row of a script begins with. {names} are files and folders of the fixture `places`.
@@ -138,6 +139,8 @@ REQUESTS = [
     # Knobs that do not go together.
     ('train.py', '--accumulation=3', 'multiple of accumulation x processes x teacher_every = 6'),
     ('train.py', '--start_rate=0.1', 'rises from it to learning_rate'),
+    ('train.py', '--states=True', "set model = 'vit', rope = 'vjepa2' and loss = 'rollout'"),
+    ('train.py', '--states=True --model=vit --rope=vjepa2 --loss=rollout', 'has no states'),
     ('train.py', '--jump_last=8', 'at most 7 can be jumped to'),
     ('train.py', '--loss=rollout --rollout_steps=8', 'at most 7 can be predicted'),
     ('adapt.py', '--out=', 'must name a folder for the results'),
@@ -263,11 +266,11 @@ def settings_of(script, args):
 
 
 def function_of(script, name):
-    """A function of a script that would run if it were imported; it gets everything that it uses handed in."""
+    """A function of a script that cannot be imported; it gets everything that it uses handed in."""
     with open(os.path.join(ROOT, script), encoding='utf-8') as f:
         tree = ast.parse(f.read())
     tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
-    scope = {'os': os, 'importlib': importlib, 'Refusal': Refusal}
+    scope = {'os': os, 'importlib': importlib, 'Refusal': Refusal, 'refuse_existing': refuse_existing}
     exec(compile(tree, script, 'exec'), scope)
     return scope[name]
 

@@ -1,10 +1,24 @@
 """Training: repeatable, resumable, the same on several processes, and stopped before damage is done."""
 import csv
+import glob
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import TINY, refused, run
+from conftest import ROOT, TINY, refused, run
+from test_refusals import function_of
 
+from configurator import Refusal
+from hope import load
+from support.files import write_sealed
+from support.running import duration, round_down
 
 
 def content(path):
@@ -76,6 +90,124 @@ def test_accumulation_and_processes_change_nothing(tiny, tmp_path):
     assert close(tmp_path / 'one.pt', tmp_path / 'ddp.pt', atol=2e-4)
 
 
+# ---- best and last, on the same or another machine ---------------------------------------------------------------------
+
+def changed_copy(folder, **constants):
+    """A copy of the project in which constants of train.py have other values → the path of its train.py."""
+    for path in glob.glob(os.path.join(ROOT, '*.py')):
+        shutil.copy(path, folder)
+    shutil.copytree(os.path.join(ROOT, 'support'), folder / 'support')
+    text = (folder / 'train.py').read_text(encoding='utf-8')
+    for name, value in constants.items():
+        lines = [line for line in text.splitlines() if line.startswith(f'{name} = ')]
+        text = text.replace(*lines, f'{name} = {value}')
+    (folder / 'train.py').write_text(text, encoding='utf-8')
+    return str(folder / 'train.py')
+
+
+def test_the_best_weights_are_kept_too(tiny, tmp_path):
+    """At a rate that is far too high a middle step is the best, in a resumed run as in a whole one."""
+    args = [*TINY, f'--data={tiny}', '--model=vit', '--eval_interval=2', '--warmup=0', '--decay=0', '--learning_rate=3']
+    said = run('train.py', *args, f'--out={tmp_path}/whole.pt').stdout
+    rows = list(csv.DictReader(open(tmp_path / 'whole.csv', newline='')))
+    losses = {int(row['step']): float(row['val_jump']) for row in rows if row['val_jump']}
+    best_step = min(losses, key=losses.get)
+    assert best_step < 6
+    predictor, best = load(str(tmp_path / 'whole_best.pt'))
+    assert (best['step'], best['best']) == (best_step, losses[best_step]) and 'optimizer' not in best
+    assert {'loss', 'jump_last', 'clip_steps', 'data', 'recipe', 'version'} <= set(best)
+    assert f'the best on val was step {best_step}: {tmp_path}/whole_best.pt' in said
+    run('train.py', *args, f'--out={tmp_path}/stopped.pt', f'--stop_at={best_step}')
+    # A kill between the two files.
+    (tmp_path / 'stopped_best.pt').unlink()
+    run('train.py', *args, f'--out={tmp_path}/stopped.pt', '--resume=True')
+    for name in '', '_best':
+        assert same(tmp_path / f'whole{name}.pt', tmp_path / f'stopped{name}.pt')
+    assert content(tmp_path / 'stopped_best.pt')['step'] == best_step
+    # The best weights cannot be resumed, and those of another run are not overwritten.
+    line = refused(run('train.py', *args, f'--out={tmp_path}/whole_best.pt', '--resume=True', ok=False))
+    assert f'weights of step {best_step} alone, without the optimiser' in line
+    (tmp_path / 'whole.pt').unlink()
+    before = (tmp_path / 'whole_best.pt').read_bytes()
+    assert f'{tmp_path}/whole_best.pt exists' in refused(run('train.py', *args, f'--out={tmp_path}/whole.pt', ok=False))
+    assert (tmp_path / 'whole_best.pt').read_bytes() == before
+
+
+def test_it_is_saved_by_time_too(tiny, tmp_path):
+    """Killed long before the first evaluation, it goes on from the last checkpoint, and nothing differs in the end."""
+    args = [*TINY, f'--data={tiny}', '--model=vit', '--eval_interval=1000', '--max_iters=60']
+    (tmp_path / 'project').mkdir()
+    often = changed_copy(tmp_path / 'project', SAVE_EVERY=0)
+    out = tmp_path / 'killed.pt'
+
+    def kill(pid):
+        while not out.exists():
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGKILL)
+    assert run(often, *args, f'--out={out}', meanwhile=kill, ok=False).returncode == -signal.SIGKILL
+    assert 1 <= content(out)['step'] < 60
+    run('train.py', *args, f'--out={out}', '--resume=True')
+    run('train.py', *args, f'--out={tmp_path}/whole.pt')
+    assert same(out, tmp_path / 'whole.pt')
+
+
+def test_another_machine_is_taken_and_said(tiny, trained, tmp_path):
+    """Accumulation, the path of the set and the number of threads change the last bits alone: no reason to refuse."""
+    (tmp_path / 'moved').symlink_to(tiny)
+    args = [*TINY, f'--out={tmp_path}/x.pt']
+    run('train.py', *args, f'--data={tiny}', '--stop_at=3')
+    whole = content(tmp_path / 'x.pt')
+    threads = torch.get_num_threads()
+    expected = {'device': 'cpu', 'precision': 'float32', 'threads': threads, 'processes': 1, 'accumulation': 1}
+    assert whole['rounding'] == expected
+    whole['rounding']['threads'] = threads + 1
+    write_sealed(f'{tmp_path}/x.pt', whole)
+    said = run('train.py', *args, f'--data={tmp_path}/moved', '--accumulation=2', '--resume=True').stdout
+    assert f'going on with threads = {threads} (was {threads + 1}), accumulation = 2 (was 1)' in said
+    assert close(tmp_path / 'x.pt', trained['hope'], atol=2e-4)
+
+
+def test_another_precision_is_said(tiny, tmp_path):
+    args = [*TINY, f'--data={tiny}', '--model=vit', f'--out={tmp_path}/x.pt']
+    assert ', bfloat16' not in run('train.py', *args, '--stop_at=3').stdout
+    said = run('train.py', *args, '--dtype=bfloat16', '--resume=True').stdout
+    assert 'going on with precision = bfloat16 (was float32)' in said and 'cpu, bfloat16' in said
+
+
+def test_a_checkpoint_of_impossible_jumps_is_refused(trained, tmp_path):
+    whole = content(trained['vit'])
+    for last in 0, 8, 'x':
+        write_sealed(f'{tmp_path}/x.pt', {**whole, 'jump_last': last})
+        with pytest.raises(Refusal, match='x.pt is not a checkpoint of this code'):
+            load(f'{tmp_path}/x.pt')
+
+
+def test_sigterm_ends_the_preparation_too(tmp_path):
+    script = changed_copy(tmp_path)
+    job = subprocess.Popen([sys.executable, script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                           env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    while not (tmp_path / 'data' / 'slide').exists():
+        assert job.poll() is None
+        time.sleep(0.05)
+    job.terminate()
+    assert job.wait(timeout=30) == 128 + signal.SIGTERM
+    before = {path: os.path.getmtime(path) for path in glob.glob(f'{tmp_path}/data/slide/*')}
+    time.sleep(2)
+    assert before == {path: os.path.getmtime(path) for path in glob.glob(f'{tmp_path}/data/slide/*')}
+
+
+def test_importing_it_does_not_train():
+    with pytest.raises(ImportError, match='trains from top to bottom'):
+        import train  # noqa: F401
+
+
+# ---- how long it will take ---------------------------------------------------------------------------------------------
+
+def test_durations_are_said_in_words():
+    assert [duration(seconds) for seconds in (41.4, 380, 29000)] == ['41 s', '6 min', '8.1 h']
+    assert [round_down(number) for number in (7.9, 43.2, 1289)] == [7, 43, 1200]
+
+
 # ---- losses ------------------------------------------------------------------------------------------------------------
 
 def test_rollout_is_the_other_second_loss(tiny, tmp_path):
@@ -135,7 +267,8 @@ def test_a_non_finite_step_stops_before_the_optimiser(tiny, tmp_path):
 def test_the_terminal_says_what_runs(tiny, tmp_path):
     out = run('train.py', *TINY, f'--data={tiny}', '--out=x.pt', cwd=tmp_path).stdout
     for words in ('parameters', '40 tokens per clip', '48 training clips', 'cpu', 'copy baseline', 'λ 0.20', 'λ 0.80',
-                  'clips/s', 'left', 'below copy', 'with steps 6 and 8 swapped', 'finished'):
+                  'clips/s', 'left', 'below copy', 'below blank', 'on this machine',
+                  'with steps 6 and 8 swapped', 'finished'):
         assert words in out, words
     assert max(map(len, out.splitlines())) <= 100
 
@@ -156,7 +289,8 @@ def test_a_resumed_run_appends_to_its_log(left_behind, tiny, trained, tmp_path):
 
 
 def test_a_log_without_a_checkpoint_is_begun_anew(tiny, trained, tmp_path):
-    (tmp_path / 'x.csv').write_text('step,loss,teacher_forcing,rollout\r\n1,9,9,9\r\n', newline='')
+    header = open(trained['hope'].replace('.pt', '.csv'), newline='').readline().replace('jump', 'rollout')
+    (tmp_path / 'x.csv').write_text(f'{header}1,9,9,9\r\n', newline='')
     run('train.py', *TINY, f'--data={tiny}', f'--out={tmp_path}/x.pt')
     rows = training_rows(tmp_path / 'x.csv')
     assert [row['step'] for row in rows] == ['1', '2', '3', '4', '5', '6'] and 'jump' in rows[0]
@@ -165,12 +299,30 @@ def test_a_log_without_a_checkpoint_is_begun_anew(tiny, trained, tmp_path):
 def test_a_file_that_is_not_its_log_is_left_alone(tiny, tmp_path):
     args = [*TINY, f'--data={tiny}', f'--out={tmp_path}/x.pt']
     log = tmp_path / 'x.csv'
-    log.write_text('my notes\n')
-    assert f'{log} is not the log' in refused(run('train.py', *args, ok=False))
-    assert log.read_text() == 'my notes\n' and not (tmp_path / 'x.pt').exists()
+    for notes in 'my notes\n', 'step,loss,teacher_forcing,jump,mine\n1,9,9,9,9\n':
+        log.write_text(notes)
+        assert f'{log} is not the log' in refused(run('train.py', *args, ok=False))
+        assert log.read_text() == notes and not (tmp_path / 'x.pt').exists()
     log.unlink()
     run('train.py', *args, '--stop_at=3')
     before = (tmp_path / 'x.pt').read_bytes()
     log.write_text('step,loss,teacher_forcing,another figure\r\n')
     assert f'{log} is not the log' in refused(run('train.py', *args, '--resume=True', ok=False))
     assert 'another figure' in log.read_text() and (tmp_path / 'x.pt').read_bytes() == before
+
+
+# ---- states and pushes -------------------------------------------------------------------------------------------------
+
+def test_what_a_loss_cannot_see_is_refused():
+    """A jump sees the first push alone, the action memory knows one, and a set without states has none to give."""
+    check_clips = function_of('train.py', 'check_clips')
+    knobs = SimpleNamespace(data='x', split='train', loss='jump', action_memory=True, states=False, jump_last=3,
+                            rollout_steps=2)
+    one = SimpleNamespace(name='split val', actions=np.zeros((4, 8, 2)), states=None, several_pushes=False)
+    check_clips(knobs, one, one)
+    several = SimpleNamespace(**{**vars(one), 'several_pushes': True})
+    for change, words in (({}, '--loss=rollout'), ({'loss': 'rollout'}, '--action_memory=False'),
+                          ({'loss': 'rollout', 'action_memory': False, 'states': True}, 'has no states')):
+        with pytest.raises(Refusal, match=words):
+            check_clips(SimpleNamespace(**{**vars(knobs), **change}), several, one)
+    check_clips(SimpleNamespace(**{**vars(knobs), 'loss': 'rollout', 'action_memory': False}), several, one)

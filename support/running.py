@@ -1,0 +1,97 @@
+"""
+Around a training run: its files and their log, signals, times in words.
+
+    file = open_log('out/hope.csv', columns, 'out/hope.pt', resume=False)
+    received = note_signals()                        # empty until Ctrl-C or SIGTERM
+    duration(29000)                                  # '8.1 h'
+"""
+import csv
+import os
+import signal
+
+from configurator import Refusal
+from support.files import claim
+
+
+# ---- files -------------------------------------------------------------------------------------------------------------
+
+def best_of(out):
+    """The file of the best weights, beside the checkpoint `out`."""
+    return os.path.splitext(out)[0] + '_best.pt'
+
+
+def refuse_existing(out, resume):
+    """Raise Refusal for files of another run, last or best, which would be overwritten."""
+    for path in out, best_of(out):
+        if os.path.exists(path) and not resume:
+            raise Refusal(f'{path} exists; go on with --resume=True --out={out}, or name another --out, or delete it')
+
+
+def open_log(path, columns, out, resume):
+    """
+    Open the CSV log and keep other runs out. A resumed run appends to it, any other begins it anew.
+
+    Raises Refusal while another run writes there, and for a file that is not exactly such a log, which is left as it is.
+    """
+    file = open(path, 'a+', newline='', encoding='utf-8', errors='replace')
+    claim(path, out, best_of(out))
+    # Another run may have been quicker.
+    refuse_existing(out, resume)
+    file.seek(0)
+    header = file.readline(10_000)
+    ours = ','.join(columns) + '\r\n'
+    if not resume:
+        # The log of a run with the other loss may be begun anew, too.
+        ours, header = ours.replace('rollout', 'jump'), header.replace('rollout', 'jump')
+    if header and header != ours:
+        raise Refusal(f'{path} is not the log of {out}; move it away, or name another --out')
+    if not resume:
+        file.truncate(0)
+    if not resume or not header:
+        csv.writer(file).writerow(columns)
+    elif not (header + file.read()).endswith('\n'):
+        # A full disk cut the last row short.
+        file.write('\r\n')
+    return file
+
+
+def log(file, columns, head, row, tail, wandb_run=None):
+    """
+    Write a row {figure: value} to the CSV and, between head and tail, to the terminal.
+
+    columns: {figure: how the terminal shows it, '' for not at all}. A figure without a column is for the terminal alone.
+    """
+    figures = {name: row[name] for name in columns if name in row}
+    shown = [columns[name].format(value, **row) for name, value in figures.items() if columns[name]]
+    print('  '.join([head, *shown, tail]), flush=True)
+    csv.DictWriter(file, columns).writerow(figures)
+    file.flush()
+    if wandb_run:
+        wandb_run.log(figures, step=row['step'])
+
+
+# ---- signals and times -------------------------------------------------------------------------------------------------
+
+def note_signals():
+    """Have SIGINT and SIGTERM put their number into the list returned; a second one ends the run at once."""
+    received = []
+
+    def note(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, note)
+    return received
+
+
+def round_down(number):
+    """A number to two digits: 1234 → 1200."""
+    unit = 10 ** max(0, len(str(int(number))) - 2)
+    return int(number) // unit * unit
+
+
+def duration(seconds):
+    """Seconds in words: '40 s', '6 min' or '8.2 h'."""
+    if seconds < 90:
+        return f'{seconds:.0f} s'
+    return f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'
