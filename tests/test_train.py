@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, refused, run
+from conftest import ROOT, TINY, official_predictor, own_clips, refused, run
 from test_refusals import function_of
 
 from configurator import Refusal
@@ -326,3 +326,25 @@ def test_what_a_loss_cannot_see_is_refused():
         with pytest.raises(Refusal, match=words):
             check_clips(SimpleNamespace(**{**vars(knobs), **change}), several, one)
     check_clips(SimpleNamespace(**{**vars(knobs), 'loss': 'rollout', 'action_memory': False}), several, one)
+
+
+def test_fine_tuning_with_states(tmp_path):
+    """Clips of several pushes with states: the published predictor's state encoder, of the clips' size, is trained."""
+    source = own_clips(tmp_path / 'clips', layout='pictures')
+    for number, clip in enumerate(sorted(source.glob('*/*'))):
+        rng = np.random.default_rng(number)
+        np.save(clip / 'actions_states' / 'actions.npy', rng.normal(size=(8, 2)))
+        np.save(clip / 'actions_states' / 'states.npy', rng.normal(size=(8, 3)))
+    run('prepare.py', f'--source={source}', f'--name={tmp_path}/set', '--size=32', '--dim=24')
+    args = ['config/finetune_vjepa2_ac.py', *TINY, f'--init_from={official_predictor(tmp_path / "ac.pt")}', '--batch_size=2',
+            f'--data={tmp_path}/set', '--accumulation=1', '--action_memory=False']
+    said = run('train.py', *args, f'--out={tmp_path}/without.pt', '--max_iters=1').stdout
+    assert 'the clips have states, which are not used' in said and 'state_encoder' in said
+    args.append('--states=True')
+    run('train.py', *args, f'--out={tmp_path}/first.pt', '--max_iters=1', '--learning_rate=1e-9')
+    run('train.py', *args, f'--out={tmp_path}/last.pt', '--stop_at=3')
+    run('train.py', *args, f'--out={tmp_path}/last.pt', '--resume=True')
+    assert content(tmp_path / 'last.pt')['sizes']['state_dim'] == 3
+    first, last = weights(tmp_path / 'first.pt'), weights(tmp_path / 'last.pt')
+    for name in 'state_encoder.weight', 'state_encoder.bias':
+        assert not torch.allclose(first[name], last[name], atol=1e-5)
