@@ -34,7 +34,7 @@ device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or
 settings = configure(globals()) if __name__ == '__main__' else {}
 
 # Code that results depend on. That of prepare.py is in the manifest of the data set.
-CODE = 'train.py', 'adapt.py', 'model.py', 'hope.py', 'data.py'
+CODE = 'train.py', 'adapt.py', 'experiment.py', 'compare.py', 'model.py', 'hope.py', 'data.py'
 # A row of the table: its name, the method by which it adapts, and its flags for train.py.
 VARIANTS = {
     'HOPE': ('memory', ''),
@@ -86,7 +86,10 @@ def read_results(name, method):
     """The figures of a finished run → {column: value}."""
     with open(os.path.join(name, 'results.json'), encoding='utf-8') as f:
         rows = json.load(f)['rows']
-    figures = {row['method']: row['figures'] for row in rows}
+    figures = {}
+    for row in rows:
+        # Of LN-TTA the first row is the tuned one, the second has the plan's rate.
+        figures.setdefault(row['method'], row['figures'])
     frozen = figures['frozen']
     adapted = figures[method]
     with open(f'{name}.csv', newline='', encoding='utf-8') as f:

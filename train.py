@@ -25,11 +25,11 @@ import torch
 import torch.distributed as dist
 
 from configurator import ROOT, Refusal, configure, launched
-from data import batch_indices, mean_push, median_scene, open_split
+from data import batch_indices, duration, mean_push, median_scene, open_split
 from hope import build, load
 from model import Sizes, autocast, feature_loss, jump_loss, pick_device, rollout, rollout_loss, teacher_forcing_loss
 from support.files import MALFORMED, VERSION, read_manifest, save
-from support.running import best_of, duration, log, note_signals, open_log, refuse_existing, round_down
+from support.running import best_of, log, note_signals, open_log, refuse_existing
 from vjepa2 import start_from
 
 if __name__ != '__main__':
@@ -478,7 +478,7 @@ eval_seconds = (time.time() - started) * count / min(micro, count)
 estimate = step_seconds * (max_iters - first_step) + eval_seconds * ((max_iters - first_step) // eval_interval + 1)
 hint = ''
 if estimate > 5400 and not resume:
-    hint = f'; --max_iters={max(1, round_down(3600 / estimate * max_iters))} for one hour'
+    hint = f'; --max_iters={max(1, int(3600 / estimate * max_iters))} for one hour'
 print0(f'about {duration(estimate)} on this machine{hint}')
 received = note_signals()
 started = window = saved = time.time()

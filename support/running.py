@@ -1,9 +1,8 @@
 """
-Around a training run: its files and their log, signals, times in words.
+Around a training run: its files and their log, and signals.
 
     file = open_log('out/hope.csv', columns, 'out/hope.pt', resume=False)
     received = note_signals()                        # empty until Ctrl-C or SIGTERM
-    duration(29000)                                  # '8.1 h'
 """
 import csv
 import os
@@ -70,7 +69,7 @@ def log(file, columns, head, row, tail, wandb_run=None):
         wandb_run.log(figures, step=row['step'])
 
 
-# ---- signals and times -------------------------------------------------------------------------------------------------
+# ---- signals -------------------------------------------------------------------------------------------------------
 
 def note_signals():
     """Have SIGINT and SIGTERM put their number into the list returned; a second one ends the run at once."""
@@ -82,16 +81,3 @@ def note_signals():
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, note)
     return received
-
-
-def round_down(number):
-    """A number to two digits: 1234 → 1200."""
-    unit = 10 ** max(0, len(str(int(number))) - 2)
-    return int(number) // unit * unit
-
-
-def duration(seconds):
-    """Seconds in words: '40 s', '6 min' or '8.2 h'."""
-    if seconds < 90:
-        return f'{seconds:.0f} s'
-    return f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'

@@ -313,3 +313,7 @@ def test_a_trained_model_needs_to_know_the_step_and_the_world(kind, fresh_clips)
     right = jump_loss('A', (5, 6, 7))
     assert jump_loss('A', (7, 6, 5)) > 1.1 * right
     assert jump_loss('B', (5, 6, 7)) > 3 * right
+
+
+def test_durations_are_said_in_words():
+    assert [data.duration(seconds) for seconds in (41.4, 380, 29000)] == ['41 s', '6 min', '8.1 h']

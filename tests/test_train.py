@@ -18,7 +18,6 @@ from test_refusals import function_of
 from configurator import Refusal
 from hope import load
 from support.files import write_sealed
-from support.running import duration, round_down
 
 
 def content(path):
@@ -199,13 +198,6 @@ def test_sigterm_ends_the_preparation_too(tmp_path):
 def test_importing_it_does_not_train():
     with pytest.raises(ImportError, match='trains from top to bottom'):
         import train  # noqa: F401
-
-
-# ---- how long it will take ---------------------------------------------------------------------------------------------
-
-def test_durations_are_said_in_words():
-    assert [duration(seconds) for seconds in (41.4, 380, 29000)] == ['41 s', '6 min', '8.1 h']
-    assert [round_down(number) for number in (7.9, 43.2, 1289)] == [7, 43, 1200]
 
 
 # ---- losses ------------------------------------------------------------------------------------------------------------
