@@ -14,14 +14,15 @@ def pyplot():
     return plt
 
 
-# ---- adapt.py --------------------------------------------------------------------------------------------------------
+# ---- adapt.py and compare.py -----------------------------------------------------------------------------------------
 
-def draw_stream(file, rows, n, loss_label, middle, diagnosed=None):
+def draw_stream(file, rows, n, loss_label, labels, home, diagnosed=None, kind='png'):
     """
-    A→X→A with n clips a phase, X = middle: loss along the stream, held-out probes, and the diagnostics of one row.
+    A→X→A with n clips a phase: loss along the stream, held-out probes, and the diagnostics of one row.
 
-    file: path or open file, written as PNG. rows: [{'title', 'loss': running mean, 'probes': {'A': [(clip, loss), ...],
-    'B': ...}, 'bold', 'dotted'}, ...]. diagnosed: (title, {name: values (3n,)}, reference of the surprise) or None.
+    file: an open file, written as `kind`, 'png' or 'pdf'. rows: [{'title', 'losses': a running mean of each run,
+    'probes': {'A': [(clip, loss), ...], 'B': ...}, 'bold', 'dotted'}, ...]. labels: the names of the phases; home: that
+    of the home probes. diagnosed: (title, {name: values (3n,)}, reference of the surprise) or None.
     """
     plt = pyplot()
     heights = [2, 1.2, 1, 1] if diagnosed else [2, 1.2]
@@ -30,50 +31,56 @@ def draw_stream(file, rows, n, loss_label, middle, diagnosed=None):
     for ax in axes:
         ax.axvspan(n, 2 * n, color='0.93', zorder=0)
         ax.margins(x=0.01)
-    # Grey for the first two rows, the baselines without a model.
-    colours = ['0.6', '0.8'] + [f'C{i % 10}' for i in range(len(rows))]
-    loss_panel(axes[0], rows, colours, n, loss_label, middle)
-    probe_panel(axes[1], rows, colours, middle)
+    # Grey for the two guesses, the baselines without a model.
+    greys = ['0.6', '0.8']
+    bright = [f'C{i % 10}' for i in range(len(rows))]
+    colours = [greys.pop(0) if row['dotted'] else bright.pop(0) for row in rows]
+    loss_panel(axes[0], rows, colours, n, loss_label, labels)
+    probe_panel(axes[1], rows, colours, home, labels[1])
     if diagnosed:
         title, seen, reference = diagnosed
-        surprise_panel(axes[2], title, seen, n, reference)
+        surprise_panel(axes[2], title, seen, n, reference, labels[0])
         if 'gain, action memory' in seen:
             map_panel(axes[3], seen)
         else:
             drift_panel(axes[3], seen)
     axes[-1].set_xlabel('clip of the stream')
     fig.tight_layout()
-    fig.savefig(file, dpi=100)
+    fig.savefig(file, dpi=100, format=kind)
     plt.close(fig)
 
 
-def loss_panel(ax, rows, colours, n, label, middle):
-    """Running means of the rows' losses along the stream."""
+def loss_panel(ax, rows, colours, n, label, labels):
+    """Running means of the rows' losses along the stream: their mean over the runs, and the band that the runs span."""
     for row, colour in zip(rows, colours):
         last = 3 * n
-        x = np.arange(last - len(row['loss']), last) + 1
+        losses = np.array(row['losses'])
+        x = np.arange(last - losses.shape[1], last) + 1
         width = 2 if row['bold'] else 1.2
         style = ':' if row['dotted'] else '-'
-        ax.plot(x, row['loss'], label=row['title'], color=colour, lw=width, ls=style)
+        ax.plot(x, losses.mean(0), label=row['title'], color=colour, lw=width, ls=style)
+        if len(losses) > 1:
+            ax.fill_between(x, losses.min(0), losses.max(0), color=colour, alpha=0.2, lw=0)
     ax.set(ylabel=label, ylim=(0, None))
-    for x, phase in zip((0.5, 1.5, 2.5), ('A₁', middle, 'A₂')):
+    for x, phase in zip((0.5, 1.5, 2.5), labels):
         ax.text(x * n, ax.get_ylim()[1] * 0.97, phase, ha='center', va='top')
     ax.legend(fontsize=8, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=4)
 
 
-def probe_panel(ax, rows, colours, middle):
-    """Losses on the held-out clips of A and of the middle phase's domain."""
+def probe_panel(ax, rows, colours, home, shift):
+    """Losses on the held-out clips of the home world and of the shift."""
     for row, colour in zip(rows, colours):
         for name, style in (('A', '-'), ('B', '--')):
             if row['probes']:
                 clips, losses = zip(*row['probes'][name])
                 ax.plot(clips, losses, style, color=colour, marker='.')
-    ax.set(ylabel=f'held-out probes\nA (solid), {middle} (dashed)', ylim=(0, None))
+    ax.set(ylabel=f'held-out probes\n{home} (solid), {shift} (dashed)', ylim=(0, None))
 
 
-def surprise_panel(ax, title, seen, n, reference):
+def surprise_panel(ax, title, seen, n, reference, first):
     """
-    Surprises over their mean in A₁, and in bold their means over 1, 2, 4, ... clips since the last switch of worlds.
+    Surprises over their mean in the first phase, and in bold their means over 1, 2, 4, ... clips since the last switch
+    of worlds.
 
     Where there is an action memory, its retention is drawn above, from 0 to 1.
     """
@@ -91,7 +98,7 @@ def surprise_panel(ax, title, seen, n, reference):
             means = np.add.reduceat(values, starts) / lengths
             line, = ax.plot(x, np.repeat(means, lengths), lw=1.2, label=name or f'loss over {reference}')
             ax.plot(x, values, color=line.get_color(), alpha=0.25, lw=0.8)
-    ax.set(ylabel='surprise, over\nits mean in A₁', ylim=(0, 1.3 * ax.get_ylim()[1]))
+    ax.set(ylabel=f'surprise, over\nits mean in {first}', ylim=(0, 1.3 * ax.get_ylim()[1]))
     ax.legend(fontsize=8, loc='center left', title=title, title_fontsize=8)
     if 'retention, action memory' in seen:
         right = ax.twinx()

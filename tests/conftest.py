@@ -1,5 +1,6 @@
 """Fixtures: a tiny data set made by prepare.py, two tiny trained checkpoints, and a way to run the scripts."""
 import importlib
+import json
 import multiprocessing
 import os
 import runpy
@@ -188,6 +189,42 @@ def trained(tiny, tmp_path_factory):
     for kind in ('hope', 'vit'):
         run('train.py', *TINY, f'--model={kind}', f'--data={tiny}', f'--out={folder}/{kind}.pt')
     return {kind: str(folder / f'{kind}.pt') for kind in ('hope', 'vit')}
+
+
+def fake_results(folder, clips=30, seed=0, **changes):
+    """
+    Write the results.json of a finished run of adapt.py into a folder → the folder. `changes` replace entries of it.
+
+    Frozen, both models lose 0.01 on A and 0.07 on B; of that the memory gains 0.05, LN-TTA 0.03, and the oracle 0.055.
+    """
+    rng = np.random.default_rng(seed)
+    rows = []
+
+    def add(model, kind, method, on_a, on_b, **more):
+        loss = np.repeat([on_a, on_b, on_a], clips) + rng.normal(0, 0.001, 3 * clips)
+        probes = {name: [(seen, float(rng.normal(0.05, 0.001))) for seen in (0, clips, 2 * clips, 3 * clips)]
+                  for name in ('A', 'B')} if model else {}
+        row = {'model': model, 'kind': kind, 'method': method, 'rate': None, 'rate_from': '', 'tta': False, 'carries': [],
+               'loss': loss.tolist(), 'seconds': [0.002], 'probes': probes, 'diagnostics': [{'surprise': 1.0}] * (3 * clips)}
+        rows.append({**row, **more})
+
+    add('', '', 'copy', 0.06, 0.09)
+    add('', '', 'blank', 0.05, 0.055)
+    kept = {'surprise': 1.0, 'surprise, action memory': 1.0, 'retention, action memory': 0.9, 'gain, action memory': 1.5,
+            'angle, action memory': 10.0}
+    add('HOPE', 'hope', 'frozen', 0.01, 0.07)
+    add('HOPE', 'hope', 'memory', 0.01, 0.02, carries=['memory'], diagnostics=[kept] * (3 * clips))
+    add('ViT-AC', 'vit', 'frozen', 0.01, 0.07)
+    add('ViT-AC', 'vit', 'LN-TTA', 0.01, 0.04, rate=0.003 + seed, rate_from='given', tta=True)
+    add('ViT-AC', 'vit', 'LN-TTA', 0.01, 0.06, rate=0.0001, rate_from='plan', tta=True)
+    add('oracle', 'oracle', 'frozen', 0.06, 0.015)
+    results = {'key': {'settings': {'clips': clips}, 'content': {'ckpt': [str(seed)]}}, 'labels': ['A1', 'B', 'A2'],
+               'home': 'A1', 'clips': clips, 'loss': 'jump', 'target_steps': [6, 7, 8], 'tuned_on': [], 'tuning': {},
+               'beyond': None, 'rows': rows, **changes}
+    os.makedirs(folder)
+    with open(os.path.join(folder, 'results.json'), 'w', encoding='utf-8') as f:
+        json.dump(results, f)
+    return str(folder)
 
 
 def own_clip(clip, number, layout='features'):

@@ -57,7 +57,7 @@ def small_adapt(args, tiny, trained, tmp_path):
         args = [arg.replace(file, small) for arg in args]
     args += [f'--data={tiny}', f'--out={tmp_path}/aba', '--clips=4', '--probe_clips=4', '--tune_clips=1', '--device=cpu']
     if f'--memory_in={tmp_path}/memory.pt' in args:
-        run('adapt.py', *[arg.replace('memory_in', 'memory_out') for arg in args])
+        run('adapt.py', *[arg.replace('memory_in', 'memory_out') for arg in args], f'--out={tmp_path}/first')
     return args
 
 

@@ -14,9 +14,10 @@ import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import FEW, NUMBERS, ROOT, TINY, counted, official_predictor, official_weights, run
+from conftest import FEW, NUMBERS, ROOT, TINY, counted, fake_results, official_predictor, official_weights, run
 
 import adapt
+import compare
 import hope
 import prepare
 from configurator import Refusal, configure
@@ -32,6 +33,7 @@ BEGINNINGS = {
     'train.py': [*TINY, '--data={tiny}', '--out={empty}/x.pt'],
     'adapt.py': [*FEW, '--ckpt={vit}', '--data={tiny}', '--out={empty}/aba'],
     'prepare.py': ['--name={empty}/set', '--device=cpu'],
+    'compare.py': ['--out={empty}/compare'],
     'bench.py': [],
     'ablate.py': [],
 }
@@ -97,6 +99,8 @@ KNOBS = [
     ('train.py', '--loss=l2', 'allowed: jump | rollout'),
     ('train.py', '--mixer=both,titan', 'allowed: titan | attention | both'),
     ('adapt.py', '--clips=0', 'clips = 0 is not allowed'),
+    ('adapt.py', '--ln_rate=-1', 'ln_rate = -1.0 is not allowed; allowed: 0..'),
+    ('adapt.py', '--dtype=float16', 'allowed: auto | float32 | bfloat16'),
     ('prepare.py', '--dim=0', 'allowed: 3..1536'),
     ('prepare.py', '--encoder=resnet', '| patch | vitl'),
     ('prepare.py', '--content=sound', '| features | pictures'),
@@ -145,13 +149,34 @@ REQUESTS = [
     ('train.py', '--loss=rollout --rollout_steps=8', 'at most 7 can be predicted'),
     ('adapt.py', '--out=', 'must name a folder for the results'),
     ('adapt.py', '--methods=frozen,TTA', '--methods=frozen,TTA: allowed are frozen, LN-TTA'),
-    ('adapt.py', '--shift=C', 'would prove nothing'),
-    ('adapt.py', '--shift=A', 'the phases before and after it'),
-    ('adapt.py', '--shift=nowhere', "no split 'test_nowhere'"),
+    ('adapt.py', '--methods=LN-TTA,CMS', 'CMS can adapt none of'),
+    ('adapt.py', '--tune_on= --methods=CMS', 'CMS can adapt none of'),
+    ('adapt.py', '--phases=A,C,A --tune_on=C', 'would prove nothing'),
+    ('adapt.py', '--phases=A,A,A', 'the phase before or after it'),
+    ('adapt.py', '--phases=A,B', 'must be three names'),
+    ('adapt.py', '--phases=', 'must be three names'),
+    ('adapt.py', '--phases=A1,nowhere,A2', "no split 'test_A1', 'test_nowhere', 'test_A2'; it has train, val"),
     ('adapt.py', '--tune_on=B', 'would prove nothing'),
     ('adapt.py', '--tune_on=C,A', 'would prove nothing'),
-    ('adapt.py', '--memory_out=x.pt --memory_in=x.pt', 'is --memory_in too'),
+    ('adapt.py', '--tune_on=C,val', 'would prove nothing'),
+    ('adapt.py', '--memory_out=x.pt --memory_in=x.pt', 'which this run needs'),
     ('adapt.py', '--memory_out=x.pt --methods=frozen', 'has a memory to keep'),
+    ('adapt.py', '--memory_out={vit}', 'which this run needs'),
+    ('adapt.py', '--memory_out={empty}/aba/table.txt', 'which this run needs'),
+    ('adapt.py', '--memory_out={hope}', 'is no memory that could be replaced'),
+    ('adapt.py', '--out={results}', 'clips = 6 (was 5)'),
+    ('adapt.py', '--out={tables}', 'holds results.json of another run: an earlier version of adapt.py'),
+    ('compare.py', '--runs=', 'name the folders of finished runs'),
+    ('compare.py', '{results} {empty}', 'no results at'),
+    ('compare.py', '{results} {results}/', 'the same run twice'),
+    ('compare.py', '{results} {copied}', 'are the same run'),
+    ('compare.py', '{results} {shorter}', 'cannot be compared: clips = 5 and 4'),
+    ('compare.py', '{tables}', 'is not what this version of adapt.py writes'),
+    ('compare.py', '{results} --methods=memory,TTA', '--methods=memory,TTA: allowed are copy, blank, frozen'),
+    ('compare.py', '{results} --labels=Ours', 'write row=label'),
+    ('compare.py', '{results} --labels=TTA=Ours', "no row is called 'TTA'; there are copy, blank, HOPE frozen"),
+    ('compare.py', '{results} --labels=copy=blank', 'two rows would have the same name'),
+    ('compare.py', '{results} --out={results}', 'of other runs (not of compare.py)'),
     ('prepare.py', '--size=33', 'must be a multiple of 16'),
     ('prepare.py', '--split=train:1-2', 'name their folder with --source'),
     ('prepare.py', '--content=pictures', 'name their folder with --source'),
@@ -182,8 +207,8 @@ REQUESTS = [
     ('train.py', '--split=nowhere', "has no split 'nowhere'; it has train, val"),
     ('adapt.py', '--data=./nowhere', 'no data set at'),
     ('adapt.py', '--tune_on=moon', "has no split 'test_moon'; it has train, val"),
-    ('adapt.py', '--clips=200', 'lower --clips or --probe_clips'),
-    ('adapt.py', '--tune_clips=200', 'lower --tune_clips'),
+    ('adapt.py', '--clips=200', 'lower --clips, --probe_clips or --tune_clips'),
+    ('adapt.py', '--tune_clips=200', 'lower --clips, --probe_clips or --tune_clips'),
     ('adapt.py', '--data={other}', 'trained on features of size 24'),
     ('prepare.py', '--name=', 'a data set needs a name'),
     ('prepare.py', '--name=..', "'..' is no name of a data set"),
@@ -222,6 +247,7 @@ SCRIPTS = [
     ('train.py', '--max_iterz=3', "'max_iterz'; did you mean --max_iters?"),
     ('train.py', '--resume=True --model=vit --out={vit} --max_iters=9', 'other settings: max_iters = 9 (was 6)'),
     ('adapt.py', '--data={other}', 'trained on features of size 24'),
+    ('compare.py', '{results} {shorter}', 'cannot be compared: clips = 5 and 4'),
     ('prepare.py', '--source=nowhere', 'neither "physics" nor a folder'),
     ('bench.py', '--steps=8,x', '--steps=8,x: must be whole numbers'),
     ('ablate.py', '--variants=HOPE,LSTM', '--variants=HOPE,LSTM: allowed are HOPE, ViT-AC'),
@@ -241,6 +267,10 @@ def places(tiny, trained, tmp_path_factory):
     run('prepare.py', f'--name={folder}/other', '--size=32', '--dim=12', '--clips=4', '--test_clips=24')
     official_predictor(folder / 'official.pt')
     official_weights(folder / 'weights_2_1.pt', part='ema_encoder', version='2.1')
+    for name in ('results', 'copied'):
+        fake_results(folder / name, clips=5)
+    fake_results(folder / 'shorter', clips=4, seed=1)
+    fake_results(folder / 'tables', key=None, rows=None)
     stored = read_sealed(trained['vit'])
     write_sealed(f'{folder}/no_jump.pt', {**stored, 'jump_last': 0})
     write_sealed(f'{folder}/long_jump.pt', {**stored, 'jump_last': 8})
@@ -249,8 +279,8 @@ def places(tiny, trained, tmp_path_factory):
     for clip in conftest.own_clips(folder / 'both', ('train', 'val'), 'pictures').glob('*/*'):
         (clip / 'feature_maps').mkdir()
         np.save(clip / 'feature_maps' / 'z.npy', np.ones((8, 4, 24), np.float16))
-    return {**files, **trained, 'tiny': tiny, 'empty': f'{folder}/empty', 'other': f'{folder}/other',
-            'both': f'{folder}/both', 'folder': folder}
+    folders = {name: f'{folder}/{name}' for name in ('empty', 'other', 'both', 'results', 'copied', 'shorter', 'tables')}
+    return {**files, **trained, **folders, 'tiny': tiny, 'folder': folder}
 
 
 def arguments(script, written, places):
@@ -262,7 +292,7 @@ def arguments(script, written, places):
 
 def settings_of(script, args):
     """The settings that configure() makes of a command line."""
-    return configure({'__file__': os.path.join(ROOT, script)}, args)
+    return configure({'__file__': os.path.join(ROOT, script)}, args, files='runs' if script == 'compare.py' else '')
 
 
 def function_of(script, name):
@@ -290,19 +320,11 @@ def check_train(settings):
 
 
 def check_adapt(settings):
-    knobs = SimpleNamespace(**settings)
-    adapt.check_settings(settings, adapt.METHODS)
-    where = pick_device(knobs.device)
-    checkpoints = adapt.read_checkpoints(knobs.ckpt, knobs.oracle, where)
-    shifts = [f'test_{shift}' for shift in adapt.listed(knobs.tune_on)]
-    splits = {name: open_split(knobs.data, name) for name in ('test_A', 'val', *shifts)}
-    splits['shift'] = open_split(knobs.data, f'test_{knobs.shift}')
-    adapt.check_clips(checkpoints, splits['val'].manifest, 2, knobs.data)
-    adapt.check_lengths(settings, splits)
-    plans = [adapt.plan(checkpoint, adapt.chosen_methods(knobs.methods), 0.0, True) for checkpoint in checkpoints]
-    adapt.check_memory_out(settings, plans)
-    if knobs.memory_in:
-        adapt.read_memory(knobs.memory_in, checkpoints[0], adapt.take(splits['val'], 0, 1, where), where)
+    adapt.prepared(SimpleNamespace(**settings))
+
+
+def check_compare(settings):
+    compare.prepared(SimpleNamespace(**settings))
 
 
 def check_prepare(settings):
@@ -317,7 +339,7 @@ def check_prepare(settings):
         prepare.load_vjepa2_encoder(knobs.encoder, knobs.weights, part, knobs.size, knobs.encode, where)
 
 
-CHECKS = {'train.py': check_train, 'adapt.py': check_adapt, 'prepare.py': check_prepare}
+CHECKS = {'train.py': check_train, 'adapt.py': check_adapt, 'compare.py': check_compare, 'prepare.py': check_prepare}
 
 
 def says(refusal, words):
@@ -352,7 +374,8 @@ def test_requests(script, written, words, places):
 def test_a_good_command_line_passes(places):
     """What the rows begin with is refused by nothing."""
     for script, check in CHECKS.items():
-        check(settings_of(script, arguments(script, '--device=cpu', places)))
+        written = '{results}' if script == 'compare.py' else '--device=cpu'
+        check(settings_of(script, arguments(script, written, places)))
 
 
 # ---- through the scripts -----------------------------------------------------------------------------------------------

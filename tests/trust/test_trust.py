@@ -191,6 +191,8 @@ def test_killed_in_adapting(count, tiny, trained, tmp_path):
     ends, equals = 0, 0
     for kills in killed('adapt.py', [*args, f'--out={out}'], out, count, 2):
         ends, equals = ends + 1, equals + (results_of(whole) == results_of(out) and not (out / 'unfinished.pt').exists())
+        # A finished run would have nothing more to do.
+        shutil.rmtree(out)
     NUMBERS.append(('kills of adapt.py (SIGKILL)', kills, f'{equals} of {ends} results equal in every number but times'))
     assert equals == ends
 
@@ -244,7 +246,7 @@ def test_what_does_not_fit_is_refused(tiny, trained, tmp_path):
     def cut(steps, numbers):
         def change(folder, manifest):
             manifest['shape'][0] = steps
-            for split in 'train', 'val', 'test_A', 'test_B':
+            for split in 'train', 'val', 'test_A', 'test_B', 'test_C':
                 for file, most in ((f'{split}_00000.npy', None), (f'{split}_actions.npy', numbers)):
                     put(file, np.load(os.path.join(folder, file))[:, :steps, :most])(folder, manifest)
         return changed_set(tiny, tmp_path / f'{steps}_{numbers}', change)

@@ -1,0 +1,533 @@
+"""
+What came out of adapt.py: figures, tables and pictures of finished runs, in seconds.
+
+    python compare.py out/aba_1 out/aba_2 out/aba_3           mean and standard deviation over the runs
+    python compare.py out/aba_1 --labels="HOPE memory=Ours,ViT-AC LN-TTA 0.01=TTA"
+
+Nothing is run again: all of it is read from the results.json of each folder. Writes table.txt, table.tex, compare.csv
+(one line for each run, row and figure), results.pdf and results.png into `out`. adapt.py takes its own figures from here.
+"""
+import csv
+import io
+import json
+import os
+from types import SimpleNamespace
+
+import numpy as np
+
+from configurator import Refusal, configure
+from support import plots
+from support.files import MALFORMED, claim, write_atomically
+
+# what to compare
+runs = ''                # folders of finished runs of adapt.py, separated by commas, or by blanks without --runs
+methods = ''             # show only these, separated by commas, as they are called in the table; '' = all
+labels = ''              # other names for rows: 'HOPE memory=Ours,ViT-AC LN-TTA=TTA'
+out = 'out/compare'      # folder for the tables and the picture
+settings = configure(globals(), files='runs') if __name__ == '__main__' else {}
+
+EARLY = 25                   # clips at the start of a phase whose mean has a column of its own
+# Key in results.json, heading in the table, format. What a figure is: in figures() and below it. In the keys, A and B
+# stand for the home phases and the shift, whatever they are called.
+COLUMNS = [
+    ('A1', 'A₁', '.4f'),
+    ('B', 'B', '.4f'),
+    ('B_within', 'within', '.4f'),
+    ('B_beyond', 'beyond', '.4f'),
+    ('B_first', '1-25', '.4f'),
+    ('return_cost', 'return', '+.3f'),
+    ('forgetting', 'forget', '+.3f'),
+    ('gap_closed', 'gap', '.0%'),
+    ('way_back', 'to A', '.0%'),
+    ('of_known', 'known', '.0%'),
+    ('t50', 't50', '.0f'),
+    ('ms_per_clip', 'ms', '.1f'),
+]
+
+# What the columns are, in the words of the table. {first}, {shift}, {last}: names of the phases; {home}: of the probes.
+EXPLAINED = {
+    'B_within': 'within / beyond: clips of {shift} that slide no further / further than any training clip of A.',
+    'B_first': f'1-25: the first {EARLY} clips of {{shift}}.',
+    'return_cost': f'return: loss minus frozen loss on the first {EARLY} clips of {{last}}.',
+    'forgetting': 'forget: loss on held-out clips of {home} after {shift} minus before {shift}.',
+    'gap_closed': "gap: share of the way from the own frozen loss on {shift} to the oracle's.",
+    'way_back': 'to A: share of the way from the own frozen loss on {shift} to that on {first}.',
+    'of_known': 'known: share of what the best constant map of the push, known in advance, gains.',
+    't50': 't50: clips of {shift} to half of the own final gain (never: no gain of 1 %).',
+}
+
+
+def listed(text):
+    """The items of a list separated by commas: 'a, b' → ['a', 'b']."""
+    return [item.strip() for item in text.split(',') if item.strip()]
+
+
+# ---- figures of one run ----------------------------------------------------------------------------------------------
+
+def title(row):
+    """Name of a row: model, method and learning rate."""
+    rate = '' if row['rate'] is None else f'{row["rate"]:g}'
+    return ' '.join(part for part in (row['model'], row['method'], rate) if part)
+
+
+def running_mean(values, width=10):
+    """Mean of each window of `width` neighbours, (n-width+1,)."""
+    width = min(width, len(values))
+    return np.convolve(values, np.ones(width) / width, 'valid')
+
+
+def row_of(rows, model, method):
+    """The row of a model and a method, or None."""
+    return next((row for row in rows if (row['model'], row['method']) == (model, method)), None)
+
+
+def figures(row, rows, beyond):
+    """
+    The figures of one row of the table, {name: number, or None for "never"}.
+
+    beyond (n,): which of the n clips of B slide further than any training clip of A, or None.
+    """
+    a1, b, a2 = np.split(np.array(row['loss']), 3)
+    found = {
+        'A1': a1.mean(),
+        'B': b.mean(),
+        'B_first': b[:EARLY].mean(),
+        'B_last': b[-EARLY:].mean(),
+        'A2': a2.mean(),
+        'A2_first': a2[:EARLY].mean(),
+        'ms_per_clip': 1e3 * np.median(row['seconds']),
+    }
+    if beyond is not None:
+        beyond = np.array(beyond, bool)
+        if not beyond.all():
+            found['B_within'] = b[~beyond].mean()
+        if beyond.any():
+            found['B_beyond'] = b[beyond].mean()
+    if row['probes']:
+        found['forgetting'] = forgetting(row['probes']['A'], len(b))
+    frozen = row_of(rows, row['model'], 'frozen')
+    if frozen and row is not frozen:
+        found |= against_frozen(row, frozen)
+        found |= shares(row, frozen, rows)
+    return found
+
+
+def forgetting(probes, n):
+    """Loss on held-out clips of A after B minus before B: probes [(clips seen, loss), ...], n clips a phase."""
+    before = [loss for seen, loss in probes if seen <= n][-1]
+    after = [loss for seen, loss in probes if seen <= 2 * n][-1]
+    return after - before
+
+
+def against_frozen(row, frozen):
+    """The figures that compare a row with the model's own frozen row."""
+    _, b, a2 = np.split(np.array(row['loss']), 3)
+    _, frozen_b, frozen_a2 = np.split(np.array(frozen['loss']), 3)
+    gain = running_mean(frozen_b - b)
+    final = gain[-EARLY:].mean()
+    reached = np.flatnonzero(gain >= 0.5 * final)
+    found = {'t50': None}
+    # Half of a gain of nearly nothing would be reached with the first clip.
+    if final > 0.01 * frozen_b.mean() and len(reached):
+        found['t50'] = int(reached[0]) + 1
+    found['return_cost'] = (a2 - frozen_a2)[:EARLY].mean()
+    return found
+
+
+def shares(row, frozen, rows):
+    """
+    Which shares of what could be gained on B a row gains: of the way to the oracle, back to A₁, and of the known push.
+
+    A share is left out where it would say nothing: where what could be gained is not clearly above zero, where the bound
+    is no better than an empty scene, and for a model that is no better than that in A₁, which has learned nothing.
+    """
+    blank_a1, blank_b, _ = np.split(np.array(row_of(rows, '', 'blank')['loss']), 3)
+    frozen_a1, frozen_b, _ = np.split(np.array(frozen['loss']), 3)
+    _, b, _ = np.split(np.array(row['loss']), 3)
+    if frozen_a1.mean() >= blank_a1.mean():
+        return {}
+    bound = row_of(rows, 'oracle', 'frozen')
+    known = row_of(rows, row['model'], 'push known')
+    best = {}
+    if bound:
+        best['gap_closed'] = np.split(np.array(bound['loss']), 3)[1]
+    else:
+        best['way_back'] = frozen_a1
+    if known:
+        best['of_known'] = np.split(np.array(known['loss']), 3)[1]
+    found = {}
+    for name, best_b in best.items():
+        gain = frozen_b - best_b
+        error = gain.std() / len(gain) ** 0.5
+        clear = gain.mean() > max(2 * error, 0.05 * frozen_b.mean())
+        if clear and best_b.mean() < blank_b.mean():
+            found[name] = (frozen_b - b).mean() / gain.mean()
+    return found
+
+
+# ---- files of one run ------------------------------------------------------------------------------------------------
+
+def results_json(results):
+    """The text of results.json. What is kept in memory for pictures alone is left out."""
+    rows = [{key: value for key, value in row.items() if key not in ('shown', 'state')} for row in results['rows']]
+    return json.dumps({**results, 'rows': rows}, indent=1)
+
+
+def results_csv(results):
+    """The text of results.csv: the loss of every clip."""
+    n, rows, beyond = results['clips'], results['rows'], results['beyond']
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(['clip', 'phase', 'beyond_A'] + [title(row) for row in rows])
+    far = [''] * (3 * n)
+    if beyond is not None:
+        far = [0] * n + [int(flag) for flag in beyond] + [0] * n
+    for i in range(3 * n):
+        phase = plain(results['labels'][i // n])
+        writer.writerow([i + 1, phase, far[i]] + [f'{row["loss"][i]:.6f}' for row in rows])
+    return text.getvalue()
+
+
+def plain(label):
+    """A₁ → A1."""
+    return label.replace('₁', '1').replace('₂', '2')
+
+
+def read_results(folder):
+    """
+    The results.json of a finished run, its figures computed anew → dict.
+
+    Raises Refusal where there is none, or none that this version wrote.
+    """
+    path = os.path.join(folder, 'results.json')
+    if not os.path.isfile(path):
+        raise Refusal(f'no results at {path}; python adapt.py --out={folder} makes them')
+    try:
+        with open(path, encoding='utf-8') as f:
+            results = json.load(f)
+        for name in ('key', 'clips', 'labels', 'loss', 'target_steps', 'tuning', 'tuned_on', 'home', 'beyond', 'rows'):
+            if name not in results:
+                raise ValueError(f'it has no {name}')
+        for row in results['rows']:
+            row['run'] = folder
+            row['figures'] = figures(row, results['rows'], results['beyond'])
+        return results
+    except MALFORMED as error:
+        why = ' '.join(str(error).split())[:200]
+        raise Refusal(f'{path} is not what this version of adapt.py writes ({why}); run adapt.py again') from None
+
+
+def check_runs(found):
+    """Raises Refusal for runs, {folder: results}, that cannot be compared, or the same one twice."""
+    (first, one), *others = found.items()
+    for folder, other in others:
+        for name in ('labels', 'clips', 'loss', 'target_steps'):
+            if other[name] != one[name]:
+                raise Refusal(f'{first} and {folder} cannot be compared: {name} = {one[name]} and {other[name]}')
+    seen = {}
+    for folder, results in found.items():
+        twin = seen.setdefault(json.dumps(results['key'], sort_keys=True), folder)
+        if twin != folder:
+            raise Refusal(f'{twin} and {folder} are the same run')
+
+
+# ---- tables of one or several runs -----------------------------------------------------------------------------------
+
+def grouped(found, names=None, wanted=()):
+    """
+    The rows of one or several runs (a list of results) that belong together → {name: [a row of each run that has it]}.
+
+    With several runs a name has no learning rate, because each run may have tuned another. names: {name: another name
+    for it}; wanted: show the rows of these methods only.
+    """
+    together = {}
+    for results in found:
+        for row in results['rows']:
+            bare = len(found) > 1 and row['rate_from'] != 'plan'
+            name = title({**row, 'rate': None}) if bare else title(row)
+            if not wanted or row['method'] in wanted:
+                together.setdefault(name, []).append(row)
+    names = names or {}
+    strange = [name for name in names if name not in together]
+    if strange:
+        raise Refusal(f'--labels: no row is called {strange[0]!r}; there are {", ".join(together)}')
+    labelled = {names.get(name, name): rows for name, rows in together.items()}
+    if len(labelled) < len(together):
+        raise Refusal('--labels: two rows would have the same name')
+    return labelled
+
+
+def shown_columns(groups):
+    """The columns that some row has a figure for."""
+    there = {key for rows in groups.values() for row in rows for key in row['figures']}
+    return [column for column in COLUMNS if column[0] in there]
+
+
+def heading(column, results):
+    """The heading of a column of the table; phases as they are called."""
+    key, text, _ = column
+    first, shift, _ = results['labels']
+    return {'A1': first[:6], 'B': shift[:6]}.get(key, text)
+
+
+def mean_and_deviation(rows, key):
+    """
+    Mean and standard deviation (None for one run) of a figure over the rows of a group.
+
+    None where it has no meaning for one of them; 'never', or in how many runs, where it was not reached in all.
+    """
+    values = [row['figures'][key] for row in rows if key in row['figures']]
+    if len(values) < len(rows):
+        return None, None
+    reached = [value for value in values if value is not None]
+    if len(reached) < len(values):
+        return f'{len(reached)} of {len(values)}' if reached else 'never', None
+    deviation = np.std(reached, ddof=1) if len(reached) > 1 else None
+    return np.mean(reached), deviation
+
+
+def table_line(name, rows, columns, which):
+    """One line of the table: the means (which = 0) or the standard deviations (1) of a group."""
+    cells = []
+    for key, _, form in columns:
+        value = mean_and_deviation(rows, key)[which]
+        if value is not None and not isinstance(value, str):
+            value = format(value, form if which == 0 else form.lstrip('+'))
+        cells.append(f'{value or "":>7}')
+    return f'{name:<23}' + ''.join(cells)
+
+
+def format_table(found, groups):
+    """The text of table.txt: found is a list of results, one or several; groups: see grouped()."""
+    one = found[0]
+    columns = shown_columns(groups)
+    lines = [f'{"loss on the stream":<23}' + ''.join(f'{heading(column, one):>7}' for column in columns)]
+    for name, rows in groups.items():
+        lines.append(table_line(name, rows, columns, 0))
+        if len(rows) > 1:
+            lines.append(table_line(f'{"±":>22}', rows, columns, 1))
+    steps = ', '.join(map(str, one['target_steps']))
+    lines.append(f'\n{one["loss"]} L1, mean over target steps {steps}; {one["clips"]} clips a phase, scored before the '
+                 'look-back.')
+    first, shift, last = one['labels']
+    for key, _, _ in columns:
+        if key in EXPLAINED:
+            lines.append(EXPLAINED[key].format(first=first, shift=shift, last=last, home=one['home']))
+    if len(found) > 1:
+        lines.append(f'Mean and standard deviation (±) over {len(found)} runs.')
+        for name, rows in groups.items():
+            rates = [f'{row["rate"]:g}' for row in rows if row['rate_from'] not in ('', 'plan')]
+            if rates:
+                lines.append(f'Rates of {name}: {", ".join(rates)}.')
+            if len(rows) < len(found):
+                lines.append(f'{name} is in {len(rows)} of them.')
+    else:
+        lines += rate_lines(one)
+    return '\n'.join(lines) + '\n'
+
+
+def rate_lines(results):
+    """Where the learning rates of a run come from, with a warning for each that lies on the edge of what was tried."""
+    lines = []
+    for row in results['rows']:
+        name = title({**row, 'rate': None})
+        if row['rate_from'] == 'tuned':
+            tried = [float(rate) for rate in results['tuning'][name]]
+            grid = ', '.join(f'{rate:g}' for rate in tried)
+            shifts = ', '.join(results['tuned_on']).replace('scaled', 'clips with scaled pushes')
+            lines.append(f'Rate of {name} tuned on {shifts} among {grid}.')
+            if row['rate'] in (min(tried), max(tried)):
+                lines.append(f'Warning: {row["rate"]:g} lies on the edge of them; a rate beyond may be better.')
+        elif row['rate_from'] in ('given', 'default'):
+            source = {'given': 'as given', 'default': 'the default, measured on the built-in physics'}[row['rate_from']]
+            lines.append(f'Rate of {name}: {row["rate"]:g}, {source}; not tuned.')
+    return lines
+
+
+# What LaTeX would take for a command, and what it cannot read.
+ESCAPES = {character: '\\' + character for character in '&%$#_{}'}
+ESCAPES |= {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}', '₁': '$_1$', '₂': '$_2$'}
+
+
+def escaped(text):
+    """Text for LaTeX."""
+    return text.translate(str.maketrans(ESCAPES))
+
+
+def latex_table(found, groups):
+    """The text of table.tex, a tabular without packages: mean, and standard deviation where there are several runs."""
+    columns = shown_columns(groups)
+    headings = ['loss on the stream'] + [heading(column, found[0]) for column in columns]
+    lines = [r'\begin{tabular}{l' + 'r' * len(columns) + '}', r'\hline']
+    lines += [' & '.join(map(escaped, headings)) + r' \\', r'\hline']
+    for name, rows in groups.items():
+        cells = [escaped(name)]
+        for key, _, form in columns:
+            mean, deviation = mean_and_deviation(rows, key)
+            if mean is None or isinstance(mean, str):
+                cells.append(mean or '')
+                continue
+            cell = format(mean, form)
+            if deviation is not None:
+                # The unit stands once, behind both.
+                cell = cell.rstrip('%') + r' \pm ' + format(deviation, form.lstrip('+'))
+            cells.append('$' + cell.replace('%', r'\,\%') + '$')
+        lines.append(' & '.join(cells) + r' \\')
+    lines += [r'\hline', r'\end{tabular}']
+    return '\n'.join(lines) + '\n'
+
+
+def compare_csv(groups):
+    """The text of compare.csv: one line for each run, row and figure; the value is empty for "never"."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(['run', 'row', 'model', 'method', 'rate', 'figure', 'value'])
+    for name, rows in groups.items():
+        for row in rows:
+            for figure, value in row['figures'].items():
+                writer.writerow([row['run'], name, row['model'], row['method'], row['rate'], figure, value])
+    return text.getvalue()
+
+
+# ---- the picture -----------------------------------------------------------------------------------------------------
+
+# The methods that are drawn where all were run; more lines could not be told apart.
+DRAWN = 'copy', 'blank', 'frozen', 'LN-TTA', 'memory'
+
+
+def drawn_rows(groups):
+    """What is drawn of the groups: of two of a method the first, and TTA of HOPE only where there is no ViT-AC."""
+    many = len(groups) > 10
+    with_vit = any(rows[0]['kind'] == 'vit' for rows in groups.values())
+    drawn = {}
+    for name, rows in groups.items():
+        row = rows[0]
+        if many and row['method'] not in DRAWN:
+            continue
+        if with_vit and row['kind'] == 'hope' and row['tta']:
+            continue
+        probes = {}
+        for domain in row['probes']:
+            probes[domain] = np.mean([other['probes'][domain] for other in rows], axis=0)
+        drawn.setdefault((row['model'], row['method']), {
+            'title': name,
+            'row': row,
+            'losses': [running_mean(other['loss']) for other in rows],
+            'probes': probes,
+            'bold': 'memory' in row['carries'],
+            'dotted': row['model'] == '',
+        })
+    return list(drawn.values())
+
+
+def diagnosed_row(results):
+    """
+    The diagnostics of the row with an action memory, or else of the last that carries something, of the first model that
+    has one → (title, {name: values (3n,)}, reference), or None.
+
+    The surprise is the loss over that of copying. Where there is a model of each phase, its loss is a better reference,
+    because it also depends on how far the object moves.
+    """
+    n, rows = results['clips'], results['rows']
+    carrying = [row for row in rows if row['carries']]
+    if not carrying:
+        return None
+    first_model = [row for row in carrying if row['model'] == carrying[0]['model']]
+    row = row_of(rows, carrying[0]['model'], 'memory') or first_model[-1]
+    seen = {key: np.array([clip[key] for clip in row['diagnostics']]) for key in row['diagnostics'][0]}
+    frozen, bound = row_of(rows, row['model'], 'frozen'), row_of(rows, 'oracle', 'frozen')
+    if not frozen or not bound:
+        return title(row), seen, "copy's"
+    known = np.array(frozen['loss'])
+    known[n:2 * n] = bound['loss'][n:2 * n]
+    seen['surprise'] = row['loss'] / known
+    return title(row), seen, "the phase's model"
+
+
+def draw(path, found, groups):
+    """The picture of one or several runs, PNG or PDF by its name's end. Raises ImportError without matplotlib."""
+    one = found[0]
+    label = f'{one["loss"]} L1, mean of 10 clips'
+    diagnosed = diagnosed_row(one)
+
+    def draw_results(file):
+        kind = path.rpartition('.')[2]
+        plots.draw_stream(file, drawn_rows(groups), one['clips'], label, one['labels'], one['home'], diagnosed, kind)
+    write_atomically(path, draw_results)
+
+
+# ---- comparing finished runs -----------------------------------------------------------------------------------------
+
+FILES = 'table.txt', 'table.tex', 'compare.csv', 'results.pdf', 'results.png'
+
+
+def write_text(path, text):
+    """Write a text file atomically."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def check_out(folder, runs):
+    """Raises Refusal where a folder holds anything of these names but what was made of the same runs before."""
+    there = [file for file in FILES + ('results.json',) if os.path.exists(os.path.join(folder, file))]
+    if not there:
+        return
+    earlier = []
+    if 'compare.csv' in there and 'results.json' not in there:
+        with open(os.path.join(folder, 'compare.csv'), newline='', encoding='utf-8', errors='replace') as f:
+            earlier = sorted({row.get('run') or '?' for row in csv.DictReader(f)})
+    if earlier != sorted(runs):
+        raise Refusal(f'{folder} holds {there[0]} of other runs ({", ".join(earlier) or "not of compare.py"}); name '
+                      'another folder with --out')
+
+
+def read_labels(text):
+    """'HOPE memory=Ours,frozen=none' → {'HOPE memory': 'Ours', 'frozen': 'none'}."""
+    pairs = [item.partition('=') for item in listed(text)]
+    for name, equals, label in pairs:
+        if not equals or not label.strip():
+            raise Refusal(f'--labels={text}: write row=label, separated by commas; {name!r} is not that')
+    return {name.strip(): label.strip() for name, _, label in pairs}
+
+
+def prepared(knobs):
+    """Read and check what is to be compared; nothing is written → {folder: results}, groups (see grouped())."""
+    folders = [os.path.normpath(folder) for folder in listed(knobs.runs)]
+    if not folders:
+        raise Refusal('name the folders of finished runs: python compare.py out/aba_1 out/aba_2')
+    found = {folder: read_results(folder) for folder in folders}
+    if len(found) < len(folders):
+        raise Refusal(f'{", ".join(folders)}: the same run twice')
+    check_runs(found)
+    wanted = listed(knobs.methods)
+    known = dict.fromkeys(row['method'] for results in found.values() for row in results['rows'])
+    if set(wanted) - set(known):
+        raise Refusal(f'--methods={knobs.methods}: allowed are {", ".join(known)}')
+    groups = grouped(list(found.values()), read_labels(knobs.labels), wanted)
+    check_out(knobs.out, folders)
+    return found, groups
+
+
+def main(knobs):
+    """Compare finished runs: print the table, and write it and the picture."""
+    found, groups = prepared(knobs)
+    os.makedirs(knobs.out, exist_ok=True)
+    paths = {file: os.path.join(knobs.out, file) for file in FILES}
+    claim(knobs.out, *paths.values())
+    every = list(found.values())
+    table = format_table(every, groups)
+    print(table)
+    write_text(paths['compare.csv'], compare_csv(groups))
+    write_text(paths['table.txt'], table)
+    write_text(paths['table.tex'], latex_table(every, groups))
+    written = list(FILES)
+    try:
+        draw(paths['results.pdf'], every, groups)
+        draw(paths['results.png'], every, groups)
+    except ImportError:
+        written = written[:3]
+        print('no pictures: pip install matplotlib')
+    print(f'{", ".join(written)}: in {knobs.out}')
+
+
+if __name__ == '__main__':
+    main(SimpleNamespace(**settings))
