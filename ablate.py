@@ -19,6 +19,7 @@ import numpy as np
 
 from configurator import ROOT, Refusal, configure, read_config
 from support.files import claim, read_bytes, read_manifest, sha256, write_atomically
+from support.running import make_slide
 
 # what to run
 config = 'config/hope_jump.py'   # config file that the variants change
@@ -124,13 +125,8 @@ def line(label, cells):
 
 def depends_on(knobs, chosen):
     """What the results of variants depend on, but for seed and device → {name: plain value}. Makes data/slide if missing."""
-    try:
-        manifest = read_manifest(knobs.data)
-    except Refusal:
-        if knobs.data != 'slide':
-            raise
-        run('prepare.py')
-        manifest = read_manifest(knobs.data)
+    make_slide(knobs.data)
+    manifest = read_manifest(knobs.data)
     depends = {name: getattr(knobs, name) for name in ('max_iters', 'clips', 'tune_clips', 'extra')}
     depends['data'] = manifest['checksum']
     for name, value in read_config(knobs.config).items():

@@ -23,7 +23,7 @@ import torch
 from compare import draw, drawn_rows, figures, format_table, grouped, listed, results_csv, results_json, title
 from compare import write_text
 from configurator import Refusal, configure
-from data import median_scene, pictures, progress
+from data import duration, median_scene, pictures, progress
 from experiment import batches, build_experiment, check_clips, further_than_training, labels_of, open_splits, phases_of
 from experiment import read_checkpoints, read_decoder, split_of, tuned_on
 from hope import CMSWriter, earned_retention
@@ -31,6 +31,7 @@ from model import feature_loss, pick_device, rollout, teacher_forcing_loss
 from support import plots
 from support.files import MALFORMED, claim, read_manifest, read_sealed, write_atomically, write_sealed
 from support.finished import FILES, check_memory_out, resume, run_key
+from support.running import make_slide
 
 # what to run
 ckpt = 'out/hope.pt'     # checkpoint, or several separated by commas
@@ -612,8 +613,7 @@ class TimeLeft:
             self.worked += work
         if self.left and self.worked:
             seconds = (time.time() - self.started) / self.worked * self.left
-            duration = f'{seconds:.0f} s' if seconds < 120 else f'{seconds / 60:.0f} min'
-            print(f'row {self.rows} of {self.total} is done, about {duration} left in all', flush=True)
+            print(f'row {self.rows} of {self.total} is done, about {duration(seconds)} left in all', flush=True)
 
 
 def guesses(stream, targets, empty):
@@ -764,6 +764,7 @@ def prepared(knobs):
     check_settings(knobs, METHODS)
     where = pick_device(knobs.device)
     checkpoints = read_checkpoints(knobs.ckpt, knobs.oracle, where, knobs.dtype)
+    make_slide(knobs.data)
     manifest = read_manifest(knobs.data)
     phases = phases_of(knobs.phases, manifest['splits'])
     shifts = tuned_on(knobs.tune_on, phases, manifest['splits'])

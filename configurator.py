@@ -177,10 +177,9 @@ def install_hook(knobs):
     atexit.register(flush_stdout)
 
 
-def print_start(script, values, knobs):
-    """The first line of a run: the knobs that differ from their defaults. Importing torch took a second already."""
-    flags = [shlex.quote(f'--{name}={value}') for name, value in values.items() if value != knobs[name][0]]
-    line = f'{os.path.basename(script)} {" ".join(flags) or "(every knob at its default)"}'
+def print_start(script, argv):
+    """The first line of a run: its command. Importing torch took a second already."""
+    line = shlex.join([os.path.basename(script), *argv])
     print(textwrap.fill(line, 100, subsequent_indent='  ', break_long_words=False, break_on_hyphens=False), flush=True)
 
 
@@ -307,5 +306,5 @@ def configure(scope, argv=None, files=''):
             values[name] = check(name, value, default, comment, arg)
     scope.update(values)
     if argv is None and scope['__name__'] == '__main__' and os.environ.get('RANK', '0') == '0':
-        print_start(scope['__file__'], values, knobs)
+        print_start(scope['__file__'], sys.argv[1:])
     return values

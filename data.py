@@ -252,7 +252,7 @@ class Split:
             parts = {'actions': [], 'states': [], 'physics': []}
             for split in splits:
                 if split not in self.manifest['splits']:
-                    raise Refusal(no_such_split(name, split, self.manifest))
+                    raise Refusal(no_such_split(name, [split], self.manifest))
                 self.shards += self.find_shards(split)
                 for key, read in parts.items():
                     read.append(self.read_arrays(split, key))
@@ -350,8 +350,8 @@ class Split:
         features = np.empty((len(clips), *self.manifest['shape']), np.float16)
         shard_of = np.searchsorted(self.starts, clips, side='right') - 1
         for number in np.unique(shard_of):
-            members = shard_of == number
-            features[members] = self.read(self.shards[number], clips[members] - self.starts[number])
+            members = np.flatnonzero(shard_of == number)
+            self.read(self.shards[number], clips[members] - self.starts[number], features, members)
         z = torch.from_numpy(features).float()
         z = F.layer_norm(z, z.shape[-1:])
         if not torch.isfinite(z.sum()):
@@ -361,20 +361,19 @@ class Split:
         a = torch.from_numpy(self.actions[clips])
         return (z[0], a[0]) if one else (z, a)
 
-    def read(self, shard, rows):
-        """The features of clips of one Shard, as stored → (len(rows),T,N,D) float16."""
-        shape = tuple(self.manifest['shape'])
+    def read(self, shard, rows, features, places):
+        """Read clips `rows` of one Shard, as stored, into features[places]; features (b,T,N,D) float16."""
         try:
             if shard.sha256:
-                return self.read_in_place(shard).reshape(1, *shape)
+                features[places] = self.read_in_place(shard).reshape(features.shape[1:])
+                return
             # Not memory-mapped: a map keeps its file open, and a process may open about a thousand.
-            count = math.prod(shape)
-            read = []
             with open(shard.path, 'rb') as f:
-                for row in rows:
-                    f.seek(shard.offset + 2 * count * int(row))
-                    read.append(np.fromfile(f, np.float16, count).reshape(shape))
-            return np.stack(read)
+                for row, place in zip(rows.tolist(), places.tolist()):
+                    clip = features[place]
+                    f.seek(shard.offset + row * clip.nbytes)
+                    if f.readinto(clip) < clip.nbytes:
+                        raise EOFError
         except (EOFError, OSError, ValueError):
             if shard.sha256:
                 raise Refusal(self.changed(shard.path)) from None
@@ -388,12 +387,12 @@ class Split:
         return np.load(shard.path, allow_pickle=False).astype(np.float16)
 
 
-def no_such_split(name, split, manifest):
-    """What to say where a data set has no such split."""
-    words = f'data set {name} has no split {split!r}; it has {", ".join(manifest["splits"])}'
-    domain = split.removeprefix('test_')
-    if domain != split and domain in DOMAINS and manifest['made_from'].get('source') == 'physics':
-        words += (f': it was made before the domain {domain} was added; make it anew (delete {folder_of(name)} and run '
+def no_such_split(name, missing, manifest):
+    """What to say where a data set has no splits of these names."""
+    words = f'data set {name} has no split {", ".join(map(repr, missing))}; it has {", ".join(manifest["splits"])}'
+    later = [split.removeprefix('test_') for split in missing if split.removeprefix('test_') in DOMAINS]
+    if later and manifest['made_from'].get('source') == 'physics':
+        words += (f': it was made before the domain {later[0]} was added; make it anew (delete {folder_of(name)} and run '
                   'prepare.py as before, or give prepare.py another --name)')
     return words
 

@@ -15,7 +15,7 @@ import torch
 
 from compare import listed
 from configurator import Refusal
-from data import DOMAINS, TUBELET, open_split
+from data import TUBELET, no_such_split, open_split
 from hope import load
 from model import autocast
 from support.files import MALFORMED, folder_of, verify
@@ -206,11 +206,7 @@ def open_splits(name, wanted, manifest):
     """Splits of a data set → {name: Split}. Raises Refusal that names all that it lacks."""
     missing = [split for split in wanted if split not in manifest['splits']]
     if missing:
-        line = f'data set {name} has no split {", ".join(map(repr, missing))}; it has {", ".join(manifest["splits"])}'
-        later = [split for split in missing if split.removeprefix('test_') in DOMAINS]
-        if later and manifest['splits']['train']['domain'] in DOMAINS:
-            line += f'; it was made before {later[0]} was in DOMAINS: make it again under another --name'
-        raise Refusal(line)
+        raise Refusal(no_such_split(name, missing, manifest))
     return {split: open_split(name, split) for split in wanted}
 
 

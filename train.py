@@ -14,8 +14,6 @@ import functools
 import importlib.util
 import math
 import os
-import signal
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -24,12 +22,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from configurator import ROOT, Refusal, configure, launched
+from configurator import Refusal, configure, launched
 from data import batch_indices, duration, mean_push, median_scene, open_split
 from hope import build, load
 from model import Sizes, autocast, feature_loss, jump_loss, pick_device, rollout, rollout_loss, teacher_forcing_loss
-from support.files import MALFORMED, VERSION, read_manifest, save
-from support.running import best_of, log, note_signals, open_log, refuse_existing
+from support.files import MALFORMED, VERSION, save
+from support.running import best_of, log, make_slide, note_signals, open_log, refuse_existing
 from vjepa2 import start_from
 
 if __name__ != '__main__':
@@ -251,16 +249,8 @@ if resume:
         sys.exit(0)
 
 # ---- data ----------------------------------------------------------------------------------------------------------
-if data == 'slide' and rank == 0:
-    try:
-        read_manifest(data)
-    except Refusal:
-        # Missing, or left unfinished by an interruption.
-        print0('preparing data/slide first (built-in physics, nothing is downloaded)')
-        # As an exception, it ends prepare.py, too.
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-        if subprocess.run([sys.executable, os.path.join(ROOT, 'prepare.py')]).returncode:
-            sys.exit(2)
+if rank == 0:
+    make_slide(data)
 if processes > 1:
     dist.barrier()
 train_clips, val_clips = open_training(data, split, zoom), open_split(data, 'val')

@@ -1,5 +1,5 @@
 """
-Around a training run: its files and their log, and signals.
+Around a run: its data, files, log and signals.
 
     file = open_log('out/hope.csv', columns, 'out/hope.pt', resume=False)
     received = note_signals()                        # empty until Ctrl-C or SIGTERM
@@ -7,9 +7,29 @@ Around a training run: its files and their log, and signals.
 import csv
 import os
 import signal
+import subprocess
+import sys
 
-from configurator import Refusal
-from support.files import claim
+from configurator import ROOT, Refusal
+from support.files import claim, read_manifest
+
+
+def make_slide(name):
+    """
+    Have prepare.py make data/slide, the default data set, where that is asked for and is missing or unfinished.
+
+    Ends the script where that fails, or is stopped.
+    """
+    if name != 'slide':
+        return
+    try:
+        read_manifest(name)
+    except Refusal:
+        print('preparing data/slide first (built-in physics, nothing is downloaded)', flush=True)
+        # As an exception, SIGTERM ends prepare.py, too.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        if subprocess.run([sys.executable, os.path.join(ROOT, 'prepare.py')]).returncode:
+            sys.exit(2)
 
 
 # ---- files -------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import data
 import hope
 import model
 from configurator import Refusal
-from support import files
+from support import files, running
 
 CLIPS = 300
 
@@ -317,3 +318,17 @@ def test_a_trained_model_needs_to_know_the_step_and_the_world(kind, fresh_clips)
 
 def test_durations_are_said_in_words():
     assert [data.duration(seconds) for seconds in (41.4, 380, 29000)] == ['41 s', '6 min', '8.1 h']
+
+
+def test_the_default_set_is_made_where_it_is_missing(monkeypatch):
+    started = []
+
+    def missing(name):
+        raise Refusal('no data set')
+    monkeypatch.setattr(running, 'read_manifest', missing)
+    monkeypatch.setattr(running.subprocess, 'run', lambda command: started.append(command) or SimpleNamespace(returncode=0))
+    monkeypatch.setattr(running.signal, 'signal', lambda number, handler: None)
+    running.make_slide('mine')
+    assert not started
+    running.make_slide('slide')
+    assert [os.path.basename(word) for word in started[0][1:]] == ['prepare.py']
