@@ -10,14 +10,20 @@ import torch
 from conftest import ROOT, TINY, official_predictor, official_weights, own_clip, own_clips, run
 
 
-def readme_commands():
-    """The commands of every fenced block of the README and of docs/, split at && and without their comments."""
+def commands_in(*paths):
+    """The commands of every fenced block of some pages, split at && and without their comments."""
     blocks = []
-    for path in [os.path.join(ROOT, 'README.md'), *sorted(glob.glob(os.path.join(ROOT, 'docs', '*.md')))]:
+    for path in paths:
         with open(path, encoding='utf-8') as f:
             blocks += re.findall(r'```(?:bash|sh)\n(.*?)```', f.read(), re.S)
     lines = [line.split('   #')[0].strip() for block in blocks for line in block.splitlines()]
     return list(dict.fromkeys(part.strip() for line in lines for part in line.split('&&') if part.strip()))
+
+
+def readme_commands():
+    """The commands of the README and of docs/, without those of the page that tests/test_own_data.py runs as a whole."""
+    pages = sorted(glob.glob(os.path.join(ROOT, 'docs', '*.md')))
+    return commands_in(os.path.join(ROOT, 'README.md'), *[page for page in pages if not page.endswith('own_data.md')])
 
 
 def small_prepare(args, tiny, trained, tmp_path):

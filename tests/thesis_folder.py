@@ -1,10 +1,12 @@
 """
 Make a folder of clips in the user's layout (docs/own_data.md), from the built-in physics:
 
-    python tests/thesis_folder.py clips --content=both --train=400 --test=100 --size=64
+    python tests/thesis_folder.py clips                                                    features, 7,000 clips
+    python tests/thesis_folder.py clips --content=both --train=300 --test=40 --size=32
 
-clip_17000, ... are of domain A, clip_22000, ... of B, clip_23000, ... of A again. All show the same object, and the pushes
-of B are so weak that no object slides further than in A: a few hundred clips then suffice to learn what a push does.
+clip_17000, ... are of domain A, clip_22000, ... of B, clip_23000, ... of A again. All show the same object, which starts near
+the middle, and the pushes of B are so weak that nothing slides further than in A. A few hundred clips then suffice to learn
+what a push does.
 """
 import argparse
 import os
@@ -21,12 +23,14 @@ import data
 from prepare import cosine_basis, patch_encode
 
 # Number of the first clip of a phase: domain, weakest and strongest push in N·s.
-PHASES = {17000: ('A', 0.25, 0.80), 22000: ('B', 0.15, 0.42), 23000: ('A', 0.25, 0.80)}
-# The object is seen from so near by, and starts so far (in metres) from the middle of the picture, at most.
-ZOOM = 1.5
-SCATTER = 0.05
-RADIUS = 0.12
-# Lowest frequencies of a patch at each size of pictures: what prepare.py keeps by default, and the width of ViT-L.
+PHASES = {17000: ('A', 0.25, 0.80), 22000: ('B', 0.20, 0.36), 23000: ('A', 0.25, 0.80)}
+# How near by the object is seen from: see data.simulate.
+ZOOM = 1.75
+# Of the object in the picture, whose side counts as data.WORLD, in metres.
+RADIUS = 0.10
+# It starts at most so far from the middle, across and down.
+SCATTER = 0.02
+# Size of the pictures in pixels: lowest frequencies of a patch that are kept. 48 is the default of prepare.py, 1024 is ViT-L's.
 DIM = {32: 24, 64: 48, 256: 1024}
 
 
@@ -62,7 +66,7 @@ def write_clip(folder, impulse, frames=None, features=None):
             Image.fromarray(frame).save(os.path.join(folder, 'rgb', f'frame_{i:05d}.png'))
 
 
-def make_folder(folder, content='both', train=400, test=100, size=64):
+def make_folder(folder, content='features', train=5000, test=1000, size=64):
     """Write train clips of phase A and test clips of B and of A2. content: features, pictures or both; size in pixels."""
     basis = cosine_basis(DIM[size])
     for number in PHASES:
@@ -81,9 +85,9 @@ def make_folder(folder, content='both', train=400, test=100, size=64):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser()
     parser.add_argument('folder')
-    parser.add_argument('--content', choices=['features', 'pictures', 'both'], default='both')
-    parser.add_argument('--train', type=int, default=400)
-    parser.add_argument('--test', type=int, default=100)
+    parser.add_argument('--content', choices=['features', 'pictures', 'both'], default='features')
+    parser.add_argument('--train', type=int, default=5000)
+    parser.add_argument('--test', type=int, default=1000)
     parser.add_argument('--size', type=int, choices=list(DIM), default=64)
     args = parser.parse_args()
     make_folder(**vars(args))
