@@ -25,9 +25,9 @@ from prepare import cosine_basis, patch_encode
 # Number of the first clip of a phase: domain, weakest and strongest push in N·s.
 PHASES = {17000: ('A', 0.25, 0.80), 22000: ('B', 0.20, 0.36), 23000: ('A', 0.25, 0.80)}
 # How near by the object is seen from: see data.simulate.
-ZOOM = 1.75
+ZOOM = 1.6
 # Of the object in the picture, whose side counts as data.WORLD, in metres.
-RADIUS = 0.10
+RADIUS = 0.12
 # It starts at most so far from the middle, across and down.
 SCATTER = 0.02
 # Size of the pictures in pixels: lowest frequencies of a patch that are kept. 48 is the default of prepare.py, 1024 is ViT-L's.
