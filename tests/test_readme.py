@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, official_predictor, official_weights, own_clip, own_clips, run
+from conftest import ROOT, TINY, fake_results, official_predictor, official_weights, own_clip, own_clips, run
 
 
 def commands_in(*paths):
@@ -57,7 +57,7 @@ def small_train(args, tiny, trained, tmp_path):
 def small_adapt(args, tiny, trained, tmp_path):
     # The checkpoints of assets/ do not fit the tiny set; tests/test_data.py runs them.
     files = {'out/hope.pt': trained['hope'], 'out/vit.pt': trained['vit'], 'out/oracle.pt': trained['vit'],
-             'out/memory.pt': f'{tmp_path}/memory.pt',
+             'out/hope_medium.pt': trained['hope'], 'out/memory.pt': f'{tmp_path}/memory.pt',
              'assets/hope.pt': trained['hope'], 'assets/vit.pt': trained['vit']}
     for file, small in files.items():
         args = [arg.replace(file, small) for arg in args]
@@ -77,9 +77,17 @@ def small_ablate(args, tiny, trained, tmp_path):
             '--max_iters=2', '--variants=HOPE', '--extra=' + ' '.join(TINY), '--device=cpu']
 
 
+def small_compare(args, tiny, trained, tmp_path):
+    # The arguments without dashes are folders of results.
+    for seed, folder in enumerate(arg for arg in args if not arg.startswith('--')):
+        fake_results(tmp_path / folder, seed=seed)
+    args = [arg if arg.startswith('--') else str(tmp_path / arg) for arg in args]
+    return [*args, f'--out={tmp_path}/compare']
+
+
 # The arguments of each script's commands, on the smallest settings that still run everything.
-SMALL = {'prepare.py': small_prepare, 'train.py': small_train, 'adapt.py': small_adapt, 'bench.py': small_bench,
-         'ablate.py': small_ablate}
+SMALL = {'prepare.py': small_prepare, 'train.py': small_train, 'adapt.py': small_adapt,
+         'compare.py': small_compare, 'bench.py': small_bench, 'ablate.py': small_ablate}
 
 
 @pytest.mark.parametrize('command', [c for c in readme_commands() if c.startswith(('python', 'torchrun'))])
