@@ -23,7 +23,7 @@ import torch
 from compare import draw, drawn_rows, figures, format_table, grouped, listed, results_csv, results_json, title
 from compare import write_text
 from configurator import Refusal, configure
-from data import duration, median_scene, pictures, progress
+from data import median_scene, pictures
 from experiment import batches, build_experiment, check_clips, further_than_training, labels_of, open_splits, phases_of
 from experiment import read_checkpoints, read_decoder, split_of, tuned_on
 from hope import CMSWriter, earned_retention
@@ -32,6 +32,7 @@ from support import plots
 from support.files import MALFORMED, claim, read_manifest, read_sealed, write_atomically, write_sealed
 from support.finished import FILES, check_memory_out, resume, run_key
 from support.running import make_slide
+from support.terminal import duration, progress
 
 # what to run
 ckpt = 'out/hope.pt'     # checkpoint, or several separated by commas

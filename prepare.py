@@ -14,17 +14,13 @@ After an interruption, the same command goes on where it stopped; a finished set
 other settings, or by other code for the world or the encoder, is refused. data/<name>/clips.png shows clips of each domain,
 data/<name>/displacement.png how far objects slide in A and B.
 """
-import copy
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
-import shutil
 import tempfile
 import time
-import types
 
 import numpy as np
 import torch
@@ -32,12 +28,18 @@ import torch.nn.functional as F
 
 import data
 from configurator import ROOT, Refusal, configure, read_knobs
-from hope import ActionMemory
 from model import autocast, pick_device
-from support import own_clips, plots
-from support.files import claim, folder_of, intact, parse_manifest, sha256, write_atomically, write_manifest
+from support import plots
+from support.files import folder_of, write_manifest
 from support.made_from import depends_on
+from support.own_clips import open_sources
+from support.own_files import Crop
+from support.shards import (check_folder, check_room, clips_done, clips_to_do, gibibytes, kept_clips, save, take_over,
+                            to_store, write_split)
+from support.terminal import duration
 from vjepa2 import MODELS, VideoEncoder, load_vjepa2, official_weights
+from zoomed import (INVERSE_CLIPS, ZOOM, inverse_batches, inverse_step, new_inverse, pushes_of_zoomed, share_read,
+                    why_not_zoomed, write_zoomed_pushes, zoom_levels)
 
 # what to make
 name = 'slide'           # data set: data/<name> beside the code, or a folder if it contains a slash
@@ -66,22 +68,8 @@ settings = configure(globals()) if __name__ == '__main__' else {}
 
 # Pixels per patch side, as in ViT-L/16.
 PATCH = 16
-# An interrupted run loses at most one shard.
-SHARD_BYTES = 128 * 2**20
-# The split `zoom` shows phase A from nearer by, a quarter of its clips by each of the factors 1.2, 1.2^2, 1.2^3 and 1.2^4.
-ZOOM = 1.2
-ZOOMS = 4
-# With fewer clips of train, no push can be read.
-FEWEST_CLIPS = 64
-# Most batches that the inverse dynamics is trained on, and clips per batch. After too few it reads all pushes too weak.
-INVERSE_BATCHES = 4000
-INVERSE_CLIPS = 64
-# If it reads less than this share of the pushes of val, the pushes of zoomed clips are not to be trusted.
-LEAST_READ = 0.98
 # Tokens that V-JEPA 2 encodes at once, which bounds its memory for any batch.
 TOKENS = 2**14
-# What has happened to own clips, by the checksum that differs first (see own_clips.fingerprint).
-CHANGES = {'names': 'were added, removed or renamed', 'sizes': 'have another size', 'times': 'were written again'}
 # Mean and standard deviation of ImageNet's colours, by which V-JEPA 2 normalises pictures.
 MEAN = 0.485, 0.456, 0.406
 STD = 0.229, 0.224, 0.225
@@ -227,216 +215,7 @@ def physics_sources(clips, test_clips, seed, size, device):
     return sources
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-def save(folder, manifest, file, write):
-    """Write a file of the set atomically by calling write(file object), and put its sha256 into the manifest."""
-    path = os.path.join(folder, file)
-    write_atomically(path, write)
-    manifest['sha256'][file] = sha256(path)
-
-
-def differences(found, wanted):
-    """How two manifests differ in what the set is made from, in words for the user."""
-    before, now = found['made_from'], wanted['made_from']
-    if set(before) != set(now):
-        return 'other settings, or by another version of prepare.py'
-    # The constants of the code count as settings.
-    was = {**before, **before['constants'], 'shape': found['shape']}
-    settings = {**now, **now['constants'], 'shape': wanted['shape']}
-    words = []
-    for key, value in settings.items():
-        if key not in ('files', 'clips', 'code', 'constants') and was.get(key) != value:
-            words.append(f'{key} = {value!r} (was {was.get(key)!r})')
-    if words:
-        return f'other settings: {", ".join(words)}'
-    for key, change in CHANGES.items():
-        if before['files'] and before['files'][key] != now['files'][key]:
-            return f'own clips that have changed since: files {change}'
-    if before['clips'] != now['clips']:
-        return 'other settings: the number of clips'
-    return 'other code of the world or of the encoder'
-
-
-def check_folder(folder, source):
-    """Raise Refusal for a folder that is not there for a data set alone. source: the folder of own clips."""
-    own = os.path.abspath(source)
-    if source != 'physics' and os.path.join(folder, '').startswith(os.path.join(own, '')):
-        raise Refusal(f'{folder} is in the folder of your clips, where it would count as one; choose another --name')
-    if not os.path.isdir(folder) or os.path.exists(os.path.join(folder, 'manifest.json')):
-        return
-    # A run that was killed at its very beginning leaves no more than this.
-    foreign = [file for file in sorted(os.listdir(folder)) if file != 'manifest.json.tmp' and own_clips.visible(file)]
-    if foreign:
-        raise Refusal(f'{folder} exists and is not a data set (it holds {foreign[0]}); choose another --name')
-
-
-def drop_changed(found, manifest, sources):
-    """
-    Go on with an unfinished set after own clips were mended: without the shards of clips that have changed, and those after
-    them. found: its manifest, which is changed; manifest: what it would be now.
-    """
-    before = sum(len(entry['shards']) for entry in found['splits'].values())
-    shard_clips = shard_size(found['shape'])
-    for split, entry in found['splits'].items():
-        source = sources[split]
-        whole = []
-        for start, shard in zip(range(0, source.count, shard_clips), entry['shards']):
-            if shard['stamp'] != source.stamp(start, min(start + shard_clips, source.count)):
-                break
-            whole.append(shard)
-        entry['shards'] = whole
-    kept = [shard['file'] for entry in found['splits'].values() for shard in entry['shards']]
-    print(f'own clips have changed since the last run: {before - len(kept)} of {before} shards are made again')
-    # What was made of all clips, such as actions, is made again in any case.
-    found['sha256'] = {file: found['sha256'][file] for file in kept}
-    found['made_from'] = manifest['made_from']
-
-
-def only_clips_changed(found, wanted):
-    """Whether two manifests differ in nothing but the files of own clips."""
-    same = {**found['made_from'], 'files': None, 'clips': None} == {**wanted['made_from'], 'files': None, 'clips': None}
-    return same and found['shape'] == wanted['shape'] and list(found['splits']) == list(wanted['splits'])
-
-
-def take_over(folder, manifest, sources):
-    """
-    Claim the folder of a set for this run → the manifest to continue from: the given one for a new set, else that of an
-    earlier run without its damaged shards and those after them. 'complete' stays true where nothing is left to do. Raises
-    Refusal where another run is at work, or for a set that was made with other settings or, once it is complete, of own
-    clips that have changed.
-    """
-    path = os.path.join(folder, 'manifest.json')
-    os.makedirs(folder, exist_ok=True)
-    if not os.path.exists(path):
-        claim(folder, path)
-        # From now on the folder is known for that of a data set.
-        write_manifest(folder, manifest)
-        return manifest
-    # Of a run that was killed. claim() removes them.
-    half_written = [f.path.removesuffix('.tmp') for f in os.scandir(folder) if f.name.endswith('.tmp')]
-    claim(folder, *half_written)
-    found = parse_manifest(path)
-    differs = (found['made_from'], found['shape']) != (manifest['made_from'], manifest['shape'])
-    if differs and not found['complete'] and only_clips_changed(found, manifest):
-        drop_changed(found, manifest, sources)
-    elif differs:
-        words = differences(found, manifest)
-        raise Refusal(f'{folder} holds a set made with {words}; choose another --name or delete the folder')
-    damaged = []
-    for file in data.progress(found['sha256'], 'comparing checksums', 'files'):
-        if not intact(folder, found, file):
-            damaged.append(file)
-    if found['complete'] and not damaged:
-        return found
-    found['complete'] = False
-    for entry in found['splits'].values():
-        whole = itertools.takewhile(lambda shard: shard['file'] not in damaged, entry['shards'])
-        entry['shards'] = list(whole)
-    if damaged:
-        print(f'{", ".join(damaged)}: damaged or missing, made again')
-    return found
-
-
-def shard_size(shape):
-    """Clips per shard; shape: [T, N, D]."""
-    return max(1, SHARD_BYTES // (2 * math.prod(shape)))
-
-
-def clips_done(manifest, split, source):
-    """How many clips of a split have been written, or left out."""
-    return min(source.count, len(manifest['splits'][split]['shards']) * shard_size(manifest['shape']))
-
-
-def clips_to_do(manifest, sources):
-    """How many clips of all splits are not yet written."""
-    return sum(source.count - clips_done(manifest, split, source) for split, source in sources.items())
-
-
-def to_store(encode_clips, content, where):
-    """The features of content, as they are stored → numpy (n,T,N,D) float16; raises Refusal where they are not finite."""
-    z = encode_clips(content).half().cpu().numpy()
-    if not np.isfinite(z).all():
-        raise Refusal(f'split {where}: the encoder returns features that are not finite in float16; are its weights whole?')
-    return z
-
-
-def encode_shard(shape, split, source, start, end, encode_clips, batch, bar):
-    """The features (n,T,N,D) float16 of the readable ones among clips start..end-1, and their indices."""
-    # Filled batch by batch. Small arrays, allocated between the encoder's large ones, would keep gigabytes of freed memory
-    # from being returned to the system.
-    z = np.empty((end - start, *shape), np.float16)
-    kept = []
-    for first in range(start, end, batch):
-        last = min(first + batch, end)
-        content, readable = source.content(first, last)
-        if readable:
-            features = to_store(encode_clips, content, f'{split}, from clip {first} on')
-            z[len(kept):len(kept) + len(readable)] = features
-        kept += readable
-        for _ in range(first, last):
-            next(bar, None)
-    return z[:len(kept)], kept
-
-
-def list_shard(source, start, end, bar):
-    """Where the features of clips start..end-1 are, to be read in place, and the indices of the readable ones."""
-    listed = []
-    kept = []
-    for index in range(start, end):
-        entries, readable = source.listed(index, index + 1)
-        listed += entries
-        kept += readable
-        next(bar, None)
-    return listed, kept
-
-
-def write_split(folder, manifest, split, source, encode_clips, batch, after=0):
-    """
-    Write the shards of a split that are still missing, then its actions, states and physics.
-
-    encode_clips: content of n clips → features (n,T,N,D); None to write lists of files that are read in place. batch: clips
-    encoded at once. after: clips of later splits, for the time left. Returns the number of clips that were left out; raises
-    Refusal where that is all of them, or where the encoder returns what is not finite.
-    """
-    shards = manifest['splits'][split]['shards']
-    shard_clips = shard_size(manifest['shape'])
-    done = clips_done(manifest, split, source)
-    # Each further next() counts one clip as done.
-    bar = data.progress(range(done, source.count), split, after=after)
-    next(bar, None)
-    for start in range(done, source.count, shard_clips):
-        end = min(start + shard_clips, source.count)
-        number = len(shards)
-        if encode_clips:
-            file = f'{split}_{number:05d}.npy'
-            z, kept = encode_shard(manifest['shape'], split, source, start, end, encode_clips, batch, bar)
-            save(folder, manifest, file, lambda f: np.save(f, z))
-        else:
-            file = f'{split}_{number:05d}.json'
-            listed, kept = list_shard(source, start, end, bar)
-            save(folder, manifest, file, lambda f: f.write(json.dumps(listed, indent=1).encode()))
-        left_out = sorted(set(range(start, end)) - set(kept))
-        shards.append({'file': file, 'clips': len(kept), 'skipped': left_out, 'stamp': source.stamp(start, end)})
-        write_manifest(folder, manifest)
-    kept = kept_clips(manifest, split, source)
-    if not kept:
-        raise Refusal(f'split {split}: none of its {source.count} clips can be read')
-    actions = source.actions(kept)
-    save(folder, manifest, f'{split}_actions.npy', lambda f: np.save(f, actions))
-    states = source.states(kept)
-    if states is not None:
-        save(folder, manifest, f'{split}_states.npy', lambda f: np.save(f, states))
-    if source.physics:
-        save(folder, manifest, f'{split}_physics.npz', lambda f: np.savez(f, **source.physics))
-    return source.count - len(kept)
-
-
-def kept_clips(manifest, split, source):
-    """The indices of the clips of a Source that a written split holds."""
-    skipped = {index for shard in manifest['splits'][split]['shards'] for index in shard['skipped']}
-    return [index for index in range(source.count) if index not in skipped]
-
+# ---- features back into pictures -----------------------------------------------------------------------------------------
 
 def fit_decoder(train, kept, source, device):
     """
@@ -467,153 +246,6 @@ def fit_decoder(train, kept, source, device):
         return None
     ridge = 1e-6 * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
     return torch.linalg.solve(xx + ridge, xy).float().cpu().numpy()
-
-
-# ---- zoomed clips ------------------------------------------------------------------------------------------------------
-# What is seen from nearer by moves further, so in terms of phase A it was pushed harder. How much harder is read from the
-# features, as in a new world: an inverse dynamics that knows only A reads a push from each clip at the smallest factor, and
-# an action memory M learns what the given pushes become. M applied twice is zooming in twice.
-
-def zoom_levels(clips):
-    """How often each of so many clips is zoomed in by ZOOM, in rising order → (clips,) int, 1..ZOOMS."""
-    return 1 + np.arange(clips) * ZOOMS // clips
-
-
-def why_not_zoomed(train, shape, content):
-    """Why no clips can be zoomed in, in words; '' where they can. train: its Source; shape: [T, N, D]; content: of one clip."""
-    if content.dtype != torch.uint8:
-        return 'imported features cannot be cropped'
-    if train.count < FEWEST_CLIPS:
-        return f'train has fewer than {FEWEST_CLIPS} clips'
-    if shape[0] < 3:
-        return 'its clips have fewer than three steps'
-    if train.several_pushes:
-        return 'clips with several pushes cannot be zoomed in on'
-    if train.states([0]) is not None:
-        return 'clips with states cannot be zoomed in on'
-    return ''
-
-
-def new_inverse(shape, numbers, seed, device):
-    """An untrained ActionMemory for features of shape [T, N, D] and pushes of so many numbers, and its optimiser."""
-    steps, patches, dim = shape
-    side = math.isqrt(patches)
-    # Not model.Sizes: with a new default there, every data set would count as made by other code.
-    sizes = types.SimpleNamespace(steps=steps, grid=[side, side], feature_dim=dim, action_dim=numbers)
-    torch.manual_seed(seed)
-    memory = ActionMemory(sizes).to(device)
-    return memory, torch.optim.AdamW(memory.parameters(), lr=2e-3, betas=(0.9, 0.99))
-
-
-def inverse_step(memory, optimizer, z, a):
-    """One step of training an ActionMemory on clips z (B,T,N,D) and actions a (B,T,A)."""
-    loss = memory.loss(z, a)
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(memory.parameters(), 1.0)
-    optimizer.step()
-
-
-def inverse_batches(clips):
-    """On how many batches the inverse dynamics is trained, with so many clips of train."""
-    return min(INVERSE_BATCHES, 2 * clips)
-
-
-def train_inverse(train, seed, device):
-    """An ActionMemory whose inverse dynamics was trained on a data.Split, of phase A alone."""
-    memory, optimizer = new_inverse(train.manifest['shape'], train.actions.shape[-1], seed, device)
-    memory.scale.fill_(data.mean_push(train.actions))
-    batches = inverse_batches(len(train))
-    for i in data.progress(range(batches), 'inverse dynamics', 'batches'):
-        warmup = min(1, (i + 1) / (0.04 * batches))
-        decay = min(1, (batches - i) / (0.7 * batches))
-        for group in optimizer.param_groups:
-            group['lr'] = 2e-3 * warmup * decay
-        z, a = train[data.batch_indices(len(train), INVERSE_CLIPS, seed, i)]
-        inverse_step(memory, optimizer, z.to(device), a.to(device))
-    return memory
-
-
-@torch.no_grad()
-def read_pushes(memory, clips, indices, device):
-    """The pushes (n,A) in N·s that the inverse dynamics reads from clips of a data.Split."""
-    pushes = torch.empty(len(indices), clips.actions.shape[-1])
-    for start in range(0, len(indices), INVERSE_CLIPS):
-        some = slice(start, start + INVERSE_CLIPS)
-        z, _ = clips[indices[some]]
-        z = z[:, :memory.inverse.steps].to(device)
-        pushes[some] = (memory.scale * memory.inverse(z)).cpu()
-    return pushes
-
-
-def share_read(memory, clips, device):
-    """The share of the pushes of a data.Split, as the mean of their squares, that the inverse dynamics reads; at most 1."""
-    given = torch.from_numpy(clips.actions[:, 0])
-    error = read_pushes(memory, clips, range(len(clips)), device) - given
-    return 1 - (error.square().sum() / given.square().sum()).item()
-
-
-def association(memory, given, seen):
-    """
-    M (A,2A), which makes the pushes `seen` of the pushes `given`, each (n,A) float64, by least squares.
-
-    It is what an action memory holds that was shown all of them and has forgotten none (see hope.ActionMemory).
-    """
-    key, length = memory.key(given)
-    pair = torch.cat([key, seen / length], -1)
-    state = memory.WRITE_RATE * key.T @ pair                           # (2A,3A)
-    return memory.matrix(state[None])[0]
-
-
-def zoomed_pushes(memory, M, pushes, levels):
-    """Pushes (n,A) as they look after zooming in levels (n,) times, each time by M (A,2A)."""
-    zoomed = pushes.clone()
-    for level in range(1, ZOOMS + 1):
-        key, length = memory.key(zoomed)
-        further = length * (key @ M.mT)
-        zoomed = torch.where(levels[:, None] >= level, further, zoomed)
-    return zoomed
-
-
-def pushes_of_zoomed(train, clips, levels, seed, device):
-    """
-    The pushes that zoomed clips look like, read with an inverse dynamics that is trained on `train` → (pushes (n,A) float64,
-    M (A,2A), the ActionMemory). train, clips: data.Splits, clips with the pushes that were given; levels (n,) int.
-    """
-    memory = train_inverse(train, seed, device)
-    given = torch.from_numpy(clips.actions[:, 0]).double()
-    size = given.norm(dim=1)
-    # Harder pushes look like none that A showed.
-    hardest = np.linalg.norm(train.actions[:, 0], axis=1).max() / ZOOM ** 1.5
-    readable = ((levels == 1) & (size <= hardest)).nonzero()[:, 0]
-    seen = read_pushes(memory, clips, readable, device).double()
-    exact = copy.deepcopy(memory).cpu().double()
-    M = association(exact, given[readable], seen)
-    return zoomed_pushes(exact, M, given, levels), M, memory
-
-
-def write_zoomed_pushes(folder, manifest, source, seed, device):
-    """Replace the actions of the split `zoom`, which are the pushes that were given, by those that its clips look like."""
-    train = data.Split(folder, 'train', manifest=manifest)
-    clips = data.Split(folder, 'zoom', manifest=manifest)
-    val = data.Split(folder, 'val', manifest=manifest)
-    levels = torch.from_numpy(zoom_levels(source.count)[kept_clips(manifest, 'zoom', source)])
-    pushes, M, memory = pushes_of_zoomed(train, clips, levels, seed, device)
-    share = share_read(memory, val, device)
-    manifest['zoom'] = {'factor': ZOOM, 'M': M.tolist(), 'share_read': share}
-    actions = np.zeros_like(clips.actions)
-    actions[:, 0] = pushes.numpy()
-    save(folder, manifest, 'zoom_actions.npy', lambda f: np.save(f, actions))
-    size = np.linalg.norm(clips.actions[:, 0], axis=1)
-    gains = []
-    for level in range(1, ZOOMS + 1):
-        members = (levels == level).numpy()
-        gain = np.linalg.norm(pushes[members], axis=1).mean() / size[members].mean()
-        gains.append(f'{gain:.2f}')
-    print(f'zoomed clips: pushes read x {", ".join(gains)} (mean) of what was given')
-    if share < LEAST_READ:
-        print(f'zoomed clips: too few clips to read their pushes well (only {max(0, share):.1%} of those of val); make '
-              'more, or train without them: train.py --zoom=False')
 
 
 # ---- figures and pictures ----------------------------------------------------------------------------------------------
@@ -721,26 +353,6 @@ def new_manifest(shape, sources, made_from):
             'patch': PATCH, 'sha256': {}, 'splits': splits}
 
 
-def check_room(folder, needed):
-    """Free bytes where a folder is or will be. needed: bytes of the whole set; raises Refusal where they do not fit."""
-    there = 0
-    if os.path.isdir(folder):
-        there = sum(entry.stat().st_size for entry in os.scandir(folder))
-    place = folder
-    while not os.path.isdir(place):
-        place = os.path.dirname(place)
-    free = shutil.disk_usage(place).free
-    if needed - there > free:
-        raise Refusal(f'{folder}: the set takes {gibibytes(needed - there)} and {gibibytes(free)} are free; make room, choose '
-                      'a --name on another disk, or with own features --in_place=True')
-    return free
-
-
-def gibibytes(count):
-    """A number of bytes for the user."""
-    return f'{count / 2**30:.1f} GiB' if count >= 2**30 / 10 else f'{count / 2**20:.1f} MiB'
-
-
 def seconds_per_clip(folder, source, encode_clips, batch, clips):
     """
     Measured on one batch: reading or rendering, encoding, writing and comparing. encode_clips: None for in place. clips: how
@@ -818,7 +430,7 @@ def print_plan(folder, manifest, sources, encode_clips, batch, seed, device, nee
     total = sum(source.count for source in sources.values())
     room = f'{gibibytes(needed)} on disk' if needed else 'no copy'
     print(f'{folder}: {total:,} clips of {shape[0]} steps x {shape[1]} patches x {shape[2]}: about '
-          f'{data.duration(seconds)} and {room} ({gibibytes(free)} free)', flush=True)
+          f'{duration(seconds)} and {room} ({gibibytes(free)} free)', flush=True)
 
 
 # ---- the run -----------------------------------------------------------------------------------------------------------
@@ -863,8 +475,8 @@ if __name__ == '__main__':
         if official:
             # V-JEPA 2 was trained on the middle of pictures whose short side is 256/224 of the crop.
             short = int(size * 256 / 224)
-        crop = own_clips.Crop(size, short, data.TUBELET)
-        sources, files, left_out = own_clips.open_sources(source, split, content, crop, skip_bad, device)
+        crop = Crop(size, short, data.TUBELET)
+        sources, files, left_out = open_sources(source, split, content, crop, skip_bad, device)
 
     # The encoder
     example = sources['train'].example()

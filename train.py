@@ -23,11 +23,12 @@ import torch
 import torch.distributed as dist
 
 from configurator import Refusal, configure, launched
-from data import batch_indices, duration, mean_push, median_scene, open_split
+from data import batch_indices, mean_push, median_scene, open_split
 from hope import build, load
 from model import Sizes, autocast, feature_loss, jump_loss, pick_device, rollout, rollout_loss, teacher_forcing_loss
 from support.files import MALFORMED, VERSION, save
 from support.running import best_of, log, make_slide, note_signals, open_log, refuse_existing
+from support.terminal import duration
 from vjepa2 import start_from
 
 if __name__ != '__main__':

@@ -20,11 +20,11 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-import data
 from configurator import Refusal
 from hope import load
 from model import Block, Predictor, Sizes, rope_angles
 from support.files import lock, peek, sha256
+from support.terminal import progress
 
 
 # ---- the video encoder -----------------------------------------------------------------------------------------------
@@ -445,5 +445,5 @@ def fetch(url, path, size, label):
             done = 0
             f.truncate(done)
         mebibytes = math.ceil((size - done) / 2**20)
-        for _ in data.progress(range(mebibytes), label, 'MiB'):
+        for _ in progress(range(mebibytes), label, 'MiB'):
             f.write(body.read(2**20))

@@ -14,7 +14,7 @@ import data
 import hope
 import model
 from configurator import Refusal
-from support import files, running
+from support import files, running, terminal
 
 CLIPS = 300
 
@@ -317,7 +317,7 @@ def test_a_trained_model_needs_to_know_the_step_and_the_world(kind, fresh_clips)
 
 
 def test_durations_are_said_in_words():
-    assert [data.duration(seconds) for seconds in (41.4, 380, 29000)] == ['41 s', '6 min', '8.1 h']
+    assert [terminal.duration(seconds) for seconds in (41.4, 380, 29000)] == ['41 s', '6 min', '8.1 h']
 
 
 def test_the_default_set_is_made_where_it_is_missing(monkeypatch):

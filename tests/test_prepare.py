@@ -30,11 +30,13 @@ import data
 import prepare
 import vjepa2
 from configurator import Refusal
-from support import files, made_from, own_clips as own
+from support import files, made_from, own_clips as own, own_files
+from support.shards import check_room, write_split
+from zoomed import association, read_pushes, share_read, train_inverse, why_not_zoomed, zoom_levels, zoomed_pushes
 
 MAPS = 'feature_maps/vjepa2_vitl16.npy'
 ACTIONS = 'actions_states/actions.npy'
-CROP = own.Crop(size=32, short=32, tubelet=data.TUBELET)
+CROP = own_files.Crop(size=32, short=32, tubelet=data.TUBELET)
 
 
 # ---- what a set is made from ---------------------------------------------------------------------------------------------
@@ -147,10 +149,10 @@ def test_shards_of_any_size_hold_the_same(tmp_path, monkeypatch):
     manifest = prepare.new_manifest([8, 4, 24], {'train': clips}, {})
 
     # Three clips of a shard, in bytes.
-    monkeypatch.setattr(prepare, 'SHARD_BYTES', 3 * 2 * 8 * 4 * 24)
+    monkeypatch.setattr('support.shards.SHARD_BYTES', 3 * 2 * 8 * 4 * 24)
 
     def write():
-        assert prepare.write_split(str(tmp_path), manifest, 'train', clips, encode, batch=2) == 1
+        assert write_split(str(tmp_path), manifest, 'train', clips, encode, batch=2) == 1
         shards = manifest['splits']['train']['shards']
         assert [shard['clips'] for shard in shards] == [3, 2, 1]
         assert [shard['skipped'] for shard in shards] == [[], [4], []]
@@ -181,7 +183,7 @@ def test_the_split_zoom(zoomed, tmp_path):
     assert 'zoomed clips: pushes read x' in out and 'too few clips to read their pushes well' in out
     clips = data.open_split(str(folder), 'zoom')
     assert len(clips) == 35 and clips.manifest['splits']['zoom']['domain'] == 'A'
-    levels = prepare.zoom_levels(35)
+    levels = zoom_levels(35)
     assert sorted(levels) == list(levels) and np.bincount(levels).tolist() == [0, 9, 9, 9, 8]
     given = clips.physics['impulse']
     assert (given == data.simulate('A', 35, 1, 'zoom')['impulse']).all()
@@ -245,25 +247,25 @@ class Plain:
 
 def test_pushes_are_read_from_the_features():
     """What moves 1.3 times as far was pushed 1.3 times as hard, whatever push was given; pushes of three numbers."""
-    memory = prepare.train_inverse(Plain(0, 200, 1), 1, 'cpu')
-    assert prepare.share_read(memory, Plain(1, 200, 1), 'cpu') > 0.97
+    memory = train_inverse(Plain(0, 200, 1), 1, 'cpu')
+    assert share_read(memory, Plain(1, 200, 1), 'cpu') > 0.97
     near = Plain(2, 600, 1.3)
     given = torch.from_numpy(near.actions[:, 0])
     weak = (given.norm(dim=1) < 2).nonzero()[:, 0]
-    seen = prepare.read_pushes(memory, near, weak, 'cpu')
+    seen = read_pushes(memory, near, weak, 'cpu')
     memory = memory.double()
-    M = prepare.association(memory, given[weak].double(), seen.double())
+    M = association(memory, given[weak].double(), seen.double())
     assert M.shape == (3, 6)
     pushes = torch.eye(3, dtype=torch.float64)
     levels = torch.tensor([1, 1, 1])
-    zoomed = prepare.zoomed_pushes(memory, M, pushes, levels)
+    zoomed = zoomed_pushes(memory, M, pushes, levels)
     torch.testing.assert_close(zoomed, 1.3 * pushes, atol=0.1, rtol=0)
-    twice = prepare.zoomed_pushes(memory, M, pushes, levels + 1)
-    torch.testing.assert_close(twice, prepare.zoomed_pushes(memory, M, zoomed, levels))
+    twice = zoomed_pushes(memory, M, pushes, levels + 1)
+    torch.testing.assert_close(twice, zoomed_pushes(memory, M, zoomed, levels))
 
 
 def test_the_inverse_dynamics_follows_from_the_seed():
-    first, same, other = [prepare.train_inverse(Plain(0, 20, 1), seed, 'cpu').inverse.embed.weight for seed in (1, 1, 2)]
+    first, same, other = [train_inverse(Plain(0, 20, 1), seed, 'cpu').inverse.embed.weight for seed in (1, 1, 2)]
     assert torch.equal(first, same) and not torch.equal(first, other)
 
 
@@ -279,8 +281,8 @@ def moving_square(frames=16, height=80, width=96, top=20, left=20, step=1):
 @pytest.mark.parametrize('place', [(0, 0), (0.5, 0.5), (0.999, 0.999)])
 def test_a_window_holds_what_moves(place):
     """The square is zoomed in, whole in every frame, and moves as much further."""
-    plain = own.resize_and_crop(moving_square(), own.Crop(32, 32, 2)).float()
-    near = own.resize_and_crop(moving_square(), own.Crop(32, 32, 2, zoom=1.5, place=place)).float()
+    plain = own_files.resize_and_crop(moving_square(), own_files.Crop(32, 32, 2)).float()
+    near = own_files.resize_and_crop(moving_square(), own_files.Crop(32, 32, 2, zoom=1.5, place=place)).float()
     assert near.shape == plain.shape == (16, 32, 32, 3)
     light = near.sum((1, 2, 3)) / plain.sum((1, 2, 3))
     np.testing.assert_allclose(light, 1.5 ** 2, rtol=0.07)
@@ -306,7 +308,7 @@ def test_where_a_window_starts(changing, place, start):
     """Windows of 10 among 20 pixels."""
     changes = torch.zeros(20, dtype=torch.bool)
     changes[changing] = True
-    assert own.window_start(changes, 10, place) == start
+    assert own_files.window_start(changes, 10, place) == start
 
 
 def test_own_pictures_are_zoomed_in(tmp_path):
@@ -327,7 +329,7 @@ def test_own_pictures_are_zoomed_in(tmp_path):
     assert near.manifest['splits']['zoom']['domain'] == 'train'
     assert not torch.equal(near[[0]][0], train[[0]][0])
     sources, _, left_out = own.open_sources(f'{tmp_path}/clips', '', '', CROP, True, 'cpu')
-    pictures, readable = sources['train'].zoomed(1.2 ** prepare.zoom_levels(32)).content(0, 32)
+    pictures, readable = sources['train'].zoomed(1.2 ** zoom_levels(32)).content(0, 32)
     assert left_out == 1 and readable == list(range(32)) and pictures.shape == (32, 16, 32, 32, 3)
     light = pictures[:, :, :, :, 0].float().sum((2, 3)).mean(1)
     assert light[-8:].mean() > 2.5 * light[:8].mean()
@@ -648,7 +650,7 @@ def test_pictures_of_16_bits(kind, channels, tmp_path):
     samples = np.random.default_rng(0).integers(0, 65536, (6, 5, channels)).astype(np.uint16)
     (tmp_path / 'frame_00001.png').write_bytes(png_of(samples, kind))
     colours = samples[..., :3] if channels > 2 else samples[..., [0, 0, 0]]
-    assert (own.read_picture(str(tmp_path / 'frame_00001.png')) == colours >> 8).all()
+    assert (own_files.read_picture(str(tmp_path / 'frame_00001.png')) == colours >> 8).all()
 
 
 def test_other_pictures(tmp_path):
@@ -658,7 +660,7 @@ def test_other_pictures(tmp_path):
     picture = Image.fromarray(frame)
     for i, ending in enumerate(('jpg', 'JPEG', 'jpg')):
         picture.save(tmp_path / f'frame_{i + 1}.{ending}', quality=95, subsampling=0)
-    read = own.read_frames(str(tmp_path))
+    read = own_files.read_frames(str(tmp_path))
     assert read.shape == (3, 24, 32, 3) and np.abs(read[0].astype(int) - frame).mean() < 4
     clear = picture.copy()
     clear.putalpha(Image.new('L', clear.size, 0))
@@ -667,7 +669,7 @@ def test_other_pictures(tmp_path):
                                     ('L', picture.convert('L'), np.stack([grey] * 3, -1)),
                                     ('1', picture.convert('1'), np.asarray(picture.convert('1').convert('RGB')))):
         written.save(tmp_path / f'{mode}.png')
-        assert (own.read_picture(str(tmp_path / f'{mode}.png')) == expected).all(), mode
+        assert (own_files.read_picture(str(tmp_path / f'{mode}.png')) == expected).all(), mode
 
 
 # ---- read in place ---------------------------------------------------------------------------------------------------------
@@ -761,7 +763,7 @@ def test_what_cannot_be_zoomed(change, words, tmp_path):
             np.save(tmp_path / 'train' / f'clip_{i}' / 'actions_states' / file, rows)
     train = opened(tmp_path)[0]['train']
     train.count = 64
-    assert prepare.why_not_zoomed(train, [8, 4, 24], train.example()) == words
+    assert why_not_zoomed(train, [8, 4, 24], train.example()) == words
 
 
 # ---- what was changed since --------------------------------------------------------------------------------------------------
@@ -830,9 +832,9 @@ def test_the_folder_of_a_set_is_its_own(tmp_path):
 
 def test_a_full_disk_is_said_before(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(10**9, 9 * 10**8, 10**8))
-    assert prepare.check_room(str(tmp_path / 'a' / 'b'), 10**7) == 10**8
+    assert check_room(str(tmp_path / 'a' / 'b'), 10**7) == 10**8
     with pytest.raises(Refusal, match='the set takes 0.9 GiB and 95.4 MiB are free'):
-        prepare.check_room(str(tmp_path / 'a' / 'b'), 10**9)
+        check_room(str(tmp_path / 'a' / 'b'), 10**9)
 
 
 def test_an_encoder_that_returns_no_numbers(tmp_path):
@@ -843,7 +845,7 @@ def test_an_encoder_that_returns_no_numbers(tmp_path):
         def encode(frames):
             return torch.full((len(frames), 8, 4, 24), value)
         with pytest.raises(Refusal, match='split train, from clip 0 on: the encoder returns features that are not finite'):
-            prepare.write_split(str(tmp_path), manifest, 'train', source, encode, batch=2)
+            write_split(str(tmp_path), manifest, 'train', source, encode, batch=2)
     assert not os.listdir(tmp_path)
 
 
@@ -873,7 +875,7 @@ SIZES = [                    # height, width, short side → height, width, by h
 
 @pytest.mark.parametrize('height, width, short, high, wide', SIZES)
 def test_the_long_side_is_rounded_down(height, width, short, high, wide):
-    assert own.resized(height, width, short) == (high, wide)
+    assert own_files.resized(height, width, short) == (high, wide)
 
 
 def test_sizes_are_those_of_transformers():
@@ -881,7 +883,7 @@ def test_sizes_are_those_of_transformers():
     rng = np.random.default_rng(0)
     sizes = [size[:3] for size in SIZES] + [rng.integers(16, 3000, 3).tolist() for _ in range(300)]
     for height, width, short in sizes:
-        assert own.resized(height, width, short) == image_transforms.get_size_with_aspect_ratio((height, width), short)
+        assert own_files.resized(height, width, short) == image_transforms.get_size_with_aspect_ratio((height, width), short)
 
 
 @pytest.mark.parametrize('height, width, high, wide', [(54, 96, 32, 56), (96, 54, 56, 32), (20, 28, 32, 44)])
