@@ -710,6 +710,9 @@ def check_plans(knobs, plans):
         if knobs.methods != 'all':
             raise Refusal(f'--methods={knobs.methods}: {name} {why}')
         print(f'left out: {name}, which {why}')
+    for name, method in METHODS.items():
+        if method.knob and getattr(knobs, method.knob) and name not in planned:
+            raise Refusal(f'--{method.knob}={getattr(knobs, method.knob):g}: {name} is not among the methods of this run')
     if knobs.memory_out and not any('memory' in METHODS[name].carries for name in planned):
         raise Refusal(f'--memory_out={knobs.memory_out}: none of --methods={knobs.methods} of {knobs.ckpt} has a memory '
                       'to keep')

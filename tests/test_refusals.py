@@ -151,6 +151,7 @@ REQUESTS = [
     ('adapt.py', '--methods=frozen,TTA', '--methods=frozen,TTA: allowed are frozen, LN-TTA'),
     ('adapt.py', '--methods=LN-TTA,CMS', 'CMS can adapt none of'),
     ('adapt.py', '--tune_on= --methods=CMS', 'CMS can adapt none of'),
+    ('adapt.py', '--cms_rate=3', '--cms_rate=3: CMS is not among the methods of this run'),
     ('adapt.py', '--phases=A,C,A --tune_on=C', 'would prove nothing'),
     ('adapt.py', '--phases=A,A,A', 'the phase before or after it'),
     ('adapt.py', '--phases=A,B', 'must be three names'),
