@@ -420,10 +420,10 @@ def drawn_rows(groups):
     return list(drawn.values())
 
 
-def diagnosed_row(results):
+def diagnosed_row(results, groups):
     """
     The diagnostics of the row with an action memory, or else of the last that carries something, of the first model that
-    has one → (title, {name: values (3n,)}, reference), or None.
+    has one → (its name in the groups, {name: values (3n,)}, reference), or None.
 
     The surprise is the loss over that of copying. Where there is a model of each phase, its loss is a better reference,
     because it also depends on how far the object moves.
@@ -434,21 +434,22 @@ def diagnosed_row(results):
         return None
     first_model = [row for row in carrying if row['model'] == carrying[0]['model']]
     row = row_of(rows, carrying[0]['model'], 'memory') or first_model[-1]
+    name = next((name for name, members in groups.items() if any(member is row for member in members)), title(row))
     seen = {key: np.array([clip[key] for clip in row['diagnostics']]) for key in row['diagnostics'][0]}
     frozen, bound = row_of(rows, row['model'], 'frozen'), row_of(rows, 'oracle', 'frozen')
     if not frozen or not bound:
-        return title(row), seen, "copy's"
+        return name, seen, "copy's"
     known = np.array(frozen['loss'])
     known[n:2 * n] = bound['loss'][n:2 * n]
     seen['surprise'] = row['loss'] / known
-    return title(row), seen, "the phase's model"
+    return name, seen, "the phase's model"
 
 
 def draw(path, found, groups):
     """The picture of one or several runs, PNG or PDF by its name's end. Raises ImportError without matplotlib."""
     one = found[0]
     label = f'{one["loss"]} L1, mean of 10 clips'
-    diagnosed = diagnosed_row(one)
+    diagnosed = diagnosed_row(one, groups)
 
     def draw_results(file):
         kind = path.rpartition('.')[2]
