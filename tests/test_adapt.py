@@ -493,7 +493,7 @@ def test_another_shift_with_the_controls(tiny, trained, tmp_path):
 def test_a_rollout_checkpoint_is_scored_by_rollout(tiny, tmp_path):
     run('train.py', *TINY, f'--data={tiny}', '--loss=rollout', '--max_iters=2', f'--out={tmp_path}/x.pt')
     out = run('adapt.py', f'--ckpt={tmp_path}/x.pt', f'--data={tiny}', f'--out={tmp_path}/aba', *FEW, '--tune_on=',
-              '--methods=frozen,LN-TTA,CMS,memory').stdout
+              '--methods=frozen,LN-TTA,CMS,memory', '--clips=2', '--probe_clips=2').stdout
     assert 'rollout L1' in out and 'tuned on' not in out
     assert 'Rate of HOPE CMS: 10, the default, measured on the built-in physics; not tuned.' in out
 
