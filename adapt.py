@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from compare import draw, drawn_rows, figures, format_table, grouped, listed, results_csv, results_json, title
+from compare import draw, drawn_rows, figures, format_table, grouped, in_words, listed, results_csv, results_json, title
 from compare import write_text
 from configurator import Refusal, configure
 from data import median_scene, pictures
@@ -811,7 +811,7 @@ def main(knobs):
     os.makedirs(knobs.out, exist_ok=True)
     claim(knobs.out, *(os.path.join(knobs.out, file) for file in FILES))
     phases, experiment, kept = ready.phases, ready.experiment, ready.kept
-    tuning = f'tuned on {", ".join(ready.shifts)}' if ready.shifts else 'not tuned'
+    tuning = f'tuned on {in_words(ready.shifts)}' if ready.shifts else 'not tuned'
     print(f'phases {", ".join(phases)}, {knobs.clips} clips each; probes of {experiment.home} and {phases[1]}; '
           f'rates {tuning}')
     if kept['finished']:

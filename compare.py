@@ -326,6 +326,11 @@ def format_table(found, groups):
     return '\n'.join(lines) + '\n'
 
 
+def in_words(shifts):
+    """What rates are tuned on: ['C', 'scaled'] → 'C, clips with scaled pushes'."""
+    return ', '.join(shifts).replace('scaled', 'clips with scaled pushes')
+
+
 def rate_lines(results):
     """Where the learning rates of a run come from, with a warning for each that lies on the edge of what was tried."""
     lines = []
@@ -334,8 +339,7 @@ def rate_lines(results):
         if row['rate_from'] == 'tuned':
             tried = [float(rate) for rate in results['tuning'][name]]
             grid = ', '.join(f'{rate:g}' for rate in tried)
-            shifts = ', '.join(results['tuned_on']).replace('scaled', 'clips with scaled pushes')
-            lines.append(f'Rate of {name} tuned on {shifts} among {grid}.')
+            lines.append(f'Rate of {name} tuned on {in_words(results["tuned_on"])} among {grid}.')
             if row['rate'] in (min(tried), max(tried)):
                 lines.append(f'Warning: {row["rate"]:g} lies on the edge of them; a rate beyond may be better.')
         elif row['rate_from'] in ('given', 'default'):
