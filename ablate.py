@@ -17,8 +17,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from configurator import ROOT, Refusal, configure, read_config
-from support.files import claim, read_bytes, read_manifest, sha256, write_atomically
+from configurator import ROOT, Refusal, configure, listed, read_config
+from support.files import claim, read_bytes, read_manifest, sha256, write_text
 from support.running import make_slide
 
 # what to run
@@ -57,12 +57,17 @@ VARIANTS = {
 
 def choose(names, variants):
     """'HOPE, ViT-AC' → ['HOPE', 'ViT-AC'], '' → all of them; raises Refusal for an unknown one."""
-    if not names:
-        return list(variants)
-    chosen = [name.strip() for name in names.split(',')]
+    chosen = listed(names) or list(variants)
     if set(chosen) - set(variants):
         raise Refusal(f'--variants={names}: allowed are {", ".join(variants)}')
     return chosen
+
+
+def chosen_seeds(text):
+    """'1,2' → ['1', '2']; raises Refusal where there is none."""
+    if not listed(text):
+        raise Refusal('--seeds=: name one, or several separated by commas')
+    return listed(text)
 
 
 def run(script, *flags):
@@ -158,19 +163,20 @@ def check_same(out, depends):
     if other:
         raise Refusal(f'{out} holds results with other settings, data or code: {", ".join(other)}; name another --out')
     text = json.dumps({**kept, **depends}, indent=1)
-    write_atomically(path, lambda f: f.write(text.encode()))
+    write_text(path, text)
 
 
 def main(knobs):
     """Run what is missing and print the table."""
     chosen = choose(knobs.variants, VARIANTS)
+    seeds = chosen_seeds(knobs.seeds)
     depends = depends_on(knobs, chosen)
     os.makedirs(knobs.out, exist_ok=True)
     claim(knobs.out, os.path.join(knobs.out, 'table.txt'))
     check_same(knobs.out, depends)
     table = ''
     for variant in chosen:
-        runs = [results(variant, seed, knobs) for seed in knobs.seeds.split(',')]
+        runs = [results(variant, seed, knobs) for seed in seeds]
         means = {column: np.mean([one[column] for one in runs]) for column in runs[0]}
         if not table:
             table = line(f'{knobs.max_iters} steps, seeds {knobs.seeds}', means)
@@ -181,7 +187,7 @@ def main(knobs):
         table += line(variant, cells)
     table += "ViT-AC adapts by tuned LN-TTA, the plan's own HOPE by CMS writes, the others by the action memory.\n"
     print('\n' + table)
-    write_atomically(os.path.join(knobs.out, 'table.txt'), lambda f: f.write(table.encode()))
+    write_text(os.path.join(knobs.out, 'table.txt'), table)
 
 
 if __name__ == '__main__':

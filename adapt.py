@@ -20,16 +20,15 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from compare import draw, drawn_rows, figures, format_table, grouped, in_words, listed, results_csv, results_json, title
-from compare import write_text
-from configurator import Refusal, configure
+from compare import draw, drawn_rows, figures, format_table, grouped, in_words, results_csv, results_json, title
+from configurator import Refusal, configure, listed
 from data import median_scene, pictures
 from experiment import batches, build_experiment, check_clips, further_than_training, labels_of, open_splits, phases_of
 from experiment import read_checkpoints, read_decoder, split_of, tuned_on
 from hope import CMSWriter, earned_retention
 from model import feature_loss, pick_device, rollout, teacher_forcing_loss
 from support import plots
-from support.files import MALFORMED, claim, read_manifest, read_sealed, write_atomically, write_sealed
+from support.files import MALFORMED, claim, read_manifest, read_sealed, write_atomically, write_sealed, write_text
 from support.finished import FILES, check_memory_out, resume, run_key
 from support.running import make_slide
 from support.terminal import duration, progress

@@ -15,9 +15,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from configurator import Refusal, configure
+from configurator import Refusal, configure, listed
 from support import plots
-from support.files import MALFORMED, claim, write_atomically
+from support.files import MALFORMED, claim, write_atomically, write_text
 
 # what to compare
 runs = ''                # folders of finished runs of adapt.py, separated by commas, or by blanks without --runs
@@ -55,11 +55,6 @@ EXPLAINED = {
     'of_known': 'known: share of what the best constant map of the push, known in advance, gains.',
     't50': 't50: clips of {shift} to half of the own final gain (never: no gain of 1 %).',
 }
-
-
-def listed(text):
-    """The items of a list separated by commas: 'a, b' → ['a', 'b']."""
-    return [item.strip() for item in text.split(',') if item.strip()]
 
 
 # ---- figures of one run ----------------------------------------------------------------------------------------------
@@ -464,11 +459,6 @@ def draw(path, found, groups):
 # ---- comparing finished runs -----------------------------------------------------------------------------------------
 
 FILES = 'table.txt', 'table.tex', 'compare.csv', 'results.pdf', 'results.png'
-
-
-def write_text(path, text):
-    """Write a text file atomically."""
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def check_out(folder, runs):

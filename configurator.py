@@ -229,6 +229,11 @@ def read_value(text, default):
         return text
 
 
+def listed(text):
+    """The items of a list separated by commas: 'a, b' → ['a', 'b']."""
+    return [item.strip() for item in text.split(',') if item.strip()]
+
+
 def read_flag(arg, rest, knobs):
     """--name=value, or --name with the value as the next argument, which is taken from the rest → name and value."""
     name, equals, text = arg[2:].partition('=')

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from compare import listed
-from configurator import Refusal
+from configurator import Refusal, listed
 from data import TUBELET, no_such_split, open_split
 from hope import load
 from model import autocast
@@ -47,7 +46,9 @@ def read_checkpoints(paths, oracle_path, where, dtype='float32'):
 
     Raises Refusal for a file that is missing or damaged, and for scores that could not be compared.
     """
-    roles = [(path.strip(), '') for path in paths.split(',')]
+    roles = [(path, '') for path in listed(paths)]
+    if not roles:
+        raise Refusal('--ckpt=: name a checkpoint, or several separated by commas')
     if oracle_path:
         roles.append((oracle_path.strip(), 'oracle'))
     found = []

@@ -63,6 +63,11 @@ def write_atomically(path, write):
         raise Refusal(f'{path} could not be written ({why}); what it held before is untouched') from None
 
 
+def write_text(path, text):
+    """Write a text file atomically."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def claim(path, *outputs):
     """
     Lock a file or folder until this process ends, however it ends, and remove the temporary files that a killed run left

@@ -194,6 +194,7 @@ REQUESTS = [
     ('prepare.py', '--encoder=vitb2.1 --weights={weights_2_1} --size=16', 'two rows and two columns'),
     ('bench.py', '--steps=8,x', '--steps=8,x: must be whole numbers'),
     ('bench.py', '--steps=0', '--steps=0: must be whole numbers from 1 to 1,000,000'),
+    ('ablate.py', '--seeds=', '--seeds=: name one'),
     ('ablate.py', '--variants=HOPE,LSTM', '--variants=HOPE,LSTM: allowed are HOPE, ViT-AC'),
     # Devices.
     ('train.py', '--device=tpu', 'allowed are auto'),
@@ -226,7 +227,7 @@ REQUESTS = [
     ('train.py', '--init_from={vit}', 'does not fit this predictor'),
     ('train.py', '--model=vit --init_from={official}', "set rope = 'vjepa2'"),
     ('train.py', '--model=vit --init_from={official} --rope=vjepa2 --depth=1', 'predictor_blocks.1'),
-    ('adapt.py', '--ckpt=', 'no checkpoint at'),
+    ('adapt.py', '--ckpt=', '--ckpt=: name a checkpoint'),
     ('adapt.py', '--ckpt=nowhere.pt', 'no checkpoint at nowhere.pt'),
     ('adapt.py', '--oracle=nowhere.pt', 'no checkpoint at nowhere.pt'),
     ('adapt.py', '--ckpt={text}', 'text.pt is damaged or cut short, or was not written by this code'),
