@@ -123,9 +123,11 @@ def check_settings(knobs, processes):
 
 
 def open_training(name, split, zoom):
-    """The clips to train on: those of the split, and with 'train' the zoomed ones, where the data set has them."""
+    """The clips to train on: those of the split, and with 'train' the zoomed ones, where their pushes could be read."""
     clips = open_split(name, split)
-    if zoom and split == 'train' and 'zoom' in clips.manifest['splits']:
+    zoomed = clips.manifest.get('zoom', {'used': False})
+    # A set of an earlier version does not say.
+    if zoom and split == 'train' and zoomed.get('used', True):
         return open_split(name, split, 'zoom')
     return clips
 
@@ -257,6 +259,8 @@ if processes > 1:
 train_clips, val_clips = open_training(data, split, zoom), open_split(data, 'val')
 check_clips(knobs, train_clips, val_clips)
 manifest = train_clips.manifest
+if zoom and split == 'train' and not manifest.get('zoom', {}).get('used', True):
+    print0('the zoomed clips are left out: prepare.py could not read their pushes')
 if not states and train_clips.states is not None:
     print0('the clips have states, which are not used; a predictor of the published form takes them, with --states=True')
 if resume and checkpoint['data'] != manifest['checksum']:

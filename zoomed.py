@@ -27,6 +27,8 @@ INVERSE_BATCHES = 4000
 INVERSE_CLIPS = 64
 # If it reads less than this share of the pushes of val, the pushes of zoomed clips are not to be trusted.
 LEAST_READ = 0.98
+# Nor if M explains less than this share of what was read from zoomed clips (0.99 for the built-in physics).
+LEAST_EXPLAINED = 0.9
 
 
 def zoom_levels(clips):
@@ -133,7 +135,8 @@ def zoomed_pushes(memory, M, pushes, levels):
 def pushes_of_zoomed(train, clips, levels, seed, device):
     """
     The pushes that zoomed clips look like, read with an inverse dynamics that is trained on `train` → (pushes (n,A) float64,
-    M (A,2A), the ActionMemory). train, clips: data.Splits, clips with the pushes that were given; levels (n,) int.
+    M (A,2A), the share of what was read that M explains, the ActionMemory). train, clips: data.Splits, clips with the pushes
+    that were given; levels (n,) int.
     """
     memory = train_inverse(train, seed, device)
     given = torch.from_numpy(clips.actions[:, 0]).double()
@@ -144,7 +147,19 @@ def pushes_of_zoomed(train, clips, levels, seed, device):
     seen = read_pushes(memory, clips, readable, device).double()
     exact = copy.deepcopy(memory).cpu().double()
     M = association(exact, given[readable], seen)
-    return zoomed_pushes(exact, M, given, levels), M, memory
+    pushes = zoomed_pushes(exact, M, given, levels)
+    unexplained = (pushes[readable] - seen).square().sum() / seen.square().sum()
+    return pushes, M, 1 - unexplained.item(), memory
+
+
+def doubts(share_read, explained):
+    """Why the pushes of zoomed clips are not to be trusted, in words; '' where they are. Both are shares, at most 1."""
+    if share_read < LEAST_READ:
+        return f'there are too few clips to read their pushes well (only {max(0, share_read):.1%} of those of val)'
+    if explained < LEAST_EXPLAINED:
+        return (f'the pushes read from them do not go with those given (only {max(0, explained):.0%}), as where all objects '
+                'start in one place')
+    return ''
 
 
 def write_zoomed_pushes(folder, manifest, source, seed, device):
@@ -153,9 +168,8 @@ def write_zoomed_pushes(folder, manifest, source, seed, device):
     clips = data.Split(folder, 'zoom', manifest=manifest)
     val = data.Split(folder, 'val', manifest=manifest)
     levels = torch.from_numpy(zoom_levels(source.count)[kept_clips(manifest, 'zoom', source)])
-    pushes, M, memory = pushes_of_zoomed(train, clips, levels, seed, device)
+    pushes, M, explained, memory = pushes_of_zoomed(train, clips, levels, seed, device)
     share = share_read(memory, val, device)
-    manifest['zoom'] = {'factor': ZOOM, 'M': M.tolist(), 'share_read': share}
     actions = np.zeros_like(clips.actions)
     actions[:, 0] = pushes.numpy()
     save(folder, manifest, 'zoom_actions.npy', lambda f: np.save(f, actions))
@@ -166,6 +180,7 @@ def write_zoomed_pushes(folder, manifest, source, seed, device):
         gain = np.linalg.norm(pushes[members], axis=1).mean() / size[members].mean()
         gains.append(f'{gain:.2f}')
     print(f'zoomed clips: pushes read x {", ".join(gains)} (mean) of what was given')
-    if share < LEAST_READ:
-        print(f'zoomed clips: too few clips to read their pushes well (only {max(0, share):.1%} of those of val); make '
-              'more, or train without them: train.py --zoom=False')
+    why_not = doubts(share, explained)
+    if why_not:
+        print(f'zoomed clips: {why_not}; train.py will leave them out')
+    manifest['zoom'] = {'factor': ZOOM, 'M': M.tolist(), 'share_read': share, 'explained': explained, 'used': not why_not}

@@ -25,6 +25,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, official_weights, optional, own_clip, own_clips, refused, run
+from test_refusals import function_of
 
 import data
 import prepare
@@ -32,7 +33,7 @@ import vjepa2
 from configurator import Refusal
 from support import files, made_from, own_clips as own, own_files
 from support.shards import check_room, write_split
-from zoomed import association, read_pushes, share_read, train_inverse, why_not_zoomed, zoom_levels, zoomed_pushes
+from zoomed import association, doubts, read_pushes, share_read, train_inverse, why_not_zoomed, zoom_levels, zoomed_pushes
 
 MAPS = 'feature_maps/vjepa2_vitl16.npy'
 ACTIONS = 'actions_states/actions.npy'
@@ -201,6 +202,19 @@ def test_the_split_zoom(zoomed, tmp_path):
     assert set(without['splits']) == set(clips.manifest['splits']) - {'zoom'}
     for file, digest in without['sha256'].items():
         assert clips.manifest['sha256'][file] == digest, file
+
+
+def test_zoomed_clips_are_used_where_their_pushes_could_be_read(zoomed, tmp_path):
+    assert doubts(0.99, 0.95) == '' and 'too few clips' in doubts(0.9, 0.95) and 'start in one place' in doubts(0.99, 0.1)
+    folder = tmp_path / 'set'
+    shutil.copytree(zoomed[0], folder)
+    manifest = json.load(open(folder / 'manifest.json'))
+    assert manifest['zoom']['used'] is False
+    open_training = function_of('train.py', 'open_training', open_split=data.open_split)
+    assert len(open_training(str(folder), 'train', True)) == 70
+    manifest['zoom']['used'] = True
+    files.write_manifest(str(folder), manifest)
+    assert len(open_training(str(folder), 'train', True)) == 105 and len(open_training(str(folder), 'train', False)) == 70
 
 
 def test_zoomed_clips_after_an_interruption(zoomed, tmp_path):

@@ -297,12 +297,12 @@ def settings_of(script, args):
     return configure({'__file__': os.path.join(ROOT, script)}, args, files='runs' if script == 'compare.py' else '')
 
 
-def function_of(script, name):
-    """A function of a script that cannot be imported; it gets everything that it uses handed in."""
+def function_of(script, name, **more):
+    """A function of a script that cannot be imported; `more`: what it uses and does not get handed in."""
     with open(os.path.join(ROOT, script), encoding='utf-8') as f:
         tree = ast.parse(f.read())
     tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
-    scope = {'os': os, 'importlib': importlib, 'Refusal': Refusal, 'refuse_existing': refuse_existing}
+    scope = {'os': os, 'importlib': importlib, 'Refusal': Refusal, 'refuse_existing': refuse_existing, **more}
     exec(compile(tree, script, 'exec'), scope)
     return scope[name]
 
