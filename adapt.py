@@ -20,7 +20,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from compare import draw, drawn_rows, figures, format_table, grouped, in_words, results_csv, results_json, title
+from compare import draw, drawn_rows, figures, format_table, grouped, in_words, on_the_edge, results_csv, results_json
+from compare import title
 from configurator import Refusal, configure, listed
 from data import median_scene, pictures
 from experiment import batches, build_experiment, check_clips, further_than_training, labels_of, open_splits, phases_of
@@ -509,7 +510,7 @@ def tuned_rate(checkpoint, name, streams, kept, unfinished):
         write_sealed(unfinished, kept)
     tried = kept['tried'][key]
     best = min(tried, key=tried.get)
-    if best in (min(tried), max(tried)):
+    if on_the_edge(best, tried):
         print(f'warning: {best:g}, the best rate of {key}, lies on the edge of what is tried')
     return best
 

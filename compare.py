@@ -71,6 +71,11 @@ def running_mean(values, width=10):
     return np.convolve(values, np.ones(width) / width, 'valid')
 
 
+def by_phase(row):
+    """The losses of a row in each of its three phases, (n,) each."""
+    return np.split(np.array(row['loss']), 3)
+
+
 def row_of(rows, model, method):
     """The row of a model and a method, or None."""
     return next((row for row in rows if (row['model'], row['method']) == (model, method)), None)
@@ -82,7 +87,7 @@ def figures(row, rows, beyond):
 
     beyond (n,): which of the n clips of B slide further than any training clip of A, or None.
     """
-    a1, b, a2 = np.split(np.array(row['loss']), 3)
+    a1, b, a2 = by_phase(row)
     found = {
         'A1': a1.mean(),
         'B': b.mean(),
@@ -116,8 +121,8 @@ def forgetting(probes, n):
 
 def against_frozen(row, frozen):
     """The figures that compare a row with the model's own frozen row."""
-    _, b, a2 = np.split(np.array(row['loss']), 3)
-    _, frozen_b, frozen_a2 = np.split(np.array(frozen['loss']), 3)
+    _, b, a2 = by_phase(row)
+    _, frozen_b, frozen_a2 = by_phase(frozen)
     gain = running_mean(frozen_b - b)
     final = gain[-EARLY:].mean()
     reached = np.flatnonzero(gain >= 0.5 * final)
@@ -136,20 +141,20 @@ def shares(row, frozen, rows):
     A share is left out where it would say nothing: where what could be gained is not clearly above zero, where the bound
     is no better than an empty scene, and for a model that is no better than that in A₁, which has learned nothing.
     """
-    blank_a1, blank_b, _ = np.split(np.array(row_of(rows, '', 'blank')['loss']), 3)
-    frozen_a1, frozen_b, _ = np.split(np.array(frozen['loss']), 3)
-    _, b, _ = np.split(np.array(row['loss']), 3)
+    blank_a1, blank_b, _ = by_phase(row_of(rows, '', 'blank'))
+    frozen_a1, frozen_b, _ = by_phase(frozen)
+    _, b, _ = by_phase(row)
     if frozen_a1.mean() >= blank_a1.mean():
         return {}
     bound = row_of(rows, 'oracle', 'frozen')
     known = row_of(rows, row['model'], 'push known')
     best = {}
     if bound:
-        best['gap_closed'] = np.split(np.array(bound['loss']), 3)[1]
+        best['gap_closed'] = by_phase(bound)[1]
     else:
         best['way_back'] = frozen_a1
     if known:
-        best['of_known'] = np.split(np.array(known['loss']), 3)[1]
+        best['of_known'] = by_phase(known)[1]
     found = {}
     for name, best_b in best.items():
         gain = frozen_b - best_b
@@ -326,6 +331,11 @@ def in_words(shifts):
     return ', '.join(shifts).replace('scaled', 'clips with scaled pushes')
 
 
+def on_the_edge(rate, tried):
+    """Whether a rate is the lowest or the highest of those that were tried, so that one beyond may be better."""
+    return rate in (min(tried), max(tried))
+
+
 def rate_lines(results):
     """Where the learning rates of a run come from, with a warning for each that lies on the edge of what was tried."""
     lines = []
@@ -335,7 +345,7 @@ def rate_lines(results):
             tried = [float(rate) for rate in results['tuning'][name]]
             grid = ', '.join(f'{rate:g}' for rate in tried)
             lines.append(f'Rate of {name} tuned on {in_words(results["tuned_on"])} among {grid}.')
-            if row['rate'] in (min(tried), max(tried)):
+            if on_the_edge(row['rate'], tried):
                 lines.append(f'Warning: {row["rate"]:g} lies on the edge of them; a rate beyond may be better.')
         elif row['rate_from'] in ('given', 'default'):
             source = {'given': 'as given', 'default': 'the default, measured on the built-in physics'}[row['rate_from']]
