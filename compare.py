@@ -1,11 +1,12 @@
 """
-What came out of adapt.py: figures, tables and pictures of finished runs, in seconds.
+What came out of adapt.py: tables and pictures of finished runs, in seconds.
 
-    python compare.py out/aba_1 out/aba_2 out/aba_3           mean and standard deviation over the runs
+    python compare.py out/aba_1 out/aba_2 out/aba_3           their rows are taken together, as seeds
     python compare.py out/aba_1 --labels="HOPE memory=Ours,ViT-AC LN-TTA 0.01=TTA"
 
 Nothing is run again: all of it is read from the results.json of each folder. Writes table.txt, table.tex, compare.csv
-(one line for each run, row and figure), results.pdf and results.png into `out`. adapt.py takes its own figures from here.
+(one line for each run, row, seed, stream and figure), results.pdf and results.png into `out`. What the figures are: in
+figures.py. adapt.py takes its own tables from here.
 """
 import csv
 import io
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from configurator import Refusal, configure, listed
+from figures import DIGITS, EARLY, add_figures, away_phases, interval, return_phases, row_of, running_mean, versus
 from support import plots
 from support.files import MALFORMED, claim, write_atomically, write_text
 
@@ -26,9 +28,8 @@ labels = ''              # other names for rows: 'HOPE memory=Ours,ViT-AC LN-TTA
 out = 'out/compare'      # folder for the tables and the picture
 settings = configure(globals(), files='runs') if __name__ == '__main__' else {}
 
-EARLY = 25                   # clips at the start of a phase whose mean has a column of its own
-# Key in results.json, heading in the table, format. What a figure is: in figures() and below it. In the keys, A and B
-# stand for the home phases and the shift, whatever they are called.
+# Columns of the table: name of the figure, heading, format. What a figure is: in figures.py. In the names, A and B
+# stand for the home phases and those away, whatever they are called.
 COLUMNS = [
     ('A1', 'A₁', '.4f'),
     ('B', 'B', '.4f'),
@@ -41,23 +42,29 @@ COLUMNS = [
     ('way_back', 'to A', '.0%'),
     ('of_known', 'known', '.0%'),
     ('t50', 't50', '.0f'),
+    ('savings', 'saving', '.2f'),
+    ('harm', 'harm', '+.4f'),
+    ('metres_B', 'cm', 'cm'),
     ('ms_per_clip', 'ms', '.1f'),
 ]
 
-# What the columns are, in the words of the table. {first}, {shift}, {last}: names of the phases; {home}: of the probes.
+# What the columns are, in the words of the table. {first}, {shift}, {away}, {back}: names of phases; {home}: a domain.
 EXPLAINED = {
-    'B_within': 'within / beyond: clips of {shift} that slide no further / further than any training clip of A.',
-    'B_first': f'1-25: the first {EARLY} clips of {{shift}}.',
-    'return_cost': f'return: loss minus frozen loss on the first {EARLY} clips of {{last}}.',
+    'B_within': 'within / beyond: clips of {away} that slide no further / further than any training clip of {home}.',
+    'B_first': f'1-25: the first {EARLY} clips of {{away}}.',
+    'return_cost': f'return: loss minus frozen loss on the first {EARLY} clips of {{back}}.',
     'forgetting': 'forget: loss on held-out clips of {home} after {shift} minus before {shift}.',
-    'gap_closed': "gap: share of the way from the own frozen loss on {shift} to the oracle's.",
-    'way_back': 'to A: share of the way from the own frozen loss on {shift} to that on {first}.',
+    'gap_closed': "gap: share of the way from the own frozen loss on {away} to the oracle's.",
+    'way_back': 'to A: share of the way from the own frozen loss on {away} to that on {first}.',
     'of_known': 'known: share of what the best constant map of the push, known in advance, gains.',
     't50': 't50: clips of {shift} to half of the own final gain (never: no gain of 1 %).',
+    'savings': 'saving: clips to 90 % of the final gain, second visit over first.',
+    'harm': 'harm: loss minus frozen loss, over the whole stream.',
+    'metres_B': 'cm: distance of the object from where the prediction has it, on {away}.',
 }
 
 
-# ---- figures of one run ----------------------------------------------------------------------------------------------
+# ---- files of one run ------------------------------------------------------------------------------------------------
 
 def title(row):
     """Name of a row: model, method and learning rate."""
@@ -65,132 +72,69 @@ def title(row):
     return ' '.join(part for part in (row['model'], row['method'], rate) if part)
 
 
-def running_mean(values, width=10):
-    """Mean of each window of `width` neighbours, (n-width+1,)."""
-    width = min(width, len(values))
-    return np.convolve(values, np.ones(width) / width, 'valid')
+def seeded(row, name):
+    """A name of a row that tells its seed, too: the first one's is the plain name."""
+    return name if row['seed'] == 1 else f'{name}, seed {row["seed"]}'
 
 
-def by_phase(row):
-    """The losses of a row in each of its three phases, (n,) each."""
-    return np.split(np.array(row['loss']), 3)
+def rounded(value):
+    """Numbers in lists and dicts, rounded to DIGITS decimals."""
+    if isinstance(value, float):
+        return round(value, DIGITS)
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return value
 
 
-def row_of(rows, model, method):
-    """The row of a model and a method, or None."""
-    return next((row for row in rows if (row['model'], row['method']) == (model, method)), None)
+def json_text(value, indent=''):
+    """JSON in which a list or an object that holds no other stands on one line."""
+    items = list(value.values()) if isinstance(value, dict) else value
+    if not isinstance(value, (dict, list)) or not any(isinstance(item, (dict, list)) for item in items):
+        return json.dumps(value, separators=(',', ': '))
+    inner = indent + ' '
+    lines = [json_text(item, inner) for item in items]
+    if isinstance(value, dict):
+        lines = [f'{json.dumps(key)}: {line}' for key, line in zip(value, lines)]
+        return '{\n' + inner + f',\n{inner}'.join(lines) + f'\n{indent}' + '}'
+    return f'[\n{inner}' + f',\n{inner}'.join(lines) + f'\n{indent}]'
 
-
-def figures(row, rows, beyond):
-    """
-    The figures of one row of the table, {name: number, or None for "never"}.
-
-    beyond (n,): which of the n clips of B slide further than any training clip of A, or None.
-    """
-    a1, b, a2 = by_phase(row)
-    found = {
-        'A1': a1.mean(),
-        'B': b.mean(),
-        'B_first': b[:EARLY].mean(),
-        'B_last': b[-EARLY:].mean(),
-        'A2': a2.mean(),
-        'A2_first': a2[:EARLY].mean(),
-        'ms_per_clip': 1e3 * np.median(row['seconds']),
-    }
-    if beyond is not None:
-        beyond = np.array(beyond, bool)
-        if not beyond.all():
-            found['B_within'] = b[~beyond].mean()
-        if beyond.any():
-            found['B_beyond'] = b[beyond].mean()
-    if row['probes']:
-        found['forgetting'] = forgetting(row['probes']['A'], len(b))
-    frozen = row_of(rows, row['model'], 'frozen')
-    if frozen and row is not frozen:
-        found |= against_frozen(row, frozen)
-        found |= shares(row, frozen, rows)
-    return found
-
-
-def forgetting(probes, n):
-    """Loss on held-out clips of A after B minus before B: probes [(clips seen, loss), ...], n clips a phase."""
-    before = [loss for seen, loss in probes if seen <= n][-1]
-    after = [loss for seen, loss in probes if seen <= 2 * n][-1]
-    return after - before
-
-
-def against_frozen(row, frozen):
-    """The figures that compare a row with the model's own frozen row."""
-    _, b, a2 = by_phase(row)
-    _, frozen_b, frozen_a2 = by_phase(frozen)
-    gain = running_mean(frozen_b - b)
-    final = gain[-EARLY:].mean()
-    reached = np.flatnonzero(gain >= 0.5 * final)
-    found = {'t50': None}
-    # Half of a gain of nearly nothing would be reached with the first clip.
-    if final > 0.01 * frozen_b.mean() and len(reached):
-        found['t50'] = int(reached[0]) + 1
-    found['return_cost'] = (a2 - frozen_a2)[:EARLY].mean()
-    return found
-
-
-def shares(row, frozen, rows):
-    """
-    Which shares of what could be gained on B a row gains: of the way to the oracle, back to A₁, and of the known push.
-
-    A share is left out where it would say nothing: where what could be gained is not clearly above zero, where the bound
-    is no better than an empty scene, and for a model that is no better than that in A₁, which has learned nothing.
-    """
-    blank_a1, blank_b, _ = by_phase(row_of(rows, '', 'blank'))
-    frozen_a1, frozen_b, _ = by_phase(frozen)
-    _, b, _ = by_phase(row)
-    if frozen_a1.mean() >= blank_a1.mean():
-        return {}
-    bound = row_of(rows, 'oracle', 'frozen')
-    known = row_of(rows, row['model'], 'push known')
-    best = {}
-    if bound:
-        best['gap_closed'] = by_phase(bound)[1]
-    else:
-        best['way_back'] = frozen_a1
-    if known:
-        best['of_known'] = by_phase(known)[1]
-    found = {}
-    for name, best_b in best.items():
-        gain = frozen_b - best_b
-        error = gain.std() / len(gain) ** 0.5
-        clear = gain.mean() > max(2 * error, 0.05 * frozen_b.mean())
-        if clear and best_b.mean() < blank_b.mean():
-            found[name] = (frozen_b - b).mean() / gain.mean()
-    return found
-
-
-# ---- files of one run ------------------------------------------------------------------------------------------------
 
 def results_json(results):
     """The text of results.json. What is kept in memory for pictures alone is left out."""
-    rows = [{key: value for key, value in row.items() if key not in ('shown', 'state')} for row in results['rows']]
-    return json.dumps({**results, 'rows': rows}, indent=1)
+    rows = []
+    for row in results['rows']:
+        kept = {key: value for key, value in row.items() if key not in ('shown', 'state')}
+        # A rate may be smaller than what is left of a loss.
+        rows.append({**rounded(kept), 'rate': row['rate']})
+    return json_text({**results, 'rows': rows}) + '\n'
 
 
 def results_csv(results):
-    """The text of results.csv: the loss of every clip."""
-    n, rows, beyond = results['clips'], results['rows'], results['beyond']
+    """The text of results.csv: the loss of every clip of every stream, and the error in metres."""
+    n, rows = results['clips'], results['rows']
+    columns = {seeded(row, title(row)): row['loss'] for row in rows}
+    columns |= {f'{seeded(row, title(row))} [m]': row['metres'] for row in rows if row['metres'] is not None}
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(['clip', 'phase', 'beyond_A'] + [title(row) for row in rows])
-    far = [''] * (3 * n)
-    if beyond is not None:
-        far = [0] * n + [int(flag) for flag in beyond] + [0] * n
-    for i in range(3 * n):
-        phase = plain(results['labels'][i // n])
-        writer.writerow([i + 1, phase, far[i]] + [f'{row["loss"][i]:.6f}' for row in rows])
+    writer.writerow(['stream', 'clip', 'phase', 'beyond_A', *columns])
+    for stream in range(results['streams']):
+        for i in range(n * len(results['phases'])):
+            far = '' if results['beyond'] is None else int(results['beyond'][stream][i])
+            values = [f'{values[stream][i]:.{DIGITS}f}' for values in columns.values()]
+            writer.writerow([stream + 1, i + 1, plain(results['labels'][i // n]), far, *values])
     return text.getvalue()
 
 
 def plain(label):
     """A₁ → A1."""
-    return label.replace('₁', '1').replace('₂', '2')
+    return label.translate(str.maketrans('₁₂₃₄₅₆₇₈₉', '123456789'))
+
+
+# What this version of adapt.py writes.
+PARTS = ('key', 'phases', 'labels', 'domains', 'clips', 'streams', 'loss', 'target_steps', 'tuned_on', 'tuning',
+         'beyond', 'probe_at', 'rows')
 
 
 def read_results(folder):
@@ -205,12 +149,12 @@ def read_results(folder):
     try:
         with open(path, encoding='utf-8') as f:
             results = json.load(f)
-        for name in ('key', 'clips', 'labels', 'loss', 'target_steps', 'tuning', 'tuned_on', 'home', 'beyond', 'rows'):
+        for name in PARTS:
             if name not in results:
                 raise ValueError(f'it has no {name}')
         for row in results['rows']:
             row['run'] = folder
-            row['figures'] = figures(row, results['rows'], results['beyond'])
+        add_figures(results)
         return results
     except MALFORMED as error:
         why = ' '.join(str(error).split())[:200]
@@ -221,7 +165,7 @@ def check_runs(found):
     """Raises Refusal for runs, {folder: results}, that cannot be compared, or the same one twice."""
     (first, one), *others = found.items()
     for folder, other in others:
-        for name in ('labels', 'clips', 'loss', 'target_steps'):
+        for name in ('labels', 'clips', 'streams', 'loss', 'target_steps'):
             if other[name] != one[name]:
                 raise Refusal(f'{first} and {folder} cannot be compared: {name} = {one[name]} and {other[name]}')
     seen = {}
@@ -231,19 +175,20 @@ def check_runs(found):
             raise Refusal(f'{twin} and {folder} are the same run')
 
 
-# ---- tables of one or several runs -----------------------------------------------------------------------------------
+# ---- rows that belong together ---------------------------------------------------------------------------------------
 
 def grouped(found, names=None, wanted=()):
     """
-    The rows of one or several runs (a list of results) that belong together → {name: [a row of each run that has it]}.
+    The rows of one or several runs (a list of results) that belong together → {name: the rows of all seeds and runs}.
 
-    With several runs a name has no learning rate, because each run may have tuned another. names: {name: another name
-    for it}; wanted: show the rows of these methods only.
+    With several seeds or runs a name has no learning rate, because each may have tuned another. names: {name: another
+    name for it}; wanted: show the rows of these methods only.
     """
+    several = len(found) > 1 or any(row['seed'] > 1 for row in found[0]['rows'])
     together = {}
     for results in found:
         for row in results['rows']:
-            bare = len(found) > 1 and row['rate_from'] != 'plan'
+            bare = several and row['rate_from'] != 'plan'
             name = title({**row, 'rate': None}) if bare else title(row)
             if not wanted or row['method'] in wanted:
                 together.setdefault(name, []).append(row)
@@ -257,73 +202,210 @@ def grouped(found, names=None, wanted=()):
     return labelled
 
 
-def shown_columns(groups):
-    """The columns that some row has a figure for."""
-    there = {key for rows in groups.values() for row in rows for key in row['figures']}
-    return [column for column in COLUMNS if column[0] in there]
-
-
-def heading(column, results):
-    """The heading of a column of the table; phases as they are called."""
-    key, text, _ = column
-    first, shift, _ = results['labels']
-    return {'A1': first[:6], 'B': shift[:6]}.get(key, text)
-
-
-def mean_and_deviation(rows, key):
+def mean_and_half(rows, name):
     """
-    Mean and standard deviation (None for one run) of a figure over the rows of a group.
+    Mean of a figure over the rows of a group, and half the width of its 95 % interval (None for one seed and stream).
 
-    None where it has no meaning for one of them; 'never', or in how many runs, where it was not reached in all.
+    None where it has no meaning for one of them; 'never', or in how many of them, where it was not reached in all.
     """
-    values = [row['figures'][key] for row in rows if key in row['figures']]
+    values = [row['figures'][name] for row in rows if name in row['figures']]
     if len(values) < len(rows):
         return None, None
-    reached = [value for value in values if value is not None]
-    if len(reached) < len(values):
-        return f'{len(reached)} of {len(values)}' if reached else 'never', None
-    deviation = np.std(reached, ddof=1) if len(reached) > 1 else None
-    return np.mean(reached), deviation
+    every = [value for stream in values for value in stream]
+    reached = [value for value in every if value is not None]
+    if len(reached) < len(every):
+        return f'{len(reached)}/{len(every)}' if reached else 'never', None
+    mean, low, high = interval(values)
+    return mean, None if low is None else (high - low) / 2
 
 
-def table_line(name, rows, columns, which):
-    """One line of the table: the means (which = 0) or the standard deviations (1) of a group."""
-    cells = []
-    for key, _, form in columns:
-        value = mean_and_deviation(rows, key)[which]
-        if value is not None and not isinstance(value, str):
-            value = format(value, form if which == 0 else form.lstrip('+'))
-        cells.append(f'{value or "":>7}')
-    return f'{name:<23}' + ''.join(cells)
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+def shown_columns(results, groups):
+    """
+    The columns that some row has a figure for: (figure, heading, format) of each.
+
+    B is one column for each phase away from home; where there is none, for each phase after the first.
+    """
+    domains, labels = results['domains'], results['labels']
+    middle = away_phases(domains) or range(1, len(domains))
+    there = {name for rows in groups.values() for row in rows for name in row['figures']}
+    columns = []
+    for name, text, form in COLUMNS:
+        if name == 'A1':
+            columns.append((name, labels[0][:6], form))
+        elif name == 'B':
+            columns += [(f'phase {i + 1}', labels[i][:6], form) for i in middle]
+        elif name in there and not (name == 'ms_per_clip' and results['streams'] > 1):
+            columns.append((name, text, form))
+    return columns
+
+
+def cell(value, form):
+    """A figure in the format of its column; 'never' and the like as they are."""
+    if value is None or isinstance(value, str):
+        return value or ''
+    return f'{100 * value:.1f}' if form == 'cm' else format(value, form)
+
+
+def laid_out(lines):
+    """Lines of cells → text: the first cell of each line to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = []
+    for first, *others in lines:
+        name = first.rjust(widths[0]) if first == '±' else first.ljust(widths[0])
+        text.append(' '.join([name, *(other.rjust(width) for other, width in zip(others, widths[1:]))]).rstrip())
+    return text
 
 
 def format_table(found, groups):
     """The text of table.txt: found is a list of results, one or several; groups: see grouped()."""
     one = found[0]
-    columns = shown_columns(groups)
-    lines = [f'{"loss on the stream":<23}' + ''.join(f'{heading(column, one):>7}' for column in columns)]
+    columns = shown_columns(one, groups)
+    lines = [['loss on the stream', *(heading for _, heading, _ in columns)]]
     for name, rows in groups.items():
-        lines.append(table_line(name, rows, columns, 0))
-        if len(rows) > 1:
-            lines.append(table_line(f'{"±":>22}', rows, columns, 1))
+        pairs = [mean_and_half(rows, figure) for figure, _, _ in columns]
+        forms = [form for _, _, form in columns]
+        lines.append([name, *(cell(mean, form) for (mean, _), form in zip(pairs, forms))])
+        if any(half is not None for _, half in pairs):
+            lines.append(['±', *(cell(half, form.lstrip('+')) for (_, half), form in zip(pairs, forms))])
+    text = laid_out(lines)
     steps = ', '.join(map(str, one['target_steps']))
-    lines.append(f'\n{one["loss"]} L1, mean over target steps {steps}; {one["clips"]} clips a phase, scored before the '
-                 'look-back.')
-    first, shift, last = one['labels']
-    for key, _, _ in columns:
-        if key in EXPLAINED:
-            lines.append(EXPLAINED[key].format(first=first, shift=shift, last=last, home=one['home']))
-    if len(found) > 1:
-        lines.append(f'Mean and standard deviation (±) over {len(found)} runs.')
+    text += ['', f'{one["loss"]} L1, mean over target steps {steps}; {one["clips"]} clips a phase, scored before the '
+                 'look-back.']
+    text += explanations(one, columns)
+    text += interval_lines(found, groups)
+    text += comparison_lines(groups)
+    text += rate_lines(found, groups)
+    text += matrix_lines(one, groups)
+    if any(row['planning'] for rows in groups.values() for row in rows):
+        text += ['', planning_table(one, groups).rstrip()]
+    return '\n'.join(text) + '\n'
+
+
+def explanations(results, columns):
+    """What the columns are, a line each."""
+    domains, labels = results['domains'], results['labels']
+    away = [labels[i] for i in away_phases(domains)]
+    back = [labels[i] for i in return_phases(domains)]
+    names = {'first': labels[0], 'home': domains[0], 'shift': away[0] if away else '', 'away': spoken(away),
+             'back': spoken(back)}
+    return [EXPLAINED[name].format(**names) for name, _, _ in columns if name in EXPLAINED]
+
+
+def spoken(names):
+    """['friction', 'mass', 'ice'] → 'friction, mass and ice'."""
+    return ' and '.join([', '.join(names[:-1]), *names[-1:]] if len(names) > 1 else names)
+
+
+def over_what(seeds, streams):
+    """'5 seeds x 20 streams', '5 seeds' or '20 streams of one seed'."""
+    if seeds == 1:
+        return f'{streams} streams of one seed'
+    return f'{seeds} seeds x {streams} streams' if streams > 1 else f'{seeds} seeds'
+
+
+def interval_lines(found, groups):
+    """What the lines with ± are; nothing for one seed and one stream."""
+    streams, seeds = found[0]['streams'], max(map(len, groups.values()))
+    if streams * seeds == 1:
+        return []
+    lines = [f'Mean and, with ±, half the 95 % interval over {over_what(seeds, streams)}: a bootstrap by seed, then by',
+             'stream, widened for so few of them (figures.interval). 3/5: so many of them got there.']
+    if seeds == 1:
+        lines.append('How much another training would differ is not in it.')
+    if len(set(map(len, groups.values()))) > 1:
+        lines.append('Rows that are there once (copy, blank, the oracle): over the streams alone.')
+    for name, rows in groups.items():
+        if len(rows) < seeds and rows[0]['model'] not in ('', 'oracle'):
+            lines.append(f'{name} is in {len(rows)} of them.')
+    return lines
+
+
+# Who is compared with whom, in pairs: (model, method). The first pair is the primary comparison.
+PAIRS = [
+    (('HOPE', 'memory'), ('ViT-AC', 'LN-TTA')),
+    (('HOPE', 'memory'), ('HOPE', 'LN-TTA')),
+    (('HOPE', 'memory'), ('ViT-AC', 'memory')),
+]
+# The figures that are compared: what they are called, and their format.
+COMPARED = {
+    'gap_closed': ('gap closed', '+.1%'),
+    'way_back': ('way back to A', '+.1%'),
+    'return_cost': ('return', '+.4f'),
+}
+
+
+def compared(groups, pair):
+    """
+    Two groups over the same clips → (name, name, {figure: what versus() says, and over what}).
+
+    None where one is missing; a rate of the plan is no candidate. Rows are paired by run and seed.
+    """
+    members = []
+    for wanted in pair:
         for name, rows in groups.items():
-            rates = [f'{row["rate"]:g}' for row in rows if row['rate_from'] not in ('', 'plan')]
-            if rates:
-                lines.append(f'Rates of {name}: {", ".join(rates)}.')
-            if len(rows) < len(found):
-                lines.append(f'{name} is in {len(rows)} of them.')
-    else:
-        lines += rate_lines(one)
-    return '\n'.join(lines) + '\n'
+            if (rows[0]['model'], rows[0]['method']) == wanted and rows[0]['rate_from'] != 'plan':
+                members.append((name, {(row.get('run'), row['seed']): row['figures'] for row in rows}))
+                break
+    if len(members) < 2:
+        return None
+    (name, one), (other_name, other) = members
+    both = [key for key in one if key in other]
+    found = {}
+    for figure in COMPARED:
+        if both and all(figure in side[key] for side in (one, other) for key in both):
+            sides = [[side[key][figure] for key in both] for side in (one, other)]
+            found[figure] = {**versus(*sides), 'over': over_what(len(both), len(sides[0][0]))}
+    return name, other_name, found
+
+
+def comparison_lines(groups):
+    """The comparisons of PAIRS, a line for each figure; nothing for one seed and one stream."""
+    lines = []
+    for pair in PAIRS:
+        name, other, found = compared(groups, pair) or ('', '', {})
+        for figure, result in found.items():
+            if result['p'] is None:
+                continue
+            text, form = COMPARED[figure]
+            mean, low, high = (format(result[key], form) for key in ('mean', 'low', 'high'))
+            p = f'p = {result["p"]:.3f}' if result['p'] >= 0.001 else 'p < 0.001'
+            lines.append(f'{name} minus {other}, {text}: {mean} [{low}, {high}], {p} ({result["over"]}).')
+    if lines:
+        lines = ['', *lines, 'In brackets the 95 % interval; p: the larger of a paired bootstrap and a paired t test.']
+    return lines
+
+
+CONTINUAL = {'StreamForgetting': 'forgot', 'backward_transfer': 'backward', 'forward_transfer': 'forward',
+             'plasticity': 'plastic'}
+# Columns of a terminal that a table may fill.
+WIDEST = 100
+
+
+def matrix_lines(results, groups):
+    """The matrix R of each group and what continual learning makes of it: see figures.continual."""
+    groups = {name: rows for name, rows in groups.items() if all('R_matrix' in row for row in rows)}
+    if not groups:
+        return []
+    domains = list(dict.fromkeys(results['domains']))
+    shown = [name for name in CONTINUAL if all(name in row['figures'] for rows in groups.values() for row in rows)]
+    lines = [['held-out clips', *(f'of {domain}' for domain in domains), *(CONTINUAL[name] for name in shown)]]
+    for name, rows in groups.items():
+        R = np.mean([row['R_matrix'] for row in rows], axis=0)                 # (1+P,domains)
+        cells = [' '.join(f'{loss:.3f}'.lstrip('0') for loss in column) for column in R.T]
+        cells += [f'{np.mean([row["figures"][figure] for row in rows]):+.3f}' for figure in shown]
+        lines.append([name, *cells])
+    after = ', '.join(results['labels'])
+    where = f'of X: loss before the stream and after {after}.'
+    if max(map(len, laid_out(lines))) > WIDEST:
+        lines = [[line[0], *line[1 + len(domains):]] for line in lines]
+        where = f'Losses before the stream and after {after}: R_matrix in results.json.'
+    text = ['', *laid_out(lines), '', where]
+    if shown:
+        text += ['forgot: what is lost at the end, positive is worse. backward, forward: transfer; plastic: what the',
+                 'first visit of a shift gains; positive is better. Formulas: figures.continual.']
+    return text
 
 
 def in_words(shifts):
@@ -336,26 +418,76 @@ def on_the_edge(rate, tried):
     return rate in (min(tried), max(tried))
 
 
-def rate_lines(results):
-    """Where the learning rates of a run come from, with a warning for each that lies on the edge of what was tried."""
+def rate_lines(found, groups):
+    """Where learning rates come from, with a warning for each that lies on the edge of what was tried."""
     lines = []
-    for row in results['rows']:
-        name = title({**row, 'rate': None})
-        if row['rate_from'] == 'tuned':
-            tried = [float(rate) for rate in results['tuning'][name]]
-            grid = ', '.join(f'{rate:g}' for rate in tried)
-            lines.append(f'Rate of {name} tuned on {in_words(results["tuned_on"])} among {grid}.')
-            if on_the_edge(row['rate'], tried):
-                lines.append(f'Warning: {row["rate"]:g} lies on the edge of them; a rate beyond may be better.')
-        elif row['rate_from'] in ('given', 'default'):
-            source = {'given': 'as given', 'default': 'the default, measured on the built-in physics'}[row['rate_from']]
-            lines.append(f'Rate of {name}: {row["rate"]:g}, {source}; not tuned.')
-    return lines
+    for name, rows in groups.items():
+        for source in ('tuned', 'given', 'default'):
+            chosen = [row for row in rows if row['rate_from'] == source]
+            if not chosen:
+                continue
+            if name == title(chosen[0]):
+                name = title({**chosen[0], 'rate': None})
+            rates = ', '.join(f'{row["rate"]:g}' for row in chosen)
+            rates = f'Rate{"s" if len(chosen) > 1 else ""} of {name}: {rates}'
+            if source == 'given':
+                lines.append(f'{rates}, as given; not tuned.')
+            elif source == 'default':
+                lines.append(f'{rates}, the default, measured on the built-in physics; not tuned.')
+            else:
+                tried, shifts = tuning_of(chosen[0], found)
+                lines.append(f'{rates}, tuned on {in_words(shifts)} among {", ".join(f"{rate:g}" for rate in tried)}.')
+                edge = [row['rate'] for row in chosen if on_the_edge(row['rate'], tuning_of(row, found)[0])]
+                for rate in dict.fromkeys(edge):
+                    lines.append(f'Warning: {rate:g} lies on the edge of them; a rate beyond may be better.')
+    return [''] * bool(lines) + lines
+
+
+def tuning_of(row, found):
+    """The rates that were tried for a row of one of the results, and what it was tuned on."""
+    results = next(results for results in found if any(other is row for other in results['rows']))
+    tried = results['tuning'][seeded(row, title({**row, 'rate': None}))]
+    return [float(rate) for rate in tried], results['tuned_on']
+
+
+NEAR = 0.02, 0.05        # metres from the goal within which a push has succeeded
+
+
+def planning_table(results, groups):
+    """
+    How well pushes are chosen with each row's predictor, and how near to the goal the object comes to rest: text.
+
+    The intervals are over the seeds, or for one seed a bootstrap over its goals (see figures.interval).
+    """
+    planned = {name: rows for name, rows in groups.items() if all(row['planning'] for row in rows)}
+    phases = [phase['phase'] for phase in next(iter(planned.values()))[0]['planning']]
+    headings = [f'{label} {what}' for label in phases for what in ('<2cm', '<5cm', 'cm')]
+    lines = [['choosing pushes', *headings, 'ms']]
+    for name, rows in planned.items():
+        means, halves = [], []
+        for k in range(len(phases)):
+            distance = np.array([row['planning'][k]['distance'] for row in rows])              # (seeds,goals)
+            for near in NEAR:
+                reached = (distance <= near).astype(float)
+                mean, low, high = interval(reached.mean(1, keepdims=True) if len(rows) > 1 else reached)
+                means.append(f'{mean:.0%}')
+                halves.append(f'{(high - low) / 2:.0%}')
+            means.append(f'{100 * np.median(distance):.1f}')
+            halves.append('')
+        spent = [phase['ms'] for row in rows for phase in row['planning'] if phase['ms'] is not None]
+        lines.append([name, *means, f'{np.mean(spent):.0f}' if spent else ''])
+        lines.append(['±', *halves, ''])
+    goals = len(next(iter(planned.values()))[0]['planning'][0]['distance'])
+    text = laid_out(lines)
+    text += ['', f'Share of {goals} goals a phase that the object comes to rest within 2 cm and 5 cm of, its median',
+             'distance, ms per plan. ±: half the 95 % interval over the seeds; with one seed over its goals.']
+    return '\n'.join(text) + '\n'
 
 
 # What LaTeX would take for a command, and what it cannot read.
 ESCAPES = {character: '\\' + character for character in '&%$#_{}'}
-ESCAPES |= {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}', '₁': '$_1$', '₂': '$_2$'}
+ESCAPES |= {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}'}
+ESCAPES |= {low: f'$_{number}$' for number, low in enumerate('₁₂₃₄₅₆₇₈₉', 1)}
 
 
 def escaped(text):
@@ -364,37 +496,43 @@ def escaped(text):
 
 
 def latex_table(found, groups):
-    """The text of table.tex, a tabular without packages: mean, and standard deviation where there are several runs."""
-    columns = shown_columns(groups)
-    headings = ['loss on the stream'] + [heading(column, found[0]) for column in columns]
+    """The text of table.tex, a tabular without packages: mean, and half the 95 % interval where there is one."""
+    columns = shown_columns(found[0], groups)
+    headings = ['loss on the stream'] + [heading for _, heading, _ in columns]
     lines = [r'\begin{tabular}{l' + 'r' * len(columns) + '}', r'\hline']
     lines += [' & '.join(map(escaped, headings)) + r' \\', r'\hline']
     for name, rows in groups.items():
         cells = [escaped(name)]
-        for key, _, form in columns:
-            mean, deviation = mean_and_deviation(rows, key)
+        for figure, _, form in columns:
+            mean, half = mean_and_half(rows, figure)
             if mean is None or isinstance(mean, str):
                 cells.append(mean or '')
                 continue
-            cell = format(mean, form)
-            if deviation is not None:
+            text = cell(mean, form)
+            if half is not None:
                 # The unit stands once, behind both.
-                cell = cell.rstrip('%') + r' \pm ' + format(deviation, form.lstrip('+'))
-            cells.append('$' + cell.replace('%', r'\,\%') + '$')
+                text = text.rstrip('%') + r' \pm ' + cell(half, form.lstrip('+'))
+            cells.append('$' + text.replace('%', r'\,\%') + '$')
         lines.append(' & '.join(cells) + r' \\')
     lines += [r'\hline', r'\end{tabular}']
     return '\n'.join(lines) + '\n'
 
 
 def compare_csv(groups):
-    """The text of compare.csv: one line for each run, row and figure; the value is empty for "never"."""
+    """
+    The text of compare.csv: one line for each run, row, seed, stream and figure; the value is empty for "never".
+
+    pandas.read_csv(path).pivot_table('value', ['row', 'seed', 'stream'], 'figure') is one line for each stream.
+    """
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(['run', 'row', 'model', 'method', 'rate', 'figure', 'value'])
+    writer.writerow(['run', 'row', 'model', 'method', 'rate', 'seed', 'stream', 'figure', 'value'])
     for name, rows in groups.items():
         for row in rows:
-            for figure, value in row['figures'].items():
-                writer.writerow([row['run'], name, row['model'], row['method'], row['rate'], figure, value])
+            first = [row.get('run', ''), name, row['model'], row['method'], row['rate'], row['seed']]
+            for figure, values in row['figures'].items():
+                for stream, value in enumerate(values, 1):
+                    writer.writerow([*first, stream, figure, value])
     return text.getvalue()
 
 

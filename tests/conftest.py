@@ -194,36 +194,50 @@ def trained(tiny, tmp_path_factory):
     return {kind: str(folder / f'{kind}.pt') for kind in ('hope', 'vit')}
 
 
-def fake_results(folder, clips=30, seed=0, **changes):
+def fake_results(folder, clips=30, seed=0, seeds=1, streams=1, phases=('A', 'B', 'A'), **changes):
     """
     Write the results.json of a finished run of adapt.py into a folder → the folder. `changes` replace entries of it.
 
-    Frozen, both models lose 0.01 on A and 0.07 on B; of that the memory gains 0.05, LN-TTA 0.03, and the oracle 0.055.
+    Frozen, both models lose 0.01 on A and 0.07 on all else; of that the memory gains 0.05, LN-TTA 0.03, and the oracle
+    0.055. seed: that of the noise; seeds: how many checkpoints of each model.
     """
     rng = np.random.default_rng(seed)
-    rows = []
+    phases, rows = list(phases), []
+    probe_at = [i * clips for i in range(len(phases) + 1)]
 
-    def add(model, kind, method, on_a, on_b, **more):
-        loss = np.repeat([on_a, on_b, on_a], clips) + rng.normal(0, 0.001, 3 * clips)
-        probes = {name: [(seen, float(rng.normal(0.05, 0.001))) for seen in (0, clips, 2 * clips, 3 * clips)]
-                  for name in ('A', 'B')} if model else {}
-        row = {'model': model, 'kind': kind, 'method': method, 'rate': None, 'rate_from': '', 'tta': False, 'carries': [],
-               'loss': loss.tolist(), 'seconds': [0.002], 'probes': probes, 'diagnostics': [{'surprise': 1.0}] * (3 * clips)}
-        rows.append({**row, **more})
+    def add(model, kind, method, on_a, on_b, number=1, **more):
+        levels = np.repeat([on_a if phase == 'A' else on_b for phase in phases], clips)
+        loss = levels + rng.normal(0, 0.001, (streams, len(levels)))
+        probes = {}
+        for phase in phases if model else []:
+            probes[phase] = rng.normal(0.05, 0.001, (streams, len(probe_at))).tolist()
+        rows.append({'model': model, 'kind': kind, 'seed': number, 'method': method, 'rate': None, 'rate_from': '',
+                     'tta': False, 'carries': [], 'loss': loss.tolist(), 'metres': None, 'seconds': [0.002],
+                     'probes': probes, 'diagnostics': [{'surprise': 1.0}] * len(levels) if model else [],
+                     'planning': None, **more})
 
     add('', '', 'copy', 0.06, 0.09)
     add('', '', 'blank', 0.05, 0.055)
-    kept = {'surprise': 1.0, 'surprise, action memory': 1.0, 'retention, action memory': 0.9, 'gain, action memory': 1.5,
-            'angle, action memory': 10.0}
-    add('HOPE', 'hope', 'frozen', 0.01, 0.07)
-    add('HOPE', 'hope', 'memory', 0.01, 0.02, carries=['memory'], diagnostics=[kept] * (3 * clips))
-    add('ViT-AC', 'vit', 'frozen', 0.01, 0.07)
-    add('ViT-AC', 'vit', 'LN-TTA', 0.01, 0.04, rate=0.003 + seed, rate_from='given', tta=True)
-    add('ViT-AC', 'vit', 'LN-TTA', 0.01, 0.06, rate=0.0001, rate_from='plan', tta=True)
+    kept = {'surprise': 1.0, 'surprise, action memory': 1.0, 'retention, action memory': 0.9,
+            'gain, action memory': 1.5, 'angle, action memory': 10.0}
+    for number in range(1, seeds + 1):
+        add('HOPE', 'hope', 'frozen', 0.01, 0.07, number)
+        add('HOPE', 'hope', 'memory', 0.01, 0.02, number, carries=['memory'],
+            diagnostics=[kept] * (clips * len(phases)))
+    for number in range(1, seeds + 1):
+        add('ViT-AC', 'vit', 'frozen', 0.01, 0.07, number)
+        add('ViT-AC', 'vit', 'LN-TTA', 0.01, 0.04, number, rate=0.003 + seed, rate_from='given', tta=True)
+        add('ViT-AC', 'vit', 'LN-TTA', 0.01, 0.06, number, rate=0.0001, rate_from='plan', tta=True)
     add('oracle', 'oracle', 'frozen', 0.06, 0.015)
-    results = {'key': {'settings': {'clips': clips}, 'content': {'ckpt': [str(seed)]}}, 'labels': ['A1', 'B', 'A2'],
-               'home': 'A1', 'clips': clips, 'loss': 'jump', 'target_steps': [6, 7, 8], 'tuned_on': [], 'tuning': {},
-               'beyond': None, 'rows': rows, **changes}
+    counts = {phase: phases[:i].count(phase) + 1 for i, phase in enumerate(phases)}
+    labels = [f'{phase}{phases[:i].count(phase) + 1}' if counts[phase] > 1 else phase for i, phase in enumerate(phases)]
+    models = dict.fromkeys((row['model'], row['seed']) for row in rows if row['model'])
+    checkpoints = [{'name': model, 'seed': number, 'path': f'{model}_{number}.pt', 'steps': 6}
+                   for model, number in models]
+    results = {'settings': {'clips': clips}, 'key': {'settings': {'clips': clips}, 'content': {'ckpt': [str(seed)]}},
+               'phases': phases, 'labels': labels, 'domains': phases, 'clips': clips, 'streams': streams,
+               'loss': 'jump', 'target_steps': [6, 7, 8], 'tuned_on': [], 'tuning': {}, 'beyond': None,
+               'probe_at': probe_at, 'readout': None, 'checkpoints': checkpoints, 'rows': rows, **changes}
     os.makedirs(folder)
     with open(os.path.join(folder, 'results.json'), 'w', encoding='utf-8') as f:
         json.dump(results, f)
