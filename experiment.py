@@ -2,11 +2,12 @@
 What adapt.py puts together before it begins: checkpoints, and which clips are streamed, probed and tuned on.
 
     experiment = build_experiment(...)
-    z, a = experiment.stream[0:1]           # the first clip of the first phase: z (1,T,N,D), a (1,T,A)
+    z, a = experiment.streams[0][0:1]       # the first clip of the first phase: z (1,T,N,D), a (1,T,A)
 
 Everything that does not fit or is too little is refused here. Features are read when they are asked for.
 """
 import os
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 
@@ -25,9 +26,10 @@ from support.files import MALFORMED, folder_of, verify
 class Checkpoint:
     """
     A trained predictor and what it was trained on; targets: the target steps of its jumps, 0-based (K,). precision: the
-    context in which it computes, see model.autocast.
+    context in which it computes, see model.autocast. Several of a name are seeds, counted from 1.
     """
     name: str
+    seed: int
     path: str
     predictor: torch.nn.Module
     loss: str
@@ -40,27 +42,33 @@ class Checkpoint:
 MODELS = {'vit': 'ViT-AC', 'hope': 'HOPE'}
 
 
-def read_checkpoints(paths, oracle_path, where, dtype='float32'):
+def read_checkpoints(paths, oracle_paths, where, dtype='float32'):
     """
-    The checkpoints of --ckpt and --oracle on the device `where` → list of Checkpoint, the oracle last.
+    The checkpoints of --ckpt and --oracle on the device `where` → list of Checkpoint, the oracles last.
 
-    Raises Refusal for a file that is missing or damaged, and for scores that could not be compared.
+    Raises Refusal for a file that is missing, damaged or named twice, and for scores that could not be compared.
     """
     roles = [(path, '') for path in listed(paths)]
     if not roles:
         raise Refusal('--ckpt=: name a checkpoint, or several separated by commas')
-    if oracle_path:
-        roles.append((oracle_path.strip(), 'oracle'))
+    for path, count in Counter(path for path, _ in roles).items():
+        if count > 1:
+            raise Refusal(f'--ckpt={paths}: {path} is named twice; several checkpoints of a kind are seeds')
+    roles += [(path, 'oracle') for path in listed(oracle_paths)]
     found = []
+    seeds = Counter()
     for path, role in roles:
         predictor, stored = load(path, where, loss=str, step=int, clip_steps=int, jump_last=int)
         name = role or MODELS[predictor.sizes.model]
-        if name in [checkpoint.name for checkpoint in found]:
-            name = f'{name} {len(found) + 1}'
+        seeds[name] += 1
         steps = stored['clip_steps']
         targets = torch.arange(steps - stored['jump_last'], steps, device=where)
-        found.append(Checkpoint(name, path, predictor, stored['loss'], stored['step'], steps, targets,
+        found.append(Checkpoint(name, seeds[name], path, predictor, stored['loss'], stored['step'], steps, targets,
                                 autocast(where, dtype)))
+    for name in seeds:
+        if name != 'oracle' and seeds['oracle'] > 1 and seeds['oracle'] != seeds[name]:
+            raise Refusal(f'--oracle={oracle_paths}: name one oracle for all seeds, or one for each of the {seeds[name]} '
+                          f'of {name}')
     for checkpoint in found:
         if (checkpoint.loss, len(checkpoint.targets)) != (found[0].loss, len(found[0].targets)):
             raise Refusal(f'{paths}: trained with different losses or target steps, so their scores cannot be compared')
@@ -97,11 +105,14 @@ def travelled(split):
     return np.linalg.norm(position[:, -1] - position[:, 0], axis=1)
 
 
-def further_than_training(train, b, n):
-    """Which of the first n clips of B slide further than any training clip, n booleans; None without positions."""
-    if not b.physics:
+def further_than_training(train, streams):
+    """Which clips of the streams slide further than any training clip, a list of 0 and 1 each; None without positions."""
+    splits = {split for stream in streams for split, _, _ in stream.places}
+    if not train.physics or not all(split.physics for split in splits):
         return None
-    return (travelled(b)[:n] > travelled(train).max()).tolist()
+    furthest = travelled(train).max()
+    far = {split: (travelled(split) > furthest).astype(int).tolist() for split in splits}
+    return [[far[split][index] for split, index, _ in stream.places] for stream in streams]
 
 
 def read_decoder(name, manifest):
@@ -125,7 +136,7 @@ def read_decoder(name, manifest):
 
 # ---- clips -----------------------------------------------------------------------------------------------------------
 
-# Numbers in the features of the clips that are scored at once: 64 MiB.
+# Numbers in the features of the clips that are predicted at once: 64 MiB.
 AT_ONCE = 2 ** 24
 # Without another shift, rates are tuned on clips whose pushes are divided by these. They move further than the push says.
 SCALED = 1.5, 2.0
@@ -155,31 +166,54 @@ class Clips:
             pushes.append(a / divisor)
         return torch.cat(features).to(self.where), torch.cat(pushes).to(self.where)
 
+    def positions(self, chosen, steps):
+        """Where the objects of some clips are at the end of time steps (K,), 0-based → (clips,K,2) metres."""
+        frames = TUBELET * steps.cpu().numpy() + TUBELET - 1
+        found = []
+        for i in np.arange(len(self))[chosen]:
+            split, index, _ = self.places[i]
+            found.append(split.physics['position'][index][frames])
+        return torch.tensor(np.stack(found), dtype=torch.float32, device=self.where)
 
-def batches(clips):
-    """All clips in batches (z, a) of bounded size."""
+    @property
+    def has_positions(self):
+        """Whether it is known where the objects are."""
+        return all(split.physics for split in {split for split, _, _ in self.places})
+
+
+def batches(clips, streams=1):
+    """All clips in batches (z, a) that are small enough to be predicted for so many streams at once."""
     z, _ = clips[:1]
-    size = max(1, AT_ONCE // z.numel())
+    size = max(1, AT_ONCE // (streams * z.numel()))
     for first in range(0, len(clips), size):
         yield clips[first:first + size]
 
 
-def phases_of(text, splits):
-    """
-    The names of the three phases that --phases asks for, of a data set with these splits.
+def groups(streams, adapted=()):
+    """The streams in groups that are small enough to be run at once; adapted: the parameters that each has of its own."""
+    z, _ = streams[0][:1]
+    size = max(1, AT_ONCE // max(z.numel(), sum(p.numel() for p in adapted)))
+    for first in range(0, len(streams), size):
+        yield streams[first:first + size]
 
-    Raises Refusal unless they are three, with a shift in the middle.
-    """
+
+def phases_of(text, splits):
+    """The names of the phases that --phases asks for, of a data set with these splits. Raises Refusal where there is none."""
     if text == 'auto' and 'test_A' in splits:
         return ['A', 'B', 'A']
     if text == 'auto':
         return ['A1' if 'test_A1' in splits else 'val', 'B', 'A2']
     phases = listed(text)
-    if len(phases) != 3:
-        raise Refusal(f'--phases={text}: must be three names, home, shift, home again: A,B,A')
-    if phases[1] in (phases[0], phases[2]):
-        raise Refusal(f'--phases={text}: the shift in the middle is the world of the phase before or after it')
+    if not phases:
+        raise Refusal('--phases=: name one domain or more, separated by commas: A,B,A')
     return phases
+
+
+def domain_of(phase):
+    """The world that a phase shows: its name without a number behind it (A2 is A again); val is of A, that of training."""
+    if phase == 'val':
+        return 'A'
+    return phase.rstrip('0123456789') or phase
 
 
 def tuned_on(text, phases, splits):
@@ -198,9 +232,14 @@ def split_of(phase):
 
 
 def labels_of(phases):
-    """How the phases are called: ['A', 'B', 'A'] → ['A₁', 'B', 'A₂'], and other names as they are."""
-    first, shift, last = phases
-    return [f'{first}₁', shift, f'{last}₂'] if first == last else phases
+    """How the phases are called: ['A', 'B', 'A'] → ['A₁', 'B', 'A₂'], and names that come once as they are."""
+    visits = Counter()
+    labels = []
+    for phase in phases:
+        visits[phase] += 1
+        number = ''.join('₀₁₂₃₄₅₆₇₈₉'[int(digit)] for digit in str(visits[phase]))
+        labels.append(phase + number if phases.count(phase) > 1 else phase)
+    return labels
 
 
 def open_splits(name, wanted, manifest):
@@ -216,28 +255,35 @@ class Experiment:
     """
     What every method goes through.
 
-    stream: Clips of the three phases. probes: {'A': Clips, 'B': Clips} of home and shift that are not in the stream;
-    home: the phase whose split those of home are from. probe_at: after how many clips of the stream they are scored.
-    shown: the clips of the stream whose predictions are kept. tuning: streams A→X→A. other: Clips of the first domain
-    that is tuned on, None where there is none.
+    clips: how many a phase has. domains: that of each phase. streams: Clips of all phases, in one order or several. probes:
+    {domain: Clips} that are in no stream. probe_at: after how many clips of a stream they are scored. shown: the clips of
+    the first stream whose predictions are kept. tuning: streams A→X→A. other: Clips of the first domain that is tuned on,
+    None where there is none.
     """
-    stream: Clips
+    clips: int
+    domains: list
+    streams: list
     probes: dict
-    home: str
-    probe_at: set
+    probe_at: list
     shown: list
     tuning: list
     other: Clips
+
+    @property
+    def shift(self):
+        """The first domain of the stream that is not home, or home where there is no other."""
+        return next((domain for domain in self.domains if domain != self.domains[0]), self.domains[0])
 
 
 def build_experiment(knobs, phases, shifts, splits, where):
     """
     The Experiment that the knobs ask for, of {name: Split}; shifts: what rates are tuned on. No clip is read.
 
-    What is used twice, such as the split of both home phases, gives other clips each time. Raises Refusal that names
-    all splits with too few clips.
+    What is used twice, such as the split of both home phases, gives other clips each time. The first stream takes the first
+    clips of each split, further ones draw from all that probes and tuning leave. Raises Refusal that names all splits with
+    too few clips.
     """
-    n, n_tune = knobs.clips, knobs.tune_clips
+    n, n_tune, n_probe = knobs.clips, knobs.tune_clips, knobs.probe_clips
     taken = Counter()
 
     def unseen(split, count):
@@ -246,7 +292,8 @@ def build_experiment(knobs, phases, shifts, splits, where):
         taken[split] += count
         return splits[split], range(first, first + count), 1
 
-    stream = [unseen(split_of(phase), n) for phase in phases]
+    first_stream = [unseen(split_of(phase), n) for phase in phases]
+    kept_apart = Counter(taken)
     tuning = []
     if shifts:
         start, end = unseen('val', n_tune), unseen('val', n_tune)
@@ -258,19 +305,43 @@ def build_experiment(knobs, phases, shifts, splits, where):
             split = splits[split_of(shift)]
             middles = [(split, range(min(2 * n_tune, len(split))), 1)]
         tuning += [Clips(where, start, middle, end) for middle in middles]
-    left = {phase: len(splits[split_of(phase)]) - taken[split_of(phase)] for phase in phases}
-    first, shift, last = phases
-    home = first if left[first] >= knobs.probe_clips else last
-    probes = {'A': Clips(where, unseen(split_of(home), knobs.probe_clips)),
-              'B': Clips(where, unseen(split_of(shift), knobs.probe_clips))}
+    probes = {}
+    domains = [domain_of(phase) for phase in phases]
+    for domain in dict.fromkeys(domains):
+        own = [split_of(phase) for phase in phases if domain_of(phase) == domain]
+        enough = [split for split in own if len(splits[split]) - taken[split] >= n_probe]
+        probes[domain] = Clips(where, unseen((enough or own[-1:])[0], n_probe))
     short = [f'{splits[split].name} has {len(splits[split])} clips, of which {count} are needed'
              for split, count in taken.items() if count > len(splits[split])]
     if short:
         raise Refusal(f'{"; ".join(short)} for stream, probes and tuning; lower --clips, --probe_clips or --tune_clips')
-    # At the end of each phase, too.
-    probe_at = {seen for seen in range(1, 3 * n + 1) if seen % knobs.probe_every == 0 or seen % n == 0}
-    # The last clips of the shift.
-    shown = list(range(2 * n - min(5, n), 2 * n))
-    domains = [splits[split_of(shift)] for shift in shifts if shift != 'scaled']
-    other = Clips(where, (domains[0], range(min(25, len(domains[0]))), 1)) if domains else None
-    return Experiment(Clips(where, *stream), probes, home, probe_at, shown, tuning, other)
+    streams = [Clips(where, *first_stream)]
+    for number in range(2, knobs.streams + 1):
+        streams.append(drawn_stream(number, phases, n, splits, kept_apart, taken, where))
+    # Before the stream and at the end of each phase, too.
+    probe_at = [seen for seen in range(len(phases) * n + 1) if seen % knobs.probe_every == 0 or seen % n == 0]
+    # The first and the last clips of the first shift.
+    shift = next((i for i, domain in enumerate(domains) if domain != domains[0]), 0)
+    shown = sorted({*range(shift * n, shift * n + min(12, n)), *range((shift + 1) * n - min(5, n), (shift + 1) * n)})
+    tuned = [splits[split_of(shift)] for shift in shifts if shift != 'scaled']
+    other = Clips(where, (tuned[0], range(min(25, len(tuned[0]))), 1)) if tuned else None
+    return Experiment(n, domains, streams, probes, probe_at, shown, tuning, other)
+
+
+def drawn_stream(number, phases, n, splits, streamed, taken, where):
+    """
+    Stream `number` (2, 3, ...) of n clips a phase: Clips drawn at random, none of them twice.
+
+    The first `streamed` clips of a split are those of the first stream; the next, up to `taken`, are for probes and tuning.
+    """
+    orders = {}
+    for name in {split_of(phase) for phase in phases}:
+        pool = [*range(streamed[name]), *range(taken[name], len(splits[name]))]
+        random = np.random.default_rng([number, zlib.crc32(name.encode())])
+        orders[name] = random.permutation(pool).tolist()
+    parts = []
+    for phase in phases:
+        order = orders[split_of(phase)]
+        parts.append((splits[split_of(phase)], order[:n], 1))
+        del order[:n]
+    return Clips(where, *parts)

@@ -9,7 +9,6 @@ in place of the MLP. Everything else (tokens, positions, interface) is shared wi
     predictor = build(Sizes(feature_dim=48))                    # ViT-AC or AC-HOPE-ViT, as the sizes say
     predictor, checkpoint = load('out/hope.pt')                 # in eval mode
 """
-import copy
 import math
 
 import torch
@@ -527,93 +526,94 @@ class CMS(nn.Module):
 
 class CMSWriter:
     """
-    The online writes of a predictor's CMS levels along a stream of clips.
+    The online writes of a predictor's CMS levels along a stream of clips, or along S streams at once.
 
-        z_hat, memory = writer(z, a, tau=tau)      the predictor with the written weights
-        writer.tick(loss, initial_loss)            after the look-back at a clip
+        z_hat, memory = writer(z, a, tau=tau)      the predictor with the written weights, of the first stream
+        writer.tick(loss, initial_loss)            after the look-back at a clip of each stream
 
-    Writes go to a copy: the predictor's own weights stay as they are. Level l is written when the tick counter is a multiple
-    of its period C_l (Eq. 71):
+    The predictor's own weights stay as they are; the written ones are .weights, {name: (S,...)}. Level l is written when the
+    tick counter is a multiple of its period C_l (Eq. 71):
 
         change_l <- change_l - rate / C_l * sum of the gradients of L since the last write
 
     so a slow level steps along the mean gradient of its window. L = loss^2 / 2, so its gradient is the loss times the
-    gradient of the loss: a clip that is predicted well causes hardly any write.
+    gradient of the loss: a clip that is predicted well causes hardly any write. rate: a number, or one for each stream.
 
     At every tick all changes and sums are multiplied by an earned retention, min(1, L_0 / L)^2, where L_0 is the L of the
     unwritten weights on the same clip. Writes that help are kept in full. When the old world is back, the written weights
     predict worse than the unwritten ones, and the writes are forgotten within two clips.
     """
 
-    def __init__(self, predictor, rate):
+    def __init__(self, predictor, rate, streams=1):
         self.rate = rate
         self.periods = predictor.sizes.cms_periods
-        self.net = copy.deepcopy(predictor).requires_grad_(False)
+        self.predictor = predictor
         self.ticks = 0
-        # The weights of each level, in all blocks: {name: parameter}.
-        self.levels = [{} for _ in self.periods]
-        for place, module in self.net.named_modules():
-            if not isinstance(module, CMS):
-                continue
-            for number, (weights, level) in enumerate(zip(self.levels, module.levels)):
-                for name, p in level.named_parameters():
-                    weights[f'{place}.levels.{number}.{name}'] = p.requires_grad_(True)
-        # The weights of all levels, fast to slow.
-        self.weights = {}
-        for level in self.levels:
-            self.weights.update(level)
-        self.initial = {name: p.detach().clone() for name, p in self.weights.items()}
+        # The names of the weights of each level, in all blocks.
+        self.levels = [[] for _ in self.periods]
+        # The weights of all levels, fast to slow, as they were trained.
+        self.initial = {}
+        for number, level in enumerate(self.levels):
+            for name, p in predictor.named_parameters():
+                if f'.cms.levels.{number}.' in name:
+                    level.append(name)
+                    self.initial[name] = p.detach()
         # The change of each weight, and the sum of its gradients since the last write.
-        self.changes = {name: torch.zeros_like(p) for name, p in self.initial.items()}
-        self.sums = {name: torch.zeros_like(p) for name, p in self.initial.items()}
-        self.retention = 1.0
+        self.changes = {name: p.new_zeros(streams, *p.shape) for name, p in self.initial.items()}
+        self.sums = {name: torch.zeros_like(change) for name, change in self.changes.items()}
+        self.retention = torch.ones(streams)
         self.write_norms = [0.0] * len(self.periods)
+        self.refresh()
 
     def __call__(self, *args, **kwargs):
-        """The predictor's forward with the written weights."""
-        return self.net(*args, **kwargs)
+        """The predictor's forward with the weights that the first stream has written."""
+        first = {name: weight[0] for name, weight in self.weights.items()}
+        return torch.func.functional_call(self.predictor, first, args, kwargs)
 
     def tick(self, loss, initial_loss):
         """
-        Look back at one clip: forget by the loss of the unwritten weights, initial_loss, and write the levels that are due
-        by the gradients of loss. Both are scalars.
+        Look back at one clip of each stream: forget by the loss of the unwritten weights, initial_loss, and write the levels
+        that are due by the gradients of loss. Both are (S,), or scalars for one stream.
         """
-        gradients = torch.autograd.grad(loss.square() / 2, list(self.weights.values()))
+        gradients = torch.autograd.grad((loss.square() / 2).sum(), list(self.weights.values()))
         self.ticks += 1
-        retention = earned_retention(loss.detach(), initial_loss)
+        self.retention = earned_retention(loss.detach(), initial_loss)
         for name, gradient in zip(self.weights, gradients):
+            retention = per_stream(self.retention, gradient)
             self.changes[name] = retention * self.changes[name]
             # The summed gradients were taken at the changed weights, so they are forgotten with the changes.
             self.sums[name] = retention * (self.sums[name] + gradient)
         for i, period in enumerate(self.periods):
             if self.ticks % period == 0:
                 self.write_norms[i] = self.write(self.levels[i], period)
-        self.retention = retention.item()
         self.refresh()
 
     def write(self, level, period):
         """Step along the summed gradients of a level's weights and start new sums; returns the norm of the step."""
-        steps = {name: self.rate / period * self.sums[name] for name in level}
+        steps = {name: per_stream(self.rate, self.sums[name]) / period * self.sums[name] for name in level}
         for name in level:
             self.changes[name] = self.changes[name] - steps[name]
             self.sums[name] = torch.zeros_like(self.sums[name])
         return norm(steps, level)
 
-    @torch.no_grad()
     def refresh(self):
         """Put the changes into the weights."""
-        for name, p in self.weights.items():
-            p.copy_(self.initial[name] + self.changes[name])
+        self.weights = {name: (p + self.changes[name]).requires_grad_(True) for name, p in self.initial.items()}
 
     def diagnostics(self):
-        """Per level, fast to slow: writes so far, retention, norm of the last write, drift |change| / |initial weights|."""
+        """
+        Per level, fast to slow: writes so far, and over the streams the mean retention and the norms of the last write and of
+        the drift, |change| / |initial weights|.
+        """
         rows = []
+        streams = len(next(iter(self.changes.values())))
         for level, period, write_norm in zip(self.levels, self.periods, self.write_norms):
+            initial = streams ** 0.5 * norm(self.initial, level)
             rows.append({
                 'writes': self.ticks // period,
-                'retention': self.retention,
-                'write norm': write_norm,
-                'drift': norm(self.changes, level) / norm(self.initial, level),
+                'retention': self.retention.mean().item(),
+                'write norm': write_norm / streams ** 0.5,
+                'drift': norm(self.changes, level) / initial,
             })
         return rows
 
@@ -627,6 +627,11 @@ class CMSWriter:
         self.changes = dict(state['changes'])
         self.sums = dict(state['sums'])
         self.refresh()
+
+
+def per_stream(values, x):
+    """A number, or one for each stream (S,), so that it multiplies x (S,...)."""
+    return torch.as_tensor(values, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.dim() - 1))
 
 
 def earned_retention(loss, initial_loss):

@@ -21,7 +21,7 @@ from support.finished import resume
 
 
 # What FEW says.
-FEW_KNOBS = SimpleNamespace(clips=6, probe_clips=6, probe_every=6, tune_clips=1)
+FEW_KNOBS = SimpleNamespace(clips=6, probe_clips=6, probe_every=6, tune_clips=1, streams=1)
 
 
 @pytest.fixture(scope='module')
@@ -40,14 +40,6 @@ def experiment(tiny):
     """The experiment that FEW asks for."""
     splits = {name: open_split(tiny, name) for name in ('test_A', 'test_B', 'test_C', 'val')}
     return build_experiment(FEW_KNOBS, ['A', 'B', 'A'], ['C'], splits, 'cpu')
-
-
-# Controls that take nothing from the clips of the stream.
-BLIND = ['push known', 'wrong world', 'no carry']
-# Every other method of the table but frozen, at the first of its rates.
-LEARNING = [name for name, method in adapt.METHODS.items() if method is not adapt.Frozen and name not in BLIND]
-TTA = [name for name in LEARNING if issubclass(adapt.METHODS[name], adapt.TTA)]
-RATES = {name: method.rates[0] if method.rates else None for name, method in adapt.METHODS.items()}
 
 
 @pytest.fixture(scope='module')
@@ -70,213 +62,12 @@ def own_phases(tiny, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def fitting(checkpoints, method):
-    """The first checkpoint that a test's `method` can run on."""
-    return next(c for c in checkpoints if adapt.METHODS[method].fits(c.predictor.sizes))
-
-
-def streamed(checkpoint, method, rate, stream, **more):
-    """stream: Clips, or (z, a)."""
-    if isinstance(stream, tuple):
-        stream = TensorDataset(*stream)
-    return adapt.run_stream(adapt.METHODS[method](checkpoint, rate), stream, **more)
-
-
-def losses(checkpoint, method, rate, stream):
-    return streamed(checkpoint, method, rate, stream)['loss']
-
-
-@pytest.mark.parametrize('method', LEARNING)
-def test_a_clip_is_scored_before_it_is_shown(fitting, experiment, method):
-    """Changing clip t beyond its target steps, or later clips, leaves the losses up to t untouched."""
-    (z, a), t = experiment.stream[:], 5
-    before = losses(fitting, method, RATES[method], (z, a))
-    z2, a2 = z.clone(), a.clone()
-    # Steps 2-5 of clip t are no targets.
-    z2[t, 1:5] += torch.randn_like(z2[t, 1:5])
-    z2[t + 1:] = z2[t + 1:].flip(0)
-    a2[t + 1:] += 1
-    after = losses(fitting, method, RATES[method], (z2, a2))
-    assert after[:t + 1] == before[:t + 1]
-    assert after[t + 1:] != before[t + 1:]
-
-
-@pytest.mark.parametrize('method', LEARNING)
-def test_a_prediction_knows_its_clip_by_the_first_step_alone(fitting, experiment, method):
-    """Whatever the later steps of clip t are, what was predicted for them is the same."""
-    (z, a), t = experiment.stream[:], 5
-    before = streamed(fitting, method, RATES[method], (z, a), shown=range(t + 1))['shown']
-    z2 = z.clone()
-    z2[t, 1:] += torch.randn_like(z2[t, 1:])
-    after = streamed(fitting, method, RATES[method], (z2, a), shown=range(t + 1))['shown']
-    assert all(torch.equal(before[i], after[i]) for i in range(t + 1))
-
-
-@pytest.mark.parametrize('method', LEARNING)
-def test_every_method_learns_from_the_look_back(fitting, experiment, method):
-    """The loss of clip t depends on what was shown at t-1."""
-    z, a = experiment.stream[:]
-    z2 = z.clone()
-    z2[3, 1:] = z[4, 1:]
-    before, after = (losses(fitting, method, RATES[method], (features, a)) for features in (z, z2))
-    assert before[4:] != after[4:]
-
-
-@pytest.mark.parametrize('method', TTA)
-def test_rate_zero_is_frozen_bit_for_bit(fitting, experiment, method):
-    assert losses(fitting, method, 0.0, experiment.stream) == losses(fitting, 'frozen', None, experiment.stream)
-
-
-def test_a_control_that_keeps_nothing_is_frozen(hope, experiment):
-    assert losses(hope, 'no carry', None, experiment.stream) == losses(hope, 'frozen', None, experiment.stream)
-
-
-def test_the_memory_is_what_teacher_forcing_would_write(hope, experiment):
-    """The method shows a clip to the action memory alone; through the interface the same state comes out."""
-    z, a = experiment.stream[:]
-    method = adapt.Memory(hope)
-    memory = None
-    for i in range(3):
-        method.look_back(z[i:i + 1], a[i:i + 1])
-        _, new = hope.predictor(z[i:i + 1, :-1], a[i:i + 1, :-1], memory=memory)
-        memory = new[:1]
-        assert torch.equal(method.memory[0], new[0])
-
-
-def test_the_shuffled_control_is_shown_the_push_of_the_clip_before(hope, experiment):
-    z, a = experiment.stream[:]
-    shuffled, memory = adapt.Shuffled(hope), adapt.Memory(hope)
-    for i in range(2):
-        shuffled.look_back(z[i:i + 1], a[i:i + 1])
-    memory.look_back(z[:1], a[:1])
-    memory.look_back(z[1:2], a[:1])
-    assert torch.equal(shuffled.memory[0], memory.memory[0])
-
-
-def test_the_wrong_world_is_written_before_the_stream_and_kept(hope, experiment):
-    z, a = experiment.stream[:]
-    wrong, memory = adapt.WrongWorld(hope, experiment=experiment), adapt.Memory(hope)
-    for i in range(len(experiment.other)):
-        memory.look_back(*experiment.other[i:i + 1])
-    wrong.look_back(z[:1], a[:1])
-    assert torch.equal(wrong.memory[0], memory.memory[0])
-
-
-def test_the_known_push_is_used_in_the_middle_phase_alone(hope, experiment):
-    """What it knows loses no more on the clips that it was fitted to than the push as it is given."""
-    known = adapt.run_stream(adapt.PushKnown(hope, experiment=experiment), experiment.stream)['loss']
-    frozen = losses(hope, 'frozen', None, experiment.stream)
-    assert known[:6] == frozen[:6] and known[12:] == frozen[12:] and known[6:12] != frozen[6:12]
-    z, a = experiment.probes['B'][:]
-    best = adapt.best_map(hope, experiment.probes['B'])
-    fitted, given = (adapt.feature_loss(adapt.predict_targets(hope.predictor, 'jump', hope.targets, z, a, memory),
-                                        z[:, hope.targets]).mean() for memory in ([best], None))
-    assert fitted < given
-
-
-def test_the_gain_writer_follows_the_gradient(hope, experiment):
-    """One step of its rule, the gradient by finite differences."""
-    z, a = experiment.stream[:1]
-    method = adapt.GainWriter(hope, 10.0)
-    method.predict(z, a)
-    method.look_back(z, a)
-
-    def half_square(gain):
-        z_hat = adapt.predict_targets(hope.predictor, 'jump', hope.targets, z, a * (1 + gain))
-        return adapt.feature_loss(z_hat.double(), z[:, hope.targets].double()).square().item() / 2
-    slope = (half_square(0.01) - half_square(-0.01)) / 0.02
-    assert method.change.item() == pytest.approx(-10 * slope, rel=0.05)
-
-
-@pytest.mark.parametrize('method, without', [('CMS', 'frozen'), ('Titan memory', 'frozen')])
-def test_rate_zero_writes_nothing(hope, experiment, method, without):
-    """A fresh action memory multiplies by the identity, which may move the last bit."""
-    expected = losses(hope, without, None, experiment.stream)
-    assert losses(hope, method, 0.0, experiment.stream) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize('method, rate', [('memory', None), ('CMS', 1.0), ('Titan memory', 0.5)])
-def test_a_kept_memory_goes_on_where_it_stopped(hope, experiment, method, rate):
-    """A stream cut in two, with the state handed in, is the uncut stream; without it the second half differs."""
-    z, a = experiment.stream[:]
-    whole = losses(hope, method, rate, (z, a))
-    first = streamed(hope, method, rate, (z[:7], a[:7]))
-    going_on = adapt.METHODS[method](hope, rate, first['state'])
-    assert first['loss'] + adapt.run_stream(going_on, TensorDataset(z[7:], a[7:]))['loss'] == whole
-    assert losses(hope, method, rate, (z[7:], a[7:])) != whole[7:]
-
-
-def test_diagnostics(hope, experiment):
-    """Every block's memory and every CMS level report along the stream; what is not asked for is not computed."""
-    row = streamed(hope, 'memory', None, experiment.stream)
-    last = dict(row['diagnostics'][-1])
-    assert 0 < last['retention, action memory'] < 1 and last['surprise, action memory'] > 0
-    assert 0 < last['gain, action memory'] < 3 and -180 <= last['angle, action memory'] <= 180
-    titan = streamed(hope, 'Titan memory', 0.5, experiment.stream)['diagnostics'][-1]
-    for b in (1, 2):
-        last.update({key: value for key, value in titan.items() if 'block' in key})
-        assert 0 < last[f'surprise, block {b}'] < 2 and 0 < last[f'write strength, block {b}'] < 1
-        assert 0 < last[f'gate, block {b}'] < 1 and 0 < last[f'retention, block {b}'] < 1
-        assert last[f'drift, block {b}'] > 0 and last[f'write norm, block {b}'] > 0
-    last.update(streamed(hope, 'CMS', 1.0, experiment.stream)['diagnostics'][-1])
-    assert [last[f'writes, CMS every {period}'] for period in (1, 4, 16)] == [18, 4, 1]
-    z = experiment.stream[17:][0][0]
-    copied = (z[hope.targets] - z[0]).abs().mean().item()
-    assert row['diagnostics'][-1]['surprise'] == pytest.approx(row['loss'][-1] / copied)
-    assert last['drift, CMS every 1'] > 0
-    assert 'drift, block 1' not in streamed(hope, 'CMS', 1.0, experiment.stream)['diagnostics'][-1]
-
-
-def test_probes_and_predictions_are_noted_when_they_are_asked_for(hope, experiment):
-    """Probes before the stream and after every sixth clip; probing changes nothing in the stream."""
-    row = streamed(hope, 'full TTA', 1e-2, experiment.stream, probes=experiment.probes, probe_at=experiment.probe_at,
-                   shown=experiment.shown)
-    assert [seen for seen, loss in row['probes']['A']] == [0, 6, 12, 18]
-    assert list(row['shown']) == [7, 8, 9, 10, 11]
-    assert row['loss'] == losses(hope, 'full TTA', 1e-2, experiment.stream)
-
-
-@pytest.mark.parametrize('method', LEARNING)
-def test_a_run_leaves_the_checkpoint_untouched(fitting, experiment, method):
-    before = copy.deepcopy(fitting.predictor.state_dict())
-    losses(fitting, method, RATES[method], experiment.stream)
-    after = fitting.predictor.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert all(p.requires_grad for p in fitting.predictor.parameters())
-
-
-@pytest.mark.parametrize('method, part', [
-    ('LN-TTA', 'norm'),
-    ('action TTA', 'action_encoder'),
-    ('full TTA', ''),
-    ('CMS', 'levels'),
-])
-def test_a_method_adapts_what_it_says(hope, method, part):
-    adapted = {id(p) for p in adapt.METHODS[method].adapts(hope.predictor)}
-    names = {name for name, p in hope.predictor.named_parameters() if id(p) in adapted}
-    assert names == {name for name, p in hope.predictor.named_parameters() if part in name}
-
-
-def test_one_clip_or_many_score_the_same(hope, experiment):
-    """A probe set is scored in one batch, the stream clip by clip: the same predictions."""
-    z, a = experiment.stream[:]
-    method = adapt.Memory(hope)
-    method.predict(z[:1], a[:1])
-    method.look_back(z[:1], a[:1])
-    method.diagnostics()
-    with torch.no_grad():
-        many = method.predict(z[:4], a[:4])
-        each = [method.predict(z[i:i + 1], a[i:i + 1]) for i in range(4)]
-    torch.testing.assert_close(many, torch.cat(each))
-
-
 def test_tuning_never_touches_b(experiment):
     # The same number of trials for every method.
     assert len({len(method.rates) for method in adapt.METHODS.values() if method.rates}) == 1
     (streamed,) = experiment.tuning
     assert places(streamed) == [('val', 0), ('test_C', 0), ('test_C', 1), ('val', 1)]
-    assert not {split for split, _ in places(streamed)} & {split for split, _ in places(experiment.stream)}
+    assert not {split for split, _ in places(streamed)} & {split for split, _ in places(experiment.streams[0])}
 
 
 # ---- phases ----------------------------------------------------------------------------------------------------------
@@ -307,7 +98,7 @@ def test_no_clip_serves_twice(phases, splits, home):
     """Stream, probes and tuning share splits, and no clips; home probes come from where there are enough."""
     named = {name: Named(name, count) for name, count in {**splits, 'test_C': 2}.items()}
     experiment = build_experiment(FEW_KNOBS, phases, ['C'], named, 'cpu')
-    shown = places(experiment.stream)
+    shown = places(experiment.streams[0])
     assert [split for split, _ in shown] == [split_of(phase) for phase in phases for _ in range(6)]
     used = shown + places(experiment.probes['A']) + places(experiment.probes['B']) + places(experiment.tuning[0])
     assert len(set(used)) == len(used) == 18 + 12 + 4 and experiment.home == home
@@ -530,7 +321,7 @@ def test_bfloat16_changes_little(tiny, trained, tmp_path):
     low, = adapt.read_checkpoints(trained['vit'], '', 'cpu', 'bfloat16')
     full, = adapt.read_checkpoints(trained['vit'], '', 'cpu', 'float32')
     splits = {name: open_split(tiny, name) for name in ('test_A', 'test_B', 'val')}
-    clips = build_experiment(FEW_KNOBS, ['A', 'B', 'A'], [], splits, 'cpu').stream
+    clips = build_experiment(FEW_KNOBS, ['A', 'B', 'A'], [], splits, 'cpu').streams
     for method, rate in (('frozen', None), ('full TTA', 1e-2), ('memory', None)):
         exact = torch.tensor(losses(full, method, rate, clips))
         rounded = torch.tensor(losses(low, method, rate, clips))
