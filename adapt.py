@@ -22,8 +22,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from compare import compare_csv, draw, drawn_rows, format_table, grouped, in_words, on_the_edge, results_csv, results_json
-from compare import title
+from compare import compare_csv, draw, draw_animation, draw_predictions, format_table, grouped, in_words, on_the_edge
+from compare import results_csv, results_json, shown_clips, title
 from configurator import Refusal, configure, listed
 from data import median_scene, pictures
 from experiment import batches, build_experiment, check_clips, further_than_training, groups, labels_of, open_splits
@@ -34,8 +34,7 @@ from methods import METHODS, TTA, LNTTA, WrongWorld, check_methods
 from metres import fit_readout, readout_error
 from model import feature_loss, pick_device
 from planning import make_goals, plan_pushes, plan_with_simulator, reached
-from support import plots
-from support.files import MALFORMED, claim, read_manifest, read_sealed, write_atomically, write_sealed, write_text
+from support.files import MALFORMED, claim, read_manifest, read_sealed, write_sealed, write_text
 from support.finished import FILES, check_memory_out, resume, run_key
 from support.running import make_slide
 from support.terminal import duration, progress
@@ -458,12 +457,27 @@ def write_results(folder, results, experiment, decoder, manifest):
         draw(os.path.join(folder, 'results.pdf'), [results], groups)
         written += ['results.png', 'results.pdf']
         if decoder is not None:
-            write_pictures(folder, results, groups, experiment, decoder, manifest)
-            written += ['predictions.png', 'stream.gif']
+            written += draw_shown(folder, results, groups, experiment, decoder, manifest)
     except ImportError:
         print(f'no pictures: pip install matplotlib, then python compare.py {folder} draws the stream')
     if decoder is None:
         print('no predictions.png: features that were imported without pictures cannot be turned back into pictures')
+    return written
+
+
+def draw_shown(folder, results, groups, experiment, decoder, manifest):
+    """Draw the clips whose predictions were kept → the names of the files that were written."""
+    def decode(z):
+        """Features (m,k,N,D) → pictures (m,k,H,W,3)."""
+        seen = pictures(z.cpu().float().flatten(0, 1), decoder, manifest['grid'], manifest['patch'])
+        return seen.unflatten(0, z.shape[:2]).numpy()
+    shown = shown_clips(results, groups, experiment.streams[0], decode)
+    written = []
+    if shown:
+        draw_predictions(os.path.join(folder, 'predictions.png'), shown)
+        written.append('predictions.png')
+        if draw_animation(os.path.join(folder, 'stream.gif'), shown):
+            written.append('stream.gif')
     return written
 
 
@@ -493,6 +507,7 @@ def prepared(knobs):
     for checkpoint in checkpoints:
         plans.append((checkpoint, rows_of(checkpoint, chosen, given, bool(shifts), experiment.other)))
     check_plans(knobs, plans)
+    after = planners(experiment, phases, splits['train'], where) if knobs.plan else {}
     resolved = {**vars(knobs), 'phases': ','.join(phases), 'tune_on': ','.join(shifts), 'device': where}
     files = {name: listed(getattr(knobs, name)) for name in ('ckpt', 'oracle', 'memory_in')}
     start = None
@@ -504,7 +519,7 @@ def prepared(knobs):
     decoder = read_decoder(knobs.data, manifest)
     kept = resume(knobs.out, key, where)
     return SimpleNamespace(where=where, checkpoints=checkpoints, manifest=manifest, phases=phases, shifts=shifts,
-                           splits=splits, experiment=experiment, plans=plans, start=start, key=key, decoder=decoder,
+                           splits=splits, experiment=experiment, plans=plans, planners=after, start=start, key=key, decoder=decoder,
                            kept=kept)
 
 
@@ -533,7 +548,8 @@ def main(knobs):
     if train.physics and all(stream.has_positions for stream in experiment.streams):
         readout = fit_readout(train, ready.where)
     rows = guesses(experiment, first.targets, median_scene(train).to(ready.where), readout)
-    rows += run_rows(ready.plans, experiment, kept, unfinished, ready.start, bool(knobs.memory_out), readout)
+    after = ready.planners
+    rows += run_rows(ready.plans, experiment, kept, unfinished, ready.start, bool(knobs.memory_out), readout, after)
     if knobs.memory_out:
         keep_memory(knobs.memory_out, ready.checkpoints, rows, ready.key)
     results = {

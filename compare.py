@@ -696,7 +696,7 @@ def shown_clips(results, groups, clips, decode):
     for name, (members, colour, _) in drawn_groups(kept, PREDICTED).items():
         row = members[0]
         predicted = np.concatenate([decode(row['shown'][place][None]) for place in places])
-        rows.append({'title': name, 'colour': colour, 'model': row['model'], 'method': row['method'],
+        rows.append({'title': name, 'colour': colour, 'model': row['model'], 'method': row['method'], 'seed': row['seed'],
                      'carries': row['carries'], 'predicted': predicted, 'loss': np.array(row['loss'][0])[places]})
     phase = places[0] // results['clips']
     begin = phase * results['clips']

@@ -5,7 +5,7 @@ import os
 from configurator import ROOT, Refusal
 from support.files import read_sealed, sha256
 
-FILES = 'table.txt', 'results.json', 'results.csv', 'results.png', 'predictions.png', 'unfinished.pt'
+FILES = 'table.txt', 'results.json', 'results.csv', 'compare.csv', 'results.png', 'results.pdf', 'predictions.png', 'stream.gif', 'unfinished.pt'
 
 
 def run_key(settings, files, checksum):
