@@ -1,8 +1,14 @@
-"""All plots, one function per panel. Each gets its numbers as parameters."""
+"""All plots, one function per picture or panel. Each gets its numbers as parameters."""
 import os
 import sys
 
 import numpy as np
+
+# Width in inches of what is printed: 16 cm.
+WIDTH = 6.3
+# The read-out's own error, and what is drawn on a right axis. No method has these.
+REFERENCE = '0.55'
+BESIDE = '0.4'
 
 
 def pyplot():
@@ -14,144 +20,403 @@ def pyplot():
     return plt
 
 
-# ---- adapt.py and compare.py -----------------------------------------------------------------------------------------
+# ---- adapt.py and compare.py: the stream -----------------------------------------------------------------------------
 
-def draw_stream(file, rows, n, loss_label, labels, home, diagnosed=None, kind='png'):
+def draw_stream(file, stream, lines, memory=None, kind='png'):
     """
-    A→X→A with n clips a phase: loss along the stream, held-out probes, and the diagnostics of one row.
+    A stream of phases, one panel below the other: loss, position error, held-out probes, and what one memory does.
 
-    file: an open file, written as `kind`, 'png' or 'pdf'. rows: [{'title', 'losses': a running mean of each run,
-    'probes': {'A': [(clip, loss), ...], 'B': ...}, 'bold', 'dotted'}, ...]. labels: the names of the phases; home: that
-    of the home probes. diagnosed: (title, {name: values (3n,)}, reference of the surprise) or None.
+    file: an open file, written as `kind`, 'png' or 'pdf'.
+    stream: {'labels': names of the phases, 'away': whether each is away from home, 'clips': n in each, 'loss': label of the
+    loss, 'bands': what the bands are, 'probes': what the held-out clips that are drawn are called, 'readout': the read-out's
+    own error in each phase in metres, or None}.
+    lines: [{'title', 'colour', 'style', 'width', 'loss': a band, 'metres': a band or None, 'probes': {name: (clips seen,
+    losses)}}, ...]; a band is (mean, lowest, highest), each (m,) for the last m clips, or (mean, None, None).
+    memory: {'title', 'colour', 'seen': {diagnostic: (repeats, clips)}} or None.
     """
     plt = pyplot()
-    heights = [2, 1.2, 1, 1] if diagnosed else [2, 1.2]
-    size = 9, 2.6 + 2.2 * len(heights)
-    fig, axes = plt.subplots(len(heights), 1, figsize=size, sharex=True, height_ratios=heights)
-    for ax in axes:
-        ax.axvspan(n, 2 * n, color='0.93', zorder=0)
-        ax.margins(x=0.01)
-    # Grey for the two guesses, the baselines without a model.
-    greys = ['0.6', '0.8']
-    bright = [f'C{i % 10}' for i in range(len(rows))]
-    colours = [greys.pop(0) if row['dotted'] else bright.pop(0) for row in rows]
-    loss_panel(axes[0], rows, colours, n, loss_label, labels)
-    probe_panel(axes[1], rows, colours, home, labels[1])
-    if diagnosed:
-        title, seen, reference = diagnosed
-        surprise_panel(axes[2], title, seen, n, reference, labels[0])
-        if 'gain, action memory' in seen:
-            map_panel(axes[3], seen)
-        else:
-            drift_panel(axes[3], seen)
-    axes[-1].set_xlabel('clip of the stream')
-    fig.tight_layout()
-    fig.savefig(file, dpi=100, format=kind)
+    heights = {'loss': 2.0}
+    if any(line['metres'] is not None for line in lines):
+        heights['metres'] = 1.35
+    for domain in stream['probes']:
+        heights[domain] = 1.05
+    if memory:
+        heights['memory'] = 0.9
+        heights['surprise'] = 0.9
+    # In inches: what stands left and right of the panels, above and below them, and between two.
+    left, right = 0.75, 0.3 + 0.062 * max(len(line['title']) for line in lines)
+    top, bottom, between = 0.25, 0.4, 0.2
+    height = top + bottom + sum(heights.values()) + between * (len(heights) - 1)
+    look = {'font.size': 8, 'axes.spines.top': False, 'axes.linewidth': 0.6, 'xtick.major.width': 0.6,
+            'ytick.major.width': 0.6, 'pdf.fonttype': 42}
+    with plt.rc_context(look):
+        fig, axes = plt.subplots(len(heights), 1, figsize=(WIDTH, height), sharex=True, squeeze=False,
+                                 height_ratios=heights.values())
+        mean_height = sum(heights.values()) / len(heights)
+        fig.subplots_adjust(left=left / WIDTH, right=1 - right / WIDTH, top=1 - top / height, bottom=bottom / height,
+                            hspace=between / mean_height)
+        axes = dict(zip(heights, axes[:, 0]))
+        for ax in axes.values():
+            shade_phases(ax, stream)
+        name_phases(axes['loss'], stream)
+        band_panel(axes['loss'], lines, 'loss', stream)
+        axes['loss'].set_ylabel(stream['loss'])
+        if 'metres' in axes:
+            metres_panel(axes['metres'], lines, stream)
+        for domain in stream['probes']:
+            probe_panel(axes[domain], lines, domain)
+        if memory:
+            memory_panels(axes['memory'], axes['surprise'], memory)
+        fig.align_ylabels(list(axes.values()))
+        axes[list(heights)[-1]].set_xlabel('clip of the stream')
+        for name, ax in axes.items():
+            if name not in ('memory', 'surprise'):
+                label_ends(ax)
+        fig.savefig(file, dpi=160, format=kind)
     plt.close(fig)
 
 
-def loss_panel(ax, rows, colours, n, label, labels):
-    """Running means of the rows' losses along the stream: their mean over the runs, and the band that the runs span."""
-    for row, colour in zip(rows, colours):
-        last = 3 * n
-        losses = np.array(row['losses'])
-        x = np.arange(last - losses.shape[1], last) + 1
-        width = 2 if row['bold'] else 1.2
-        style = ':' if row['dotted'] else '-'
-        ax.plot(x, losses.mean(0), label=row['title'], color=colour, lw=width, ls=style)
-        if len(losses) > 1:
-            ax.fill_between(x, losses.min(0), losses.max(0), color=colour, alpha=0.2, lw=0)
-    ax.set(ylabel=label, ylim=(0, None))
-    for x, phase in zip((0.5, 1.5, 2.5), labels):
-        ax.text(x * n, ax.get_ylim()[1] * 0.97, phase, ha='center', va='top')
-    ax.legend(fontsize=8, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=4)
+def shade_phases(ax, stream):
+    """Phases away from home are shaded, and a thin line stands between two phases."""
+    n = stream['clips']
+    for i, away in enumerate(stream['away']):
+        if away:
+            ax.axvspan(i * n, (i + 1) * n, color='0.93', lw=0, zorder=0)
+        if i:
+            ax.axvline(i * n, color='0.8', lw=0.6, zorder=0)
+    ax.set_xlim(0, n * len(stream['labels']))
+    ax.spines['right'].set_visible(False)
 
 
-def probe_panel(ax, rows, colours, home, shift):
-    """Losses on the held-out clips of the home world and of the shift."""
-    for row, colour in zip(rows, colours):
-        for name, style in (('A', '-'), ('B', '--')):
-            if row['probes']:
-                clips, losses = zip(*row['probes'][name])
-                ax.plot(clips, losses, style, color=colour, marker='.')
-    ax.set(ylabel=f'held-out probes\n{home} (solid), {shift} (dashed)', ylim=(0, None))
+def name_phases(ax, stream):
+    """The names of the phases above a panel."""
+    n = stream['clips']
+    for i, (label, away) in enumerate(zip(stream['labels'], stream['away'])):
+        weight = 'bold' if away else 'normal'
+        ax.annotate(label, ((i + 0.5) * n, 1), (0, 3), xycoords=('data', 'axes fraction'), textcoords='offset points',
+                    ha='center', va='bottom', fontsize=9, weight=weight)
+    ax.text(1.04, 1, stream['bands'], transform=ax.transAxes, va='center', fontsize=7, color='0.35')
 
 
-def surprise_panel(ax, title, seen, n, reference, first):
+def draw_line(ax, line, x, y, **more):
+    """One method's line, named at its end by label_ends()."""
+    ax.plot(x, y, color=line['colour'], ls=line['style'], lw=line['width'], label=line['title'], **more)
+
+
+def band_panel(ax, lines, key, stream, scale=1):
+    """Lines with bands along the stream, of what the lines hold under a key."""
+    last = stream['clips'] * len(stream['labels'])
+    for line in lines:
+        if line[key] is None:
+            continue
+        mean, low, high = line[key]
+        x = np.arange(last - len(mean), last) + 1
+        draw_line(ax, line, x, scale * mean)
+        if low is not None:
+            ax.fill_between(x, scale * low, scale * high, color=line['colour'], alpha=0.2, lw=0)
+    ax.set_ylim(0, None)
+
+
+def metres_panel(ax, lines, stream):
+    """Error of the position that is read out of predicted features, in cm, and that of the read-out itself in grey."""
+    band_panel(ax, lines, 'metres', stream, scale=100)
+    ax.set_ylabel('position error\n[cm]')
+    if stream['readout']:
+        n = stream['clips']
+        for i, metres in enumerate(stream['readout']):
+            ax.plot((i * n, (i + 1) * n), (100 * metres, 100 * metres), color=REFERENCE, lw=0.8, ls=(0, (1, 1)),
+                    label='read-out itself' if i == len(stream['readout']) - 1 else '')
+
+
+def probe_panel(ax, lines, name):
+    """Losses on held-out clips, of what is called `name`."""
+    for line in lines:
+        if name in line['probes']:
+            clips, losses = line['probes'][name]
+            draw_line(ax, line, clips, losses, marker='.', ms=4, clip_on=False)
+    ax.set(ylabel=f'loss on held-out\nclips of {name}', ylim=(0, None))
+
+
+def label_ends(ax):
+    """The names of the lines of a panel right of their ends, moved apart where they would overlap."""
+    lines = [line for line in ax.get_lines() if not line.get_label().startswith('_') and line.get_label()]
+    ends = np.array([line.get_ydata()[-1] for line in lines])
+    low, high = ax.get_ylim()
+    # Height of a line of text, in the units of the axis.
+    points = ax.get_window_extent().height * 72 / ax.figure.dpi
+    text = 9.5 / points * (high - low)
+    for line, end, place in zip(lines, ends, spread(ends, text, low, high)):
+        ax.annotate(line.get_label(), (1, end), (1.035, place), xycoords=('axes fraction', 'data'),
+                    textcoords=('axes fraction', 'data'), color=line.get_color(), fontsize=8, va='center',
+                    annotation_clip=False, arrowprops={'arrowstyle': '-', 'color': line.get_color(), 'lw': 0.6,
+                                                       'shrinkA': 1, 'shrinkB': 0, 'relpos': (0, 0.5)})
+
+
+def spread(places, gap, low, high):
     """
-    Surprises over their mean in the first phase, and in bold their means over 1, 2, 4, ... clips since the last switch
-    of worlds.
+    Places (n,) moved as little as possible until each two are `gap` apart, in the same order and within low..high.
 
-    Where there is an action memory, its retention is drawn above, from 0 to 1.
+    Least squares: less their gaps they must not decrease, so neighbours that would are put at their common mean.
     """
-    x = np.arange(3 * n) + 1
-    # The interval of 2^i clips starts at clip 2^i - 1 of a phase.
-    starts = []
-    for phase in range(3):
-        for i in range(n.bit_length()):
-            starts.append(phase * n + 2 ** i - 1)
-    lengths = np.diff(starts + [3 * n])
-    for key, values in seen.items():
-        kind, _, name = key.partition(', ')
-        if kind == 'surprise':
-            values = values / values[:n].mean()
-            means = np.add.reduceat(values, starts) / lengths
-            line, = ax.plot(x, np.repeat(means, lengths), lw=1.2, label=name or f'loss over {reference}')
-            ax.plot(x, values, color=line.get_color(), alpha=0.25, lw=0.8)
-    ax.set(ylabel=f'surprise, over\nits mean in {first}', ylim=(0, 1.3 * ax.get_ylim()[1]))
-    ax.legend(fontsize=8, loc='center left', title=title, title_fontsize=8)
-    if 'retention, action memory' in seen:
-        right = ax.twinx()
-        right.plot(x, seen['retention, action memory'], color='C2', lw=0.6, alpha=0.7)
-        # In the upper part of the panel.
-        right.set(ylabel='retention', ylim=(-2, 1.1), yticks=(0, 1))
-        right.yaxis.label.set_color('C2')
+    order = np.argsort(places, kind='stable')
+    groups = []
+    for i, place in enumerate(np.asarray(places)[order]):
+        groups.append([place - i * gap])
+        while len(groups) > 1 and np.mean(groups[-2]) > np.mean(groups[-1]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    moved = np.concatenate([[np.mean(group)] * len(group) for group in groups])
+    moved = np.clip(moved, low, max(low, high - gap * (len(order) - 1)))
+    result = np.empty(len(order))
+    result[order] = moved + gap * np.arange(len(order))
+    return result
 
 
-def map_panel(ax, seen):
-    """What the action memory does to a push of mean length: by how much it multiplies it, and by how much it turns it."""
-    gain = seen['gain, action memory']
-    angle = seen['angle, action memory']
-    x = np.arange(len(gain)) + 1
-    ax.axhline(1, color='0.7', lw=0.8, zorder=0)
-    ax.plot(x, gain, color='C0', lw=1.2)
-    ax.set(ylabel='push, times', ylim=(0, 1.15 * max(2, gain.max())))
-    ax.yaxis.label.set_color('C0')
+def memory_panels(upper, lower, memory):
+    """What a memory does along the stream, and below it its surprise and retention; bands: the range over the seeds."""
+    seen, colour = memory['seen'], memory['colour']
+    upper.set_title(f'{memory["title"]}, first stream', fontsize=8, loc='left', pad=3, color=colour)
+    if 'gain, action memory' not in seen:
+        drift_panel(upper, seen)
+        draw_range(lower, seen['surprise'], colour, '-')
+        lower.set(ylabel="surprise\n(loss / copy's)", ylim=(0, None))
+        return
+    gain, angle = seen['gain, action memory'], seen['angle, action memory']
+    upper.axhline(1, color='0.8', lw=0.6, zorder=0)
+    draw_range(upper, gain, colour, '-')
+    upper.set(ylim=(0, 1.15 * max(2, gain.max())), yticks=(0, 1, 2))
+    upper.set_ylabel('M multiplies\nthe push by', color=colour)
     if np.isfinite(angle).all():
-        right = ax.twinx()
-        right.plot(x, angle, color='C1', lw=1.2)
-        right.set(ylabel='push, turned by\n[degrees]', ylim=(-90, 90), yticks=(-80, -40, 0, 40, 80))
-        right.yaxis.label.set_color('C1')
+        right = right_axis(upper, 'turns it by\n[degrees]')
+        draw_range(right, angle, BESIDE, '--')
+        right.set(ylim=(-90, 90), yticks=(-60, 0, 60))
+    draw_range(lower, seen['surprise, action memory'], colour, '-')
+    lower.set_ylim(0, None)
+    lower.set_ylabel('surprise\n[share of push]', color=colour)
+    right = right_axis(lower, 'retention,\nmean of 10')
+    # Single clips flicker between keeping and forgetting.
+    width = min(10, gain.shape[1])
+    kept = [np.convolve(values, np.ones(width) / width, 'valid') for values in seen['retention, action memory']]
+    draw_range(right, np.array(kept), BESIDE, '--')
+    right.set(ylim=(0, 1.05), yticks=(0, 0.5, 1))
+
+
+def right_axis(ax, label):
+    """A second axis on the right."""
+    right = ax.twinx()
+    right.spines['right'].set_visible(True)
+    right.set_ylabel(label, color=BESIDE)
+    return right
+
+
+def draw_range(ax, values, colour, style):
+    """The mean of values (repeats, clips) along the stream, and the band that they span."""
+    last = int(ax.get_xlim()[1])
+    x = np.arange(last - values.shape[1], last) + 1
+    ax.plot(x, values.mean(0), color=colour, ls=style, lw=1)
+    if len(values) > 1:
+        ax.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.2, lw=0)
 
 
 def drift_panel(ax, seen):
     """Distance of each block's memory and of each CMS level from its initial weights."""
+    styles = ['-', '--', ':', '-.']
     for key, values in seen.items():
         kind, _, name = key.partition(', ')
         if kind == 'drift':
-            x = np.arange(len(values)) + 1
-            style = '--' if 'CMS' in key else '-'
-            ax.plot(x, values, label=name, ls=style, lw=1.2)
+            draw_range(ax, values, 'black', styles[0])
+            ax.get_lines()[-1].set_label(name)
+            styles = styles[1:] + styles[:1]
     ax.set(ylabel='drift from\ninitial weights', yscale='log', ylim=(1e-4, 20))
-    ax.legend(fontsize=8, loc='upper left', ncols=3)
+    ax.legend(fontsize=7, loc='upper left', ncols=3, frameon=False)
 
 
-def draw_predictions(file, columns, middle):
-    """The last clips of the middle phase and their predictions: {heading: pictures (clips,H,W,3) in 0..1} → PNG."""
+# ---- adapt.py: pictures of predictions -------------------------------------------------------------------------------
+
+def places_of(pictures):
+    """
+    Where the object is: pictures (m,H,W,3) of one camera → (m,2), x and y in pixels.
+
+    The object is what differs from the median of all pictures by more than half of the most.
+    """
+    differs = np.abs(pictures - np.median(pictures, axis=0)).sum(-1)
+    differs[differs < 0.5 * differs.max((1, 2), keepdims=True)] = 0
+    mass = np.maximum(differs.sum((1, 2)), 1e-12)
+    y, x = np.indices(differs.shape[1:])
+    return np.stack([(differs * x).sum((1, 2)) / mass, (differs * y).sum((1, 2)) / mass], -1)
+
+
+def places_of_all(seen):
+    """places_of() for pictures of clips (clips,k,H,W,3) → (clips,k,2)."""
+    return places_of(seen.reshape(-1, *seen.shape[2:])).reshape(*seen.shape[:2], 2)
+
+
+def arrows_of(shown):
+    """Where the pushes of shown clips begin and how far they reach, in pixels → two (clips,2), or None without pushes."""
+    if shown['pushes'] is None:
+        return None
+    longest = np.linalg.norm(shown['pushes'], axis=1).max()
+    # The longest is two fifths of a picture.
+    reach = 0.4 * shown['seen'].shape[3] / max(longest, 1e-12) * shown['pushes']
+    return places_of_all(shown['seen'])[:, 0], reach
+
+
+def show_picture(ax, picture):
+    """A picture, enlarged smoothly, without axes."""
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    return ax.imshow(picture, interpolation='bicubic')
+
+
+def show_push(ax, start, reach):
+    """The arrow of a push."""
+    return ax.annotate('', start + reach, start, annotation_clip=False,
+                       arrowprops={'arrowstyle': '-|>', 'color': 'white', 'lw': 1.2, 'shrinkA': 0, 'shrinkB': 0})
+
+
+def draw_predictions(file, shown, clips=5):
+    """The last of compare.shown_clips(): what was given, what came, and what each method predicted for the last step."""
     plt = pyplot()
-    rows = len(next(iter(columns.values())))
-    size = 1.35 * len(columns), 1.4 * rows + 0.4
-    fig, axes = plt.subplots(rows, len(columns), figsize=size, squeeze=False)
-    for column, (heading, pictures) in zip(axes.T, columns.items()):
-        for ax, picture in zip(column, pictures):
-            ax.imshow(picture)
-            ax.set_xticks([])
-            ax.set_yticks([])
-        column[0].set_title(heading, fontsize=8)
-    fig.suptitle(f'Last clips of {middle}: what was seen, and what each method predicted for the last step', fontsize=9)
-    fig.tight_layout()
-    fig.savefig(file, dpi=100)
+    clips = range(len(shown['numbers']))[-clips:]
+    arrows = arrows_of(shown)
+    truth = places_of_all(shown['seen'])
+    headings = [('given:\nstep 1, push', 'black'), (f'what came:\nstep {shown["steps"][-1]}', 'black')]
+    headings += [(row['title'].replace(' ', '\n', 1), row['colour']) for row in shown['rows']]
+    side = WIDTH / 7
+    with plt.rc_context({'font.size': 8}):
+        size = side * len(headings), (side + 0.12) * len(clips) + 0.75
+        fig, axes = plt.subplots(len(clips), len(headings), figsize=size, squeeze=False)
+        for line, clip in zip(axes, clips):
+            show_picture(line[0], shown['seen'][clip, 0])
+            if arrows:
+                show_push(line[0], arrows[0][clip], arrows[1][clip])
+            line[0].set_ylabel(f'clip {shown["numbers"][clip]}', fontsize=7)
+            show_picture(line[1], shown['seen'][clip, -1])
+            for ax, row in zip(line[2:], shown['rows']):
+                show_picture(ax, row['predicted'][clip, -1])
+                ax.set_xlabel(f'loss {row["loss"][clip]:.3f}', fontsize=7, labelpad=1.5)
+            for ax in line[1:]:
+                ax.plot(*truth[clip, -1], 'o', ms=15, mfc='none', mec='white', mew=0.6)
+        for ax, (heading, colour) in zip(axes[0], headings):
+            ax.set_title(heading, fontsize=8, color=colour)
+        fig.suptitle(f'Last clips of {shown["phase"]}, predicted from step 1 and the push alone; '
+                     'ring: where the object came to be', fontsize=8.5)
+        fig.tight_layout(pad=0.4, w_pad=0.4, h_pad=0.3)
+        fig.savefig(file, dpi=160, format='png')
     plt.close(fig)
+
+
+# Milliseconds that the animation shows step 1, a target step, the last target step, and the very last picture.
+SHOWN_FOR = 900, 350, 1100, 3500
+
+
+def draw_animation(file, shown, clips=12):
+    """
+    GIF of the first of compare.shown_clips(), one after the other: what came, and what two methods predicted.
+
+    shown['rows']: the two. Each clip begins with step 1 and the push. A ring stands where the object really came to be. The
+    strip below shows the losses so far.
+    """
+    plt = pyplot()
+    from PIL import Image
+    clips = min(clips, len(shown['numbers']))
+    last = len(shown['steps'])
+    fig, update = animation(plt, shown, clips)
+    frames, durations = [], []
+    for clip in range(clips):
+        for step in range(last + 1):
+            update(clip, step)
+            fig.canvas.draw()
+            frames.append(Image.fromarray(np.asarray(fig.canvas.buffer_rgba())[..., :3].copy()))
+            durations.append(SHOWN_FOR[1])
+        durations[-last - 1] = SHOWN_FOR[0]
+        durations[-1] = SHOWN_FOR[2]
+    durations[-1] = SHOWN_FOR[3]
+    plt.close(fig)
+    palette = common_palette(frames)
+    # Without dithering: nothing flickers, and what does not change takes no space.
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    frames[0].save(file, format='GIF', save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=False)
+
+
+def common_palette(frames):
+    """
+    One palette for all frames, a picture of mode P: white, black and the other most frequent colours as they are, and 240
+    for all the rest, the many colours of few pixels that the objects have.
+    """
+    from PIL import Image
+    codes = [np.asarray(frame).astype(np.int32) @ [65536, 256, 1] for frame in frames]
+    counts = np.bincount(np.concatenate([code.ravel() for code in codes]), minlength=2 ** 24)
+    there = np.flatnonzero(counts)
+    # The most frequent ones last.
+    there = there[np.argsort(counts[there], kind='stable')]
+    colours = np.stack([there >> 16, there >> 8 & 255, there & 255], -1).astype(np.uint8)
+    rest = Image.fromarray(colours[None]).quantize(240, method=Image.Quantize.MEDIANCUT)
+    palette = Image.new('P', (1, 1))
+    palette.putpalette(colours[-16:].ravel().tolist() + rest.getpalette()[:720])
+    return palette
+
+
+def animation(plt, shown, clips):
+    """The figure of the animation, and the function that sets it to step number `step` of what is shown of clip `clip`."""
+    numbers, steps, seen, rows = shown['numbers'], shown['steps'], shown['seen'], shown['rows']
+    arrows = arrows_of(shown)
+    truth = places_of_all(seen)
+    width, height = 7.2, 4.2
+    fig = plt.figure(figsize=(width, height), dpi=100)
+    title = fig.text(0.02, 0.945, '', fontsize=13, weight='bold')
+    moment = fig.text(0.98, 0.945, '', fontsize=12, ha='right')
+    panels, pictures, rings, pushes = [], [], [], []
+    headings = [('what happens', 'black')] + [(f'{row["title"]} predicts', row['colour']) for row in rows]
+    for i, (heading, colour) in enumerate(headings):
+        ax = fig.add_axes((0.02 + 0.325 * i, 0.335, 0.31, 0.31 * width / height))
+        ax.set_title(heading, fontsize=11, color=colour, weight='bold', pad=4)
+        panels.append(ax)
+        pictures.append(show_picture(ax, seen[0, 0]))
+        rings += ax.plot([], [], 'o', ms=26, mfc='none', mec='white', mew=1)
+    fig.text(0.98, 0.325, 'ring: where the object really is', fontsize=8, ha='right', va='top', color='0.35')
+    curves = loss_strip(fig, shown, clips)
+
+    def update(clip, step):
+        title.set_text(f'{shown["phase"]}: clip {numbers[clip]} after the switch')
+        moment.set_text(f'step {steps[step - 1]} of {steps[-1]}' if step else 'given: step 1 and the push')
+        pictures[0].set_data(seen[clip, step])
+        for picture, row in zip(pictures[1:], rows):
+            picture.set_data(row['predicted'][clip, step - 1] if step else seen[clip, 0])
+        for ring in rings:
+            ring.set_data(*truth[clip, step][:, None])
+            ring.set_visible(step > 0)
+        while pushes:
+            pushes.pop().remove()
+        if arrows and step == 0:
+            pushes.extend(show_push(ax, arrows[0][clip], arrows[1][clip]) for ax in panels)
+        # A clip is scored at its last step.
+        scored = clip + (step == len(steps))
+        for curve, row in zip(curves, rows):
+            curve.set_data(np.arange(scored) + 1, row['loss'][:scored])
+    return fig, update
+
+
+def loss_strip(fig, shown, clips):
+    """The strip of losses below the pictures of the animation → an empty curve for each row."""
+    rows = shown['rows']
+    highest = max(row['loss'][:clips].max() for row in rows)
+    strip = fig.add_axes((0.085, 0.095, 0.74, 0.17))
+    strip.spines[['top', 'right']].set_visible(False)
+    strip.set(xlim=(0.5, clips + 0.5), ylim=(0, 1.12 * highest), ylabel='loss')
+    strip.set_xticks(range(1, clips + 1), [str(number) for number in shown['numbers'][:clips]])
+    strip.locator_params(axis='y', nbins=3)
+    strip.tick_params(labelsize=8)
+    strip.set_xlabel(f'clip of {shown["phase"]}', fontsize=9, labelpad=1)
+    curves = []
+    for row, style, marker in zip(rows, ('--', '-'), ('s', 'o')):
+        curves += strip.plot([], [], color=row['colour'], ls=style, marker=marker, ms=5, lw=1.4, clip_on=False)
+    ends = [row['loss'][clips - 1] for row in rows]
+    for row, place in zip(rows, spread(ends, 0.3 * highest, 0, highest)):
+        strip.annotate(row['title'], (1.01, place), xycoords=('axes fraction', 'data'), color=row['colour'], va='center',
+                       fontsize=10, annotation_clip=False)
+    return curves
 
 
 # ---- prepare.py ------------------------------------------------------------------------------------------------------
