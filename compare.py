@@ -548,7 +548,7 @@ STYLES = {
     ('hope', 'memory'): ('#D55E00', '-'),
     ('hope', 'frozen'): ('black', (0, (5, 1.5))),
     ('vit', 'LN-TTA'): ('#0072B2', (0, (4, 1, 1, 1))),
-    ('vit', 'memory'): ('#009E73', '-'),
+    ('vit', 'memory'): ('#009E73', (0, (7, 1))),
     ('hope', 'LN-TTA'): ('#56B4E9', (0, (2, 1))),
     ('', 'blank'): ('0.6', ':'),
     ('vit', 'frozen'): ('0.35', (0, (6, 1, 1, 1, 1, 1))),
@@ -586,8 +586,8 @@ def band(rows, key, repeats):
     """
     10-clip means along the stream of the rows of a group → (mean, lowest, highest), or None where one has none.
 
-    Of several rows, which are seeds or runs, each a mean over its streams: the range. Of one row the mean over its streams
-    and two standard errors of it; no band (None) where other groups have several rows, `repeats`.
+    Of several rows, which are seeds or runs, each a mean over its streams: the range. Of one row: two standard errors
+    of the mean over its streams, or no band (None) where other groups have several rows, `repeats`.
     """
     if any(row[key] is None for row in rows):
         return None
@@ -618,8 +618,8 @@ def line_of(name, rows, colour, style, results, repeats):
     probes = {}
     for held_out, domains in probed(results).items():
         if rows[0]['probes']:
-            losses = np.mean([row['probes'][domain] for row in rows for domain in domains], axis=(0, 1))
-            probes[held_out] = results['probe_at'], losses
+            losses = np.concatenate([row['probes'][domain] for row in rows for domain in domains])
+            probes[held_out] = results['probe_at'], losses.mean(0)
     width = 1.0
     if 'memory' in rows[0]['carries']:
         width = 1.6
@@ -658,7 +658,8 @@ def draw(path, found, groups):
     repeats = max(len(rows) for rows, _, _ in drawn.values())
     bands = ''
     if repeats > 1:
-        bands = f'bands: range of\n{repeats} seeds'
+        what = 'runs' if len(found) > 1 else 'seeds'
+        bands = f'bands: range of\n{repeats} {what}'
     elif one['streams'] > 1:
         bands = f'bands: 2 std. errors\nover {one["streams"]} streams'
     readout = one['readout'] and [one['readout'][domain] for domain in one['domains']]
@@ -712,7 +713,7 @@ def shown_clips(results, groups, clips, decode):
 
 
 def animated_rows(shown):
-    """Which two rows the animation compares: the first that carries a memory and its model frozen; None without both."""
+    """The two rows that the animation compares, a model frozen and with a memory that it carries; None without both."""
     for row in shown['rows']:
         frozen = row_of(shown['rows'], row['model'], 'frozen')
         if frozen and 'memory' in row['carries']:

@@ -27,12 +27,17 @@ def draw_stream(file, stream, lines, memory=None, kind='png'):
     A stream of phases, one panel below the other: loss, position error, held-out probes, and what one memory does.
 
     file: an open file, written as `kind`, 'png' or 'pdf'.
-    stream: {'labels': names of the phases, 'away': whether each is away from home, 'clips': n in each, 'loss': label of the
-    loss, 'bands': what the bands are, 'probes': what the held-out clips that are drawn are called, 'readout': the read-out's
-    own error in each phase in metres, or None}.
-    lines: [{'title', 'colour', 'style', 'width', 'loss': a band, 'metres': a band or None, 'probes': {name: (clips seen,
-    losses)}}, ...]; a band is (mean, lowest, highest), each (m,) for the last m clips, or (mean, None, None).
-    memory: {'title', 'colour', 'seen': {diagnostic: (repeats, clips)}} or None.
+    stream: a dict
+        labels, away   the name of each phase, and whether it is away from home
+        clips          n in each phase
+        loss, bands    the label of the loss, and what the bands are
+        probes         what the held-out clips are called
+        readout        the read-out's own error in each phase in metres, or None
+    lines: a dict for each method
+        title, colour, style, width
+        loss, metres   bands: (mean, lowest, highest), each (m,) for the last m clips, the latter two or None
+        probes         {what they are called: (clips seen, losses)}
+    memory: {'title', 'colour', 'seen': {diagnostic: (seeds, clips)}}, or None.
     """
     plt = pyplot()
     heights = {'loss': 2.0}
@@ -251,7 +256,7 @@ def places_of_all(seen):
 
 
 def arrows_of(shown):
-    """Where the pushes of shown clips begin and how far they reach, in pixels → two (clips,2), or None without pushes."""
+    """Where the pushes of shown clips begin, and how far they reach: two (clips,2) in pixels; None without pushes."""
     if shown['pushes'] is None:
         return None
     longest = np.linalg.norm(shown['pushes'], axis=1).max()
@@ -276,7 +281,7 @@ def show_push(ax, start, reach):
 
 
 def draw_predictions(file, shown, clips=5):
-    """The last of compare.shown_clips(): what was given, what came, and what each method predicted for the last step."""
+    """The last of compare.shown_clips(): what was given, what came, and what methods predicted for the last step."""
     plt = pyplot()
     clips = range(len(shown['numbers']))[-clips:]
     arrows = arrows_of(shown)
@@ -315,8 +320,8 @@ def draw_animation(file, shown, clips=12):
     """
     GIF of the first of compare.shown_clips(), one after the other: what came, and what two methods predicted.
 
-    shown['rows']: the two. Each clip begins with step 1 and the push. A ring stands where the object really came to be. The
-    strip below shows the losses so far.
+    shown['rows']: the two. Each clip begins with step 1 and the push. A ring stands where the object really came to be.
+    The strip below shows the losses so far.
     """
     plt = pyplot()
     from PIL import Image
@@ -337,13 +342,16 @@ def draw_animation(file, shown, clips=12):
     palette = common_palette(frames)
     # Without dithering: nothing flickers, and what does not change takes no space.
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    frames[0].save(file, format='GIF', save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=False)
+    frames[0].save(file, format='GIF', save_all=True, append_images=frames[1:], duration=durations, loop=0,
+                   optimize=False)
 
 
 def common_palette(frames):
     """
-    One palette for all frames, a picture of mode P: white, black and the other most frequent colours as they are, and 240
-    for all the rest, the many colours of few pixels that the objects have.
+    One palette for all frames, a picture of mode P.
+
+    White, black and the other most frequent colours stay as they are. All the rest share 240: an object has many, each of
+    few pixels.
     """
     from PIL import Image
     codes = [np.asarray(frame).astype(np.int32) @ [65536, 256, 1] for frame in frames]
@@ -359,7 +367,7 @@ def common_palette(frames):
 
 
 def animation(plt, shown, clips):
-    """The figure of the animation, and the function that sets it to step number `step` of what is shown of clip `clip`."""
+    """The figure of the animation, and the function update(clip, step) that sets it; step 0 is step 1 of a clip."""
     numbers, steps, seen, rows = shown['numbers'], shown['steps'], shown['seen'], shown['rows']
     arrows = arrows_of(shown)
     truth = places_of_all(seen)
@@ -414,8 +422,8 @@ def loss_strip(fig, shown, clips):
         curves += strip.plot([], [], color=row['colour'], ls=style, marker=marker, ms=5, lw=1.4, clip_on=False)
     ends = [row['loss'][clips - 1] for row in rows]
     for row, place in zip(rows, spread(ends, 0.3 * highest, 0, highest)):
-        strip.annotate(row['title'], (1.01, place), xycoords=('axes fraction', 'data'), color=row['colour'], va='center',
-                       fontsize=10, annotation_clip=False)
+        strip.annotate(row['title'], (1.01, place), xycoords=('axes fraction', 'data'), color=row['colour'],
+                       va='center', fontsize=10, annotation_clip=False)
     return curves
 
 

@@ -8,9 +8,10 @@ import torch
 import compare
 from support import plots
 
-METHODS = [('', '', 'copy'), ('', '', 'blank'), ('HOPE', 'hope', 'frozen'), ('HOPE', 'hope', 'LN-TTA'),
-           ('HOPE', 'hope', 'CMS'), ('HOPE', 'hope', 'memory'), ('ViT-AC', 'vit', 'frozen'), ('ViT-AC', 'vit', 'LN-TTA'),
-           ('ViT-AC', 'vit', 'memory'), ('oracle', 'oracle', 'frozen')]
+METHODS = [('', '', 'copy'), ('', '', 'blank'),
+           ('HOPE', 'hope', 'frozen'), ('HOPE', 'hope', 'LN-TTA'), ('HOPE', 'hope', 'CMS'), ('HOPE', 'hope', 'memory'),
+           ('ViT-AC', 'vit', 'frozen'), ('ViT-AC', 'vit', 'LN-TTA'), ('ViT-AC', 'vit', 'memory'),
+           ('oracle', 'oracle', 'frozen')]
 N, K, PATCHES, D = 12, 3, 4, 5
 
 
@@ -119,7 +120,8 @@ def test_pictures_of_predictions(tmp_path):
     Image = pytest.importorskip('PIL.Image')
     pytest.importorskip('matplotlib')
     shown, results = shown_of()
-    assert shown['phase'] == 'B' and shown['numbers'] == list(range(1, N + 1)) and shown['seen'].shape == (N, 4, 20, 20, 3)
+    assert shown['phase'] == 'B' and shown['numbers'] == list(range(1, N + 1))
+    assert shown['seen'].shape == (N, 1 + K, 20, 20, 3)
     titles = [row['title'] for row in shown['rows']]
     assert titles == ['HOPE frozen', 'HOPE LN-TTA', 'HOPE memory', 'ViT-AC LN-TTA', 'ViT-AC memory']
     # What was predicted is what came, in float16.
