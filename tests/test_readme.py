@@ -183,7 +183,7 @@ def links(path):
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: os.path.relpath(page, ROOT))
 def test_page(page):
-    """Links lead somewhere, no command is out of the reach of the tests, and pictures say what is on them."""
+    """Links lead somewhere, commands are where the tests find them, tables are whole, pictures say what is on them."""
     for file, anchor in links(page):
         target = os.path.normpath(os.path.join(os.path.dirname(page), file)) if file else page
         assert os.path.exists(target), file
@@ -194,6 +194,9 @@ def test_page(page):
         assert language in ('', 'bash', 'python')
         assert language == 'bash' or not re.search(r'^(\$|python |torchrun |pip )', block, re.M), block
     assert not re.search('`(python|torchrun) ', text), 'a command that is not in a block of its own'
+    for table in re.findall(r'(?:^\|.*\n)+', text, re.M):
+        rows = table.splitlines()
+        assert set(rows[1]) <= set('|-') and len({row.count('|') for row in rows}) == 1, table
     assert '![]' not in text
 
 
