@@ -77,6 +77,8 @@ def small_adapt(args, tiny, trained, tmp_path):
     for file, small in files.items():
         args = [arg.replace(file, small) for arg in args]
     args += [f'--data={tiny}', f'--out={tmp_path}/aba', '--clips=4', '--probe_clips=4', '--tune_clips=1', '--device=cpu']
+    if 'config/report.py' in args:
+        args += [f'--ckpt={trained["hope"]},{trained["vit"]}', f'--oracle={trained["vit"]}', '--streams=2']
     if f'--memory_in={tmp_path}/memory.pt' in args:
         run('adapt.py', *[arg.replace('memory_in', 'memory_out') for arg in args], f'--out={tmp_path}/first')
     return args
