@@ -1,4 +1,4 @@
-"""Every command of the README and of docs/ runs, on tiny settings."""
+"""Every command and example of the README and of docs/ runs, on tiny settings; every link leads somewhere."""
 import glob
 import os
 import re
@@ -9,21 +9,36 @@ import pytest
 import torch
 from conftest import ROOT, TINY, fake_results, official_predictor, official_weights, own_clip, own_clips, run
 
+README = os.path.join(ROOT, 'README.md')
+PAGES = [README, *sorted(glob.glob(os.path.join(ROOT, 'docs', '**', '*.md'), recursive=True))]
+
+
+def read(path):
+    with open(path, encoding='utf-8') as f:
+        return f.read()
+
+
+def fences(*paths):
+    """The fenced blocks of some pages → [(language, text)]."""
+    return [block for path in paths for block in re.findall(r'^```([^\n]*)\n(.*?)^```$', read(path), re.S | re.M)]
+
+
+def unrolled(script):
+    """A shell script in which each loop `for x in 1 2; do ... done` stands for its first value alone."""
+    return re.sub(r'^for (\w+) in (\S+).*?; do\n(.*?)^done$', lambda loop: loop[3].replace(f'${loop[1]}', loop[2]),
+                  script, flags=re.S | re.M)
+
 
 def commands_in(*paths):
     """The commands of every fenced block of some pages, split at && and without their comments."""
-    blocks = []
-    for path in paths:
-        with open(path, encoding='utf-8') as f:
-            blocks += re.findall(r'```(?:bash|sh)\n(.*?)```', f.read(), re.S)
-    lines = [line.split('   #')[0].strip() for block in blocks for line in block.splitlines()]
+    scripts = [unrolled(text) for language, text in fences(*paths) if language == 'bash']
+    lines = [line.split('   #')[0].strip() for script in scripts for line in script.splitlines()]
     return list(dict.fromkeys(part.strip() for line in lines for part in line.split('&&') if part.strip()))
 
 
 def readme_commands():
-    """The commands of the README and of docs/, without those of the page that tests/test_own_data.py runs as a whole."""
-    pages = sorted(glob.glob(os.path.join(ROOT, 'docs', '*.md')))
-    return commands_in(os.path.join(ROOT, 'README.md'), *[page for page in pages if not page.endswith('own_data.md')])
+    """The commands of all pages but the one that tests/test_own_data.py runs as a whole."""
+    return commands_in(*[page for page in PAGES if not page.endswith('own_data.md')])
 
 
 def small_prepare(args, tiny, trained, tmp_path):
@@ -62,6 +77,8 @@ def small_adapt(args, tiny, trained, tmp_path):
     for file, small in files.items():
         args = [arg.replace(file, small) for arg in args]
     args += [f'--data={tiny}', f'--out={tmp_path}/aba', '--clips=4', '--probe_clips=4', '--tune_clips=1', '--device=cpu']
+    if 'config/report.py' in args:
+        args += [f'--ckpt={trained["hope"]},{trained["vit"]}', f'--oracle={trained["vit"]}', '--streams=2']
     if f'--memory_in={tmp_path}/memory.pt' in args:
         run('adapt.py', *[arg.replace('memory_in', 'memory_out') for arg in args], f'--out={tmp_path}/first')
     return args
@@ -114,8 +131,7 @@ def test_command(command, tiny, trained, tmp_path):
 
 def test_other_commands():
     """The requirements are there, and so are the tests and the markers that pytest is called with."""
-    with open(os.path.join(ROOT, 'pytest.ini'), encoding='utf-8') as f:
-        markers = re.findall('^markers = (.*?):', f.read(), re.M)
+    markers = re.findall('^markers = (.*?):', read(os.path.join(ROOT, 'pytest.ini')), re.M)
     others = [shlex.split(c) for c in readme_commands() if not c.startswith(('python', 'torchrun'))]
     assert {words[0] for words in others} == {'pip', 'pytest'}
     for program, *words in others:
@@ -125,11 +141,9 @@ def test_other_commands():
 
 
 def test_licence_and_citation():
-    with open(os.path.join(ROOT, 'LICENSE'), encoding='utf-8') as f:
-        licence = f.read()
+    licence = read(os.path.join(ROOT, 'LICENSE'))
     assert licence.startswith('MIT License\n') and 'nanoHOPE contributors' in licence and 'WITHOUT WARRANTY' in licence
-    with open(os.path.join(ROOT, 'CITATION.cff'), encoding='utf-8') as f:
-        lines = f.read().splitlines()
+    lines = read(os.path.join(ROOT, 'CITATION.cff')).splitlines()
     # A YAML of plain lines: what a version 1.2.0 must have, and the licence.
     keys = [line.partition(':')[0] for line in lines if line[0] not in ' -']
     assert keys == ['cff-version', 'message', 'title', 'type', 'license', 'authors', 'references']
@@ -139,19 +153,56 @@ def test_licence_and_citation():
 
 
 def test_the_two_commands_are_there():
-    with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
-        text = f.read()
+    text = read(README)
     trained = 'python train.py config/hope_jump.py && python adapt.py --ckpt=out/hope.pt'
     assert f'pip install -r requirements.txt && {trained}' in text
     assert 'pip install -r requirements.txt && pytest' in text
 
 
 def test_the_python_examples(tiny, trained, tmp_path):
-    with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
-        encode, predict = sorted(re.findall(r'```python\n(.*?)```', f.read(), re.S), key=len)
+    encode, predict = sorted((text for language, text in fences(*PAGES) if language == 'python'), key=len)
     scope = {}
     exec(predict.replace('out/hope.pt', trained['hope']).replace("'slide'", repr(tiny)), scope)
     assert scope['z_8'].shape == scope['z'][:, 7].shape
     scope = {'video': torch.randn(2, 3, 4, 32, 32)}
     exec(encode.replace('vitl.pt', official_weights(str(tmp_path / 'vitl.pt'))), scope)
     assert scope['features'].shape == (2, 2 * 4, 768)
+
+
+# ---- the pages themselves ----------------------------------------------------------------------------------------------
+
+def anchors(path):
+    """The anchors of a page, made from its headings as GitHub does."""
+    headings = re.findall(r'^#+ (.*)$', re.sub(r'^```.*?^```$', '', read(path), flags=re.S | re.M), re.M)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+def links(path):
+    """The links and pictures of a page to other files → [(file, anchor)]; '' for a file or anchor that is not named."""
+    targets = re.findall(r'\]\(([^)\s]+)\)', read(path))
+    return [target.partition('#')[::2] for target in targets if not target.startswith(('http:', 'https:'))]
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: os.path.relpath(page, ROOT))
+def test_page(page):
+    """Links lead somewhere, commands are where the tests find them, tables are whole, pictures say what is on them."""
+    for file, anchor in links(page):
+        target = os.path.normpath(os.path.join(os.path.dirname(page), file)) if file else page
+        assert os.path.exists(target), file
+        assert not anchor or anchor in anchors(target), (file, anchor)
+    text = read(page)
+    assert text.count('```') == 2 * len(fences(page))
+    for language, block in fences(page):
+        assert language in ('', 'bash', 'python')
+        assert language == 'bash' or not re.search(r'^(\$|python |torchrun |pip )', block, re.M), block
+    assert not re.search('`(python|torchrun) ', text), 'a command that is not in a block of its own'
+    for table in re.findall(r'(?:^\|.*\n)+', text, re.M):
+        rows = table.splitlines()
+        assert set(rows[1]) <= set('|-') and len({row.count('|') for row in rows}) == 1, table
+    assert '![]' not in text
+
+
+def test_readme_leads_everywhere():
+    """The README is short, and every page of docs/ is linked there."""
+    assert len(read(README).split()) <= 1600
+    assert {os.path.relpath(page, ROOT) for page in PAGES} - {'README.md'} <= {file for file, _ in links(README)}
