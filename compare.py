@@ -681,8 +681,8 @@ def shown_clips(results, groups, clips, decode):
     steps    the target steps, K of them
     seen     (clips,1+K,H,W,3), step 1 and the target steps
     pushes   (clips,2), or None where an action is not two numbers
-    rows     [{'title', 'colour', 'predicted': (clips,K,H,W,3), 'loss': (clips,)}, ...], and what the rows have of model,
-             method, seed and carries
+    rows     [{'title', 'colour', 'predicted': (clips,K,H,W,3), 'loss': (clips,)}, ...], with the row's model, method,
+             seed and carries
     """
     kept = {name: rows for name, rows in groups.items() if rows[0].get('shown')}
     if not kept:

@@ -306,7 +306,8 @@ def draw_predictions(file, shown, clips=5):
         for ax, (heading, colour) in zip(axes[0], headings):
             ax.set_title(heading, fontsize=8, color=colour)
         ring = '' if truth is None else '; ring: where the object came to be'
-        fig.suptitle(f'Last clips of {shown["phases"][-1]}, predicted from step 1 and the push alone{ring}', fontsize=8.5)
+        phase = shown['phases'][-1]
+        fig.suptitle(f'Last clips of {phase}, predicted from step 1 and the push alone{ring}', fontsize=8.5)
         fig.tight_layout(pad=0.4, w_pad=0.4, h_pad=0.3)
         fig.savefig(file, dpi=160, format='png')
     plt.close(fig)
@@ -350,8 +351,7 @@ def common_palette(frames):
     """
     One palette for all frames, a picture of mode P.
 
-    White, black and the other most frequent colours stay as they are. All the rest share 240: an object has many, each of
-    few pixels.
+    White, black and the other most frequent colours stay as they are. The rest, the shades of the objects, share 240.
     """
     from PIL import Image
     codes = [np.asarray(frame).astype(np.int32) @ [65536, 256, 1] for frame in frames]
