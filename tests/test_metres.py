@@ -88,5 +88,5 @@ def test_reads_a_prepared_set(tiny, monkeypatch):
 def test_clips_without_positions_are_refused():
     split = Bright(5, 1)
     split.physics = {}
-    with pytest.raises(Refusal, match='^split train of a test: no positions'):
+    with pytest.raises(Refusal, match='^split train of a test has no positions'):
         metres.fit_readout(split, 'cpu')

@@ -50,7 +50,7 @@ def test_with_the_simulator_every_goal_is_reached(tiny, goals, domain):
 
 
 def where_pushed(goals, wrong=1.0):
-    """A predictor whose features are the position, goals to match, and pushes that it takes for `wrong` times as hard."""
+    """A predictor whose features are the position, and goals to match; it takes pushes for `wrong` times as hard."""
     matching = goals._replace(z=torch.tensor(goals.start)[:, None, None].float(),
                               target=torch.tensor(goals.end)[:, None].float())
     physics = goals.physics._replace(mu=goals.physics.mu[:1], mass=goals.physics.mass[:1])
