@@ -161,7 +161,7 @@ def table(found, steps):
     text = laid_out(lines)
     text += ['', "ViT-AC adapts by tuned LN-TTA, the plan's own HOPE by CMS writes, the others by the action memory."]
     if seeds > 1:
-        text.append(f'±: half the 95 % interval over {over_what(seeds, 1)} (figures.interval).')
+        text.append(f'±: half the 95 % interval over {over_what(seeds, 1)} (figures.resampled).')
     return '\n'.join(text) + '\n'
 
 
