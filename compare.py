@@ -311,7 +311,7 @@ def interval_lines(found, groups):
     if streams * seeds == 1:
         return []
     lines = [f'Mean and, with ±, half the 95 % interval over {over_what(seeds, streams)}: a bootstrap by seed, then by',
-             'stream, widened for so few of them (figures.interval). 3/5: so many of them got there.']
+             'stream, widened for so few of them (figures.resampled). 3/5: so many of them got there.']
     if seeds == 1:
         lines.append('How much another training would differ is not in it.')
     if len(set(map(len, groups.values()))) > 1:
@@ -328,11 +328,11 @@ PAIRS = [
     (('HOPE', 'memory'), ('HOPE', 'LN-TTA')),
     (('HOPE', 'memory'), ('ViT-AC', 'memory')),
 ]
-# The figures that are compared: what they are called, and their format.
+# The figures that are compared: what they are called, factor, format and unit of their differences.
 COMPARED = {
-    'gap_closed': ('gap closed', '+.1%'),
-    'way_back': ('way back to A', '+.1%'),
-    'return_cost': ('return', '+.4f'),
+    'gap_closed': ('gap closed', 100, '+.1f', ' points'),
+    'way_back': ('way back to A', 100, '+.1f', ' points'),
+    'return_cost': ('return', 1, '+.4f', ''),
 }
 
 
@@ -368,12 +368,13 @@ def comparison_lines(groups):
         for figure, result in found.items():
             if result['p'] is None:
                 continue
-            text, form = COMPARED[figure]
-            mean, low, high = (format(result[key], form) for key in ('mean', 'low', 'high'))
+            text, factor, form, unit = COMPARED[figure]
+            mean, low, high = (format(factor * result[key], form) for key in ('mean', 'low', 'high'))
             p = f'p = {result["p"]:.3f}' if result['p'] >= 0.001 else 'p < 0.001'
-            lines.append(f'{name} minus {other}, {text}: {mean} [{low}, {high}], {p} ({result["over"]}).')
+            lines.append(f'{name} minus {other}, {text}: {mean} [{low}, {high}]{unit}, {p} ({result["over"]}).')
     if lines:
-        lines = ['', *lines, 'In brackets the 95 % interval; p: the larger of a paired bootstrap and a paired t test.']
+        lines = ['', *lines, 'Paired; in brackets the 95 % interval; p: the larger of a bootstrap and a t test, '
+                             'two-sided.']
     return lines
 
 
@@ -457,7 +458,7 @@ def planning_table(results, groups):
     """
     How well pushes are chosen with each row's predictor, and how near to the goal the object comes to rest: text.
 
-    The intervals are over the seeds, or for one seed a bootstrap over its goals (see figures.interval).
+    The intervals are over the seeds, or for one seed a bootstrap over its goals (see figures.resampled).
     """
     planned = {name: rows for name, rows in groups.items() if all(row['planning'] for row in rows)}
     phases = [phase['phase'] for phase in next(iter(planned.values()))[0]['planning']]
