@@ -33,7 +33,7 @@ from hope import CMSWriter
 from methods import METHODS, TTA, LNTTA, WrongWorld, check_methods
 from metres import fit_readout, readout_error
 from model import feature_loss, pick_device
-from planning import make_goals, plan_pushes, plan_with_simulator, reached
+from planning import make_goals, milliseconds, plan_pushes, plan_with_simulator, reached
 from support.files import MALFORMED, claim, read_manifest, read_sealed, write_sealed, write_text
 from support.finished import FILES, check_memory_out, resume, run_key
 from support.running import make_slide
@@ -329,30 +329,25 @@ def guesses(experiment, targets, empty, readout=None):
 def planners(experiment, phases, train, where):
     """
     For run_stream: {clips: function of a method} that plan at the end of every phase, in its world, for the clips of its
-    probes. Raises Refusal where the physics is not known.
+    probes; and what the true simulator reaches. Raises Refusal where the physics is not known.
     """
-    most = float(np.linalg.norm(train.actions[:, 0], axis=-1).max())
-    after = {}
+    largest = float(np.linalg.norm(train.actions[:, 0], axis=-1).max())
+    after, simulated = {}, []
     for number, (label, domain) in enumerate(zip(labels_of(phases), experiment.domains), 1):
-        split = experiment.probes[domain].places[0][0]
-        goals = make_goals(split, domain, [index for _, index, _ in experiment.probes[domain].places])
-        goals = goals._replace(z=goals.z.to(where), target=goals.target.to(where))
-        after[number * experiment.clips] = functools.partial(plan_phase, label, goals, most)
-    return after
+        probes = experiment.probes[domain].places
+        goals = make_goals(probes[0][0], domain, [index for _, index, _ in probes], where)
+        after[number * experiment.clips] = functools.partial(plan_phase, label, goals, largest)
+        distance = reached(goals, plan_with_simulator(goals, largest))
+        simulated.append({'phase': label, 'distance': distance.tolist(), 'ms': None})
+    return after, simulated
 
 
-def plan_phase(label, goals, most, method):
+def plan_phase(label, goals, largest, method):
     """Plan for all goals with a method → {'phase', 'distance' of each goal in metres, 'ms' of one plan alone}."""
     def predict(z, push):
         return method.jump(z, push[:, None])
-    distance = reached(goals, plan_pushes(predict, goals, most))
-    seconds = []
-    for g in range(min(5, len(distance))):
-        one = goals.only(g)
-        started = time.perf_counter()
-        plan_pushes(predict, one, most)
-        seconds.append(time.perf_counter() - started)
-    return {'phase': label, 'distance': distance.tolist(), 'ms': 1e3 * float(np.median(seconds))}
+    distance = reached(goals, plan_pushes(predict, goals, largest))
+    return {'phase': label, 'distance': distance.tolist(), 'ms': milliseconds(predict, goals, largest)}
 
 
 # ---- memories to start from ------------------------------------------------------------------------------------------
@@ -476,8 +471,8 @@ def draw_shown(folder, results, groups, experiment, decoder, manifest):
     if shown:
         draw_predictions(os.path.join(folder, 'predictions.png'), shown)
         written.append('predictions.png')
-        if draw_animation(os.path.join(folder, 'stream.gif'), shown):
-            written.append('stream.gif')
+        if draw_animation(os.path.join(folder, 'switch.gif'), shown):
+            written.append('switch.gif')
     return written
 
 
@@ -507,7 +502,7 @@ def prepared(knobs):
     for checkpoint in checkpoints:
         plans.append((checkpoint, rows_of(checkpoint, chosen, given, bool(shifts), experiment.other)))
     check_plans(knobs, plans)
-    after = planners(experiment, phases, splits['train'], where) if knobs.plan else {}
+    after, simulated = planners(experiment, phases, splits['train'], where) if knobs.plan else ({}, None)
     resolved = {**vars(knobs), 'phases': ','.join(phases), 'tune_on': ','.join(shifts), 'device': where}
     files = {name: listed(getattr(knobs, name)) for name in ('ckpt', 'oracle', 'memory_in')}
     start = None
@@ -519,7 +514,7 @@ def prepared(knobs):
     decoder = read_decoder(knobs.data, manifest)
     kept = resume(knobs.out, key, where)
     return SimpleNamespace(where=where, checkpoints=checkpoints, manifest=manifest, phases=phases, shifts=shifts,
-                           splits=splits, experiment=experiment, plans=plans, planners=after, start=start, key=key, decoder=decoder,
+                           splits=splits, experiment=experiment, plans=plans, after=after, simulated=simulated, start=start, key=key, decoder=decoder,
                            kept=kept)
 
 
@@ -548,8 +543,7 @@ def main(knobs):
     if train.physics and all(stream.has_positions for stream in experiment.streams):
         readout = fit_readout(train, ready.where)
     rows = guesses(experiment, first.targets, median_scene(train).to(ready.where), readout)
-    after = ready.planners
-    rows += run_rows(ready.plans, experiment, kept, unfinished, ready.start, bool(knobs.memory_out), readout, after)
+    rows += run_rows(ready.plans, experiment, kept, unfinished, ready.start, bool(knobs.memory_out), readout, ready.after)
     if knobs.memory_out:
         keep_memory(knobs.memory_out, ready.checkpoints, rows, ready.key)
     results = {
@@ -567,11 +561,15 @@ def main(knobs):
         'beyond': further_than_training(train, experiment.streams),
         'probe_at': experiment.probe_at,
         'readout': None,
+        'simulator': ready.simulated,
         'checkpoints': [{'name': c.name, 'seed': c.seed, 'path': c.path, 'steps': c.step} for c in ready.checkpoints],
         'rows': rows,
     }
     if readout:
-        results['readout'] = {domain: readout_error(readout, clips) for domain, clips in experiment.probes.items()}
+        results['readout'] = {}
+        for domain, clips in experiment.probes.items():
+            places = clips.places
+            results['readout'][domain] = readout_error(readout, places[0][0], [index for _, index, _ in places])
     add_figures(results)
     written = write_results(knobs.out, results, experiment, ready.decoder, ready.manifest)
     if os.path.exists(unfinished):

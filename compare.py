@@ -456,11 +456,14 @@ NEAR = 0.02, 0.05        # metres from the goal within which a push has succeede
 
 def planning_table(results, groups):
     """
-    How well pushes are chosen with each row's predictor, and how near to the goal the object comes to rest: text.
+    How well pushes are chosen with each row's predictor, and with the true simulator: how near to the goal the object is
+    at the end of the clip. Text.
 
     The intervals are over the seeds, or for one seed a bootstrap over its goals (see figures.resampled).
     """
     planned = {name: rows for name, rows in groups.items() if all(row['planning'] for row in rows)}
+    if results['simulator']:
+        planned['true simulator'] = [{'planning': results['simulator']}]
     phases = [phase['phase'] for phase in next(iter(planned.values()))[0]['planning']]
     headings = [f'{label} {what}' for label in phases for what in ('<2cm', '<5cm', 'cm')]
     lines = [['choosing pushes', *headings, 'ms']]
@@ -480,8 +483,8 @@ def planning_table(results, groups):
         lines.append(['±', *halves, ''])
     goals = len(next(iter(planned.values()))[0]['planning'][0]['distance'])
     text = laid_out(lines)
-    text += ['', f'Share of {goals} goals a phase that the object comes to rest within 2 cm and 5 cm of, its median',
-             'distance, ms per plan. ±: half the 95 % interval over the seeds; with one seed over its goals.']
+    text += ['', f'Share of {goals} goals a phase that the object is within 2 cm and 5 cm of at the end of the clip, its',
+             'median distance, ms per plan. ±: half the 95 % interval over the seeds; with one seed over its goals.']
     return '\n'.join(text) + '\n'
 
 

@@ -323,9 +323,9 @@ def build_experiment(knobs, phases, shifts, splits, where):
         streams.append(drawn_stream(number, phases, n, splits, kept_apart, taken, where))
     # Before the stream and at the end of each phase, too.
     probe_at = [seen for seen in range(len(phases) * n + 1) if seen % knobs.probe_every == 0 or seen % n == 0]
-    # The first and the last clips of the first shift.
-    shift = next((i for i, domain in enumerate(domains) if domain != domains[0]), 0)
-    shown = sorted({*range(shift * n, shift * n + min(12, n)), *range((shift + 1) * n - min(5, n), (shift + 1) * n)})
+    # The first and the last clips of the first shift, and two from before it.
+    begin = n * next((i for i, domain in enumerate(domains) if domain != domains[0]), 0)
+    shown = sorted({*range(max(0, begin - 2), begin + min(12, n)), *range(begin + max(0, n - 5), begin + n)})
     tuned = [splits[split_of(shift)] for shift in shifts if shift != 'scaled']
     other = Clips(where, (tuned[0], range(min(25, len(tuned[0]))), 1)) if tuned else None
     return Experiment(n, domains, streams, probes, probe_at, shown, tuning, other)

@@ -77,14 +77,15 @@ def fit_readout(split, device):
     generator = torch.Generator().manual_seed(SEED)
     optimizer = torch.optim.AdamW(readout.parameters(), lr=RATE)
     clips = max(1, min(CLIPS, len(split), AT_ONCE // (T * N * D)))
-    for i in range(READS * STEPS):
+    steps = STEPS * max(1, min(READS, len(split) // 16))
+    for i in range(steps):
         if i % STEPS == 0:
             indices = batch_indices(len(split), clips, SEED, i // STEPS)
             z, _ = split[indices]
             z = z.flatten(0, 1).to(device)                             # (clips*T,N,D)
             true = place[indices].flatten(0, 1).to(device)             # (clips*T,2)
         for group in optimizer.param_groups:
-            group['lr'] = RATE * (1 - i / (READS * STEPS))
+            group['lr'] = RATE * (1 - i / steps)
         drawn = torch.randint(len(z), (PICTURES,), generator=generator).to(device)
         loss = (readout(z[drawn]) - true[drawn]).abs().mean()
         optimizer.zero_grad()

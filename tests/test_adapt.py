@@ -282,7 +282,7 @@ def test_results(out):
         column = rows[0].index(title(row))
         assert [float(r[column]) for r in rows[1:]] == pytest.approx(loss, abs=1e-6)
         assert row['figures']['B'] == [pytest.approx(sum(loss[6:12]) / 6, abs=1e-6)]
-    for file in ('results.png', 'results.pdf', 'predictions.png', 'stream.gif'):
+    for file in ('results.png', 'results.pdf', 'predictions.png', 'switch.gif'):
         assert os.path.getsize(os.path.join(out, file)) > 5000
     table = open(os.path.join(out, 'table.txt')).read()
     assert 'HOPE Titan memory' in table and max(map(len, table.splitlines())) <= 100

@@ -207,7 +207,7 @@ def test_probes_and_predictions_are_noted_when_they_are_asked_for(hope, experime
     row = streamed(hope, 'full TTA', 1e-2, experiment.streams[0], probes=experiment.probes, probe_at=experiment.probe_at,
                    shown=experiment.shown)
     assert len(row['probes']['A'][0]) == len(experiment.probe_at) == 4
-    assert list(row['shown']) == [6, 7, 8, 9, 10, 11]
+    assert list(row['shown']) == [4, 5, 6, 7, 8, 9, 10, 11]
     assert row['loss'][0] == losses(hope, 'full TTA', 1e-2, experiment.streams[0])
 
 
