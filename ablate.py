@@ -1,58 +1,68 @@
 """
-The ablation table: train HOPE once per variant, run A→B→A with each, print one table.
+The ablation table: train every variant of HOPE with several seeds, run A→B→A with each, print one table.
 
-    python ablate.py                                       every variant at reduced length, one seed
-    python ablate.py --seeds=1,2,3 --max_iters=2500        at full length
+    python ablate.py                                       every variant at full length, three seeds
+    python ablate.py --variants="HOPE,delta rule"          some of them
+    python ablate.py --oracle=out/oracle.pt                with the share of the gap that each closes
 
-Every variant is config/hope_jump.py with the knobs below changed and the same steps, clips and seeds. Finished runs are
-kept, so an interrupted table goes on where it stopped, and seeds and variants may be added. What the results depend on is in
-<out>/settings.json; with other settings, another data set or other code a run is refused there.
+Every variant is config/hope_jump.py with the flags below, and the same steps, clips and seeds. What is finished is
+kept, so an interrupted table goes on where it stopped, and seeds and variants may be added. What was made with other
+settings, data or code is refused: by train.py, and by adapt.py, whose folder may then be deleted.
 """
-import csv
-import json
 import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
-import numpy as np
-
+from compare import cell, laid_out, mean_and_half, over_what, read_results
 from configurator import ROOT, Refusal, configure, listed, read_config
-from support.files import claim, read_bytes, read_manifest, sha256, write_text
+from hope import load
+from support.files import claim, read_manifest, write_text
 from support.running import make_slide
 
 # what to run
 config = 'config/hope_jump.py'   # config file that the variants change
 variants = ''            # run only these, separated by commas; '' = all
-seeds = '1'              # training seeds, separated by commas
-max_iters = 600          # optimiser steps of each run [1..]
+seeds = '1,2,3'          # training seeds, separated by commas
+max_iters = 0            # optimiser steps of each training; 0 = those of the config [0..]
 data = 'slide'           # data set
-clips = 100              # clips per phase of A→B→A, and of its probes [1..]
+clips = 200              # clips per phase of A→B→A, and of its probes [1..]
 tune_clips = 25          # clips per phase of the tuning stream [1..]
+oracle = ''              # checkpoint fine-tuned on other clips of B, or one for each seed: the bound of the gap
 out = 'out/ablation'     # folder for checkpoints, results and table.txt
-extra = ''               # more flags for every training run, separated by blanks
+extra = ''               # more flags for every training, separated by blanks
 device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
 settings = configure(globals()) if __name__ == '__main__' else {}
 
-# Code that results depend on. That of prepare.py is in the manifest of the data set.
-CODE = 'train.py', 'adapt.py', 'experiment.py', 'compare.py', 'model.py', 'hope.py', 'data.py'
-# A row of the table: its name, the method by which it adapts, and its flags for train.py.
+# A row of the table: its name, the method by which it adapts, and its flags for train.py. Rows with the same flags
+# share their checkpoints.
 VARIANTS = {
     'HOPE': ('memory', ''),
     'ViT-AC': ('LN-TTA', '--model=vit --depth=4'),
     'ViT-AC with the memory': ('memory', '--model=vit --depth=4'),
-    "the plan's own HOPE": ('CMS', '--action_memory=False --mixer=titan --memory_hidden=24 --conv=False --cms_hidden=300'),
-    'no zoomed clips': ('memory', '--zoom=False'),
+    "the plan's own HOPE": ('CMS', '--action_memory=False --mixer=titan --memory_hidden=24 --conv=False '
+                                   '--cms_hidden=300'),
+    'Hope-Attention': ('memory', '--mixer=attention --cms_hidden=300'),
     'Titan without attention': ('memory', '--mixer=titan --cms_hidden=300'),
-    'attention without Titan': ('memory', '--mixer=attention --cms_hidden=300'),
-    'two-layer Titan memory': ('memory', '--memory_hidden=24'),
+    'no zoomed clips': ('memory', '--zoom=False'),
     'delta rule': ('memory', '--rule=delta'),
-    'only M_mem adapts': ('memory', '--adapts=mem'),
     'no self-generated targets': ('memory', '--self_targets=False'),
     'no surprise gate': ('memory', '--surprise=False'),
     'no convolution': ('memory', '--conv=False'),
     'one CMS level': ('memory', '--cms_periods=1 --cms_hidden=708'),
 }
+# Columns of the table: heading, method (None: the row's own), figure of figures.py, format.
+COLUMNS = [
+    ('A frozen', 'frozen', 'A1', '.4f'),
+    ('A₁', None, 'A1', '.4f'),
+    ('B frozen', 'frozen', 'B', '.4f'),
+    ('B', None, 'B', '.4f'),
+    ('1-25', None, 'B_first', '.4f'),
+    ('return', None, 'return_cost', '+.4f'),
+    ('forget', None, 'forgetting', '+.4f'),
+    ('gap', None, 'gap_closed', '.0%'),
+    ('to A', None, 'way_back', '.0%'),
+]
 
 
 def choose(names, variants):
@@ -77,117 +87,100 @@ def run(script, *flags):
         sys.exit(2)
 
 
-def train_and_adapt(name, method, flags, seed, knobs):
-    """Train with these flags, or go on with an interrupted training → <name>.pt; then run A→B→A → the folder <name>."""
-    checkpoint = f'{name}.pt'
-    run('train.py', knobs.config, f'--max_iters={knobs.max_iters}', f'--seed={seed}', f'--data={knobs.data}',
-        f'--device={knobs.device}', f'--eval_interval={knobs.max_iters}', *knobs.extra.split(), *flags,
-        f'--out={checkpoint}', f'--resume={os.path.exists(checkpoint)}')
-    run('adapt.py', f'--ckpt={checkpoint}', f'--data={knobs.data}', f'--clips={knobs.clips}',
-        f'--probe_clips={knobs.clips}', f'--tune_clips={knobs.tune_clips}', f'--device={knobs.device}',
-        f'--out={name}', f'--methods=frozen,{method}')
+def file_name(variant):
+    """What the files of a variant are called: that of the first variant with the same flags, without blanks."""
+    first = next(name for name, (_, flags) in VARIANTS.items() if flags == VARIANTS[variant][1])
+    return ''.join(c if c.isalnum() else '_' for c in first)
 
 
-def read_results(name, method):
-    """The figures of a finished run → {column: value}."""
-    with open(os.path.join(name, 'results.json'), encoding='utf-8') as f:
-        rows = json.load(f)['rows']
-    figures = {}
-    for row in rows:
-        # Of LN-TTA the first row is the tuned one, the second has the plan's rate.
-        figures.setdefault(row['method'], row['figures'])
-    frozen = figures['frozen']
-    adapted = figures[method]
-    with open(f'{name}.csv', newline='', encoding='utf-8') as f:
-        speeds = [float(row['clips_per_s']) for row in csv.DictReader(f) if row['clips_per_s']]
-    return {
-        'A frozen': frozen['A1'],
-        'A₁': adapted['A1'],
-        'B frozen': frozen['B'],
-        'B': adapted['B'],
-        'return': adapted['return_cost'],
-        'forget': adapted['forgetting'],
-        'clips/s': np.median(speeds),
-    }
+def finished(path, wanted, checksum):
+    """Whether a checkpoint was trained to its end with the settings that are wanted, {knob: value}, on this data."""
+    _, kept = load(path, 'cpu', recipe=dict, data=str, step=int)
+    recipe = kept['recipe']
+    same = all(str(recipe[knob]) == str(value) for knob, value in wanted.items() if knob in recipe)
+    return same and kept['data'] == checksum and kept['step'] == recipe['max_iters']
 
 
-def results(variant, seed, knobs):
-    """The figures of one variant and seed → {column: value}. Trains and adapts first, unless that was done before."""
-    method, flags = VARIANTS[variant]
-    plain = ''.join(c if c.isalnum() else '_' for c in variant)
-    name = os.path.join(knobs.out, f'{plain}_{seed}')
-    if not os.path.exists(os.path.join(name, 'results.json')):
+def train(variant, seed, knobs, checksum):
+    """The checkpoint of a variant and a seed → its path. Trains it, or goes on, unless that was done before."""
+    path = os.path.join(knobs.out, f'{file_name(variant)}_{seed}.pt')
+    flags = [*knobs.extra.split(), *VARIANTS[variant][1].split(), f'--seed={seed}']
+    if knobs.max_iters:
+        flags.append(f'--max_iters={knobs.max_iters}')
+    wanted = read_config(knobs.config) | dict(flag.lstrip('-').split('=', 1) for flag in flags if '=' in flag)
+    there = os.path.exists(path)
+    if not there or not finished(path, wanted, checksum):
         print(f'\n== {variant}, seed {seed}', flush=True)
-        train_and_adapt(name, method, flags.split(), seed, knobs)
-    return read_results(name, method)
+        run('train.py', knobs.config, f'--data={knobs.data}', f'--device={knobs.device}', *flags, f'--out={path}',
+            f'--resume={there}')
+    return path
 
 
-def line(label, cells):
-    """One line of the table."""
-    columns = ''.join(f'{cell:>10}' for cell in cells)
-    return f'{label:<28}{columns}\n'
+def adapt(variant, paths, knobs):
+    """Run A→B→A with the checkpoints of all seeds, unless that was done before → its rows, {method: [a row a seed]}."""
+    method, _ = VARIANTS[variant]
+    seeds = '_'.join(chosen_seeds(knobs.seeds))
+    folder = os.path.join(knobs.out, f'{file_name(variant)}_{method}_{seeds}')
+    print(f'\n== {variant}', flush=True)
+    run('adapt.py', f'--ckpt={",".join(paths)}', f'--oracle={knobs.oracle}', f'--methods=frozen,{method}',
+        f'--data={knobs.data}', f'--clips={knobs.clips}', f'--probe_clips={knobs.clips}',
+        f'--tune_clips={knobs.tune_clips}', f'--device={knobs.device}', f'--out={folder}')
+    rows = {'frozen': [], method: []}
+    for row in read_results(folder)['rows']:
+        # The plan's rate is no row of this table.
+        if row['kind'] in ('hope', 'vit') and row['rate_from'] != 'plan':
+            rows[row['method']].append(row)
+    return rows
 
 
-def depends_on(knobs, chosen):
-    """What the results of variants depend on, but for seed and device → {name: plain value}. Makes data/slide if missing."""
-    make_slide(knobs.data)
-    manifest = read_manifest(knobs.data)
-    depends = {name: getattr(knobs, name) for name in ('max_iters', 'clips', 'tune_clips', 'extra')}
-    depends['data'] = manifest['checksum']
-    for name, value in read_config(knobs.config).items():
-        depends[f'{name} in config'] = value
-    for script in CODE:
-        depends[script] = sha256(os.path.join(ROOT, script))
-    for variant in chosen:
-        depends[f'variant {variant}'] = ': '.join(VARIANTS[variant])
-    return depends
+def same_steps(paths):
+    """How long all checkpoints were trained; raises Refusal where one was trained shorter than another."""
+    steps = {path: load(path, 'cpu', step=int)[1]['step'] for path in paths}
+    few, many = min(steps, key=steps.get), max(steps, key=steps.get)
+    if steps[few] < steps[many]:
+        raise Refusal(f'{few} was trained for {steps[few]} steps, {many} for {steps[many]}: they cannot be compared; '
+                      'set --max_iters, or name another --out')
+    return steps[few]
 
 
-def check_same(out, depends):
-    """Keep in the folder `out` what its results depend on; raises Refusal where they depend on something else."""
-    path = os.path.join(out, 'settings.json')
-    kept = {}
-    if os.path.exists(path):
-        try:
-            kept = json.loads(read_bytes(path))
-        except ValueError:
-            raise Refusal(f'{path} is damaged; name another --out') from None
-    elif any(name.endswith('.pt') for name in os.listdir(out)):
-        raise Refusal(f'{out} holds results, but not the settings that they depend on; name another --out')
-    other = []
-    for name in sorted({**kept, **depends}) if kept else []:
-        added = name.startswith('variant') and not (name in kept and name in depends)
-        if not added and kept.get(name) != depends.get(name):
-            numbers = isinstance(kept.get(name), int) and isinstance(depends.get(name), int)
-            other.append(f'{name} = {depends[name]} (was {kept[name]})' if numbers else name)
-    if other:
-        raise Refusal(f'{out} holds results with other settings, data or code: {", ".join(other)}; name another --out')
-    text = json.dumps({**kept, **depends}, indent=1)
-    write_text(path, text)
+def table(found, steps):
+    """The text of table.txt. found: {variant: (its method, {method: [a row a seed]})}; steps: of training."""
+    columns = []
+    for column in COLUMNS:
+        _, own, figure, _ = column
+        if any(figure in rows[own or method][0]['figures'] for method, rows in found.values()):
+            columns.append(column)
+    _, first = next(iter(found.values()))
+    seeds = len(first['frozen'])
+    lines = [[f'{steps:,} steps', *(heading for heading, *_ in columns)]]
+    for variant, (method, rows) in found.items():
+        pairs = [mean_and_half(rows[own or method], figure) for _, own, figure, _ in columns]
+        lines.append([variant, *(cell(mean, form) for (mean, _), (*_, form) in zip(pairs, columns))])
+        if seeds > 1:
+            lines.append(['±', *(cell(half, form.lstrip('+')) for (_, half), (*_, form) in zip(pairs, columns))])
+    text = laid_out(lines)
+    text += ['', "ViT-AC adapts by tuned LN-TTA, the plan's own HOPE by CMS writes, the others by the action memory."]
+    if seeds > 1:
+        text.append(f'±: half the 95 % interval over {over_what(seeds, 1)} (figures.resampled).')
+    return '\n'.join(text) + '\n'
 
 
 def main(knobs):
     """Run what is missing and print the table."""
-    chosen = choose(knobs.variants, VARIANTS)
-    seeds = chosen_seeds(knobs.seeds)
-    depends = depends_on(knobs, chosen)
+    chosen, seeds = choose(knobs.variants, VARIANTS), chosen_seeds(knobs.seeds)
+    make_slide(knobs.data)
+    checksum = read_manifest(knobs.data)['checksum']
+    for path in listed(knobs.oracle):
+        # A wrong one is refused now, not after all the trainings.
+        load(path)
     os.makedirs(knobs.out, exist_ok=True)
     claim(knobs.out, os.path.join(knobs.out, 'table.txt'))
-    check_same(knobs.out, depends)
-    table = ''
-    for variant in chosen:
-        runs = [results(variant, seed, knobs) for seed in seeds]
-        means = {column: np.mean([one[column] for one in runs]) for column in runs[0]}
-        if not table:
-            table = line(f'{knobs.max_iters} steps, seeds {knobs.seeds}', means)
-        cells = []
-        for column, mean in means.items():
-            digits = 0 if column == 'clips/s' else 4
-            cells.append(f'{mean:.{digits}f}')
-        table += line(variant, cells)
-    table += "ViT-AC adapts by tuned LN-TTA, the plan's own HOPE by CMS writes, the others by the action memory.\n"
-    print('\n' + table)
-    write_text(os.path.join(knobs.out, 'table.txt'), table)
+    paths = {variant: [train(variant, seed, knobs, checksum) for seed in seeds] for variant in chosen}
+    steps = same_steps(sum(paths.values(), []))
+    found = {variant: (VARIANTS[variant][0], adapt(variant, paths[variant], knobs)) for variant in chosen}
+    text = table(found, steps)
+    print('\n' + text)
+    write_text(os.path.join(knobs.out, 'table.txt'), text)
 
 
 if __name__ == '__main__':

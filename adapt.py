@@ -136,14 +136,14 @@ def misplaced(places, streams, i, targets):
 
 def score(method, clips):
     """The mean loss of a probe set in each stream, (S,)."""
-    S = method.streams
+    S = 1 if method.same_in_all_streams() else method.streams
     losses = []
     for z, a in batches(clips, S):
         with torch.no_grad(), method.precision:
             z_hat = method.predict(z.expand(S, *z.shape), a.expand(S, *a.shape))
             wanted = z[:, method.targets].expand(z_hat.shape)
             losses.append(feature_loss(z_hat.flatten(0, 1), wanted.flatten(0, 1)).unflatten(0, (S, len(z))))
-    return torch.cat(losses, 1).float().mean(1)
+    return torch.cat(losses, 1).float().mean(1).expand(method.streams)
 
 
 def tune(checkpoint, name, streams):

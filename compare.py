@@ -311,7 +311,7 @@ def interval_lines(found, groups):
     if streams * seeds == 1:
         return []
     lines = [f'Mean and, with ±, half the 95 % interval over {over_what(seeds, streams)}: a bootstrap by seed, then by',
-             'stream, widened for so few of them (figures.interval). 3/5: so many of them got there.']
+             'stream, widened for so few of them (figures.resampled). 3/5: so many of them got there.']
     if seeds == 1:
         lines.append('How much another training would differ is not in it.')
     if len(set(map(len, groups.values()))) > 1:
@@ -328,11 +328,11 @@ PAIRS = [
     (('HOPE', 'memory'), ('HOPE', 'LN-TTA')),
     (('HOPE', 'memory'), ('ViT-AC', 'memory')),
 ]
-# The figures that are compared: what they are called, and their format.
+# The figures that are compared: what they are called, factor, format and unit of their differences.
 COMPARED = {
-    'gap_closed': ('gap closed', '+.1%'),
-    'way_back': ('way back to A', '+.1%'),
-    'return_cost': ('return', '+.4f'),
+    'gap_closed': ('gap closed', 100, '+.1f', ' points'),
+    'way_back': ('way back to A', 100, '+.1f', ' points'),
+    'return_cost': ('return', 1, '+.4f', ''),
 }
 
 
@@ -368,12 +368,13 @@ def comparison_lines(groups):
         for figure, result in found.items():
             if result['p'] is None:
                 continue
-            text, form = COMPARED[figure]
-            mean, low, high = (format(result[key], form) for key in ('mean', 'low', 'high'))
+            text, factor, form, unit = COMPARED[figure]
+            mean, low, high = (format(factor * result[key], form) for key in ('mean', 'low', 'high'))
             p = f'p = {result["p"]:.3f}' if result['p'] >= 0.001 else 'p < 0.001'
-            lines.append(f'{name} minus {other}, {text}: {mean} [{low}, {high}], {p} ({result["over"]}).')
+            lines.append(f'{name} minus {other}, {text}: {mean} [{low}, {high}]{unit}, {p} ({result["over"]}).')
     if lines:
-        lines = ['', *lines, 'In brackets the 95 % interval; p: the larger of a paired bootstrap and a paired t test.']
+        lines = ['', *lines, 'Paired; in brackets the 95 % interval; p: the larger of a bootstrap and a t test, '
+                             'two-sided.']
     return lines
 
 
@@ -457,7 +458,7 @@ def planning_table(results, groups):
     """
     How well pushes are chosen with each row's predictor, and how near to the goal the object comes to rest: text.
 
-    The intervals are over the seeds, or for one seed a bootstrap over its goals (see figures.interval).
+    The intervals are over the seeds, or for one seed a bootstrap over its goals (see figures.resampled).
     """
     planned = {name: rows for name, rows in groups.items() if all(row['planning'] for row in rows)}
     phases = [phase['phase'] for phase in next(iter(planned.values()))[0]['planning']]
@@ -629,11 +630,6 @@ def line_of(name, rows, colour, style, results, repeats):
             'metres': band(rows, 'metres', repeats), 'probes': probes}
 
 
-def away_of(results):
-    """Which phases are away from home, that is of another domain than the first."""
-    return [domain != results['domains'][0] for domain in results['domains']]
-
-
 def diagnosed(drawn):
     """
     The diagnostics of a drawn group with an action memory, or else of the last that carries something → its 'title',
@@ -663,7 +659,8 @@ def draw(path, found, groups):
     elif one['streams'] > 1:
         bands = f'bands: 2 std. errors\nover {one["streams"]} streams'
     readout = one['readout'] and [one['readout'][domain] for domain in one['domains']]
-    stream = {'labels': one['labels'], 'away': away_of(one), 'clips': one['clips'], 'bands': bands, 'readout': readout,
+    stream = {'labels': one['labels'], 'clips': one['clips'], 'bands': bands, 'readout': readout,
+              'away': [domain != one['domains'][0] for domain in one['domains']],
               'loss': f'{one["loss"]} L1\nmean of 10 clips', 'probes': list(probed(one))}
     lines = [line_of(name, *look, one, repeats) for name, look in drawn.items()]
 
@@ -680,12 +677,13 @@ def shown_clips(results, groups, clips, decode):
 
     clips: what gives (z, a) for a list of numbers of clips of the first stream. decode: features (m,k,N,D) → pictures
     (m,k,H,W,3), numpy, in 0..1. Returns None where nothing was kept, or a dict:
-    phase    its label
+    phases   the label of the phase of each clip
+    numbers  of each clip within its phase, from 1
     steps    the target steps, K of them
-    numbers  of the clips within the phase, from 1
     seen     (clips,1+K,H,W,3), step 1 and the target steps
     pushes   (clips,2), or None where an action is not two numbers
-    rows     [{'title', 'colour', 'model', 'method', 'carries', 'predicted': (clips,K,H,W,3), 'loss': (clips,)}, ...]
+    rows     [{'title', 'colour', 'predicted': (clips,K,H,W,3), 'loss': (clips,)}, ...], with the row's model, method,
+             seed and carries
     """
     kept = {name: rows for name, rows in groups.items() if rows[0].get('shown')}
     if not kept:
@@ -697,15 +695,14 @@ def shown_clips(results, groups, clips, decode):
     for name, (members, colour, _) in drawn_groups(kept, PREDICTED).items():
         row = members[0]
         predicted = np.concatenate([decode(row['shown'][place][None]) for place in places])
-        rows.append({'title': name, 'colour': colour, 'model': row['model'], 'method': row['method'], 'seed': row['seed'],
-                     'carries': row['carries'], 'predicted': predicted, 'loss': np.array(row['loss'][0])[places]})
-    phase = places[0] // results['clips']
-    begin = phase * results['clips']
-    steps = results['target_steps']
+        rows.append({'title': name, 'colour': colour, 'model': row['model'], 'method': row['method'],
+                     'seed': row['seed'], 'carries': row['carries'], 'predicted': predicted,
+                     'loss': np.array(row['loss'][0])[places]})
+    n, steps = results['clips'], results['target_steps']
     return {
-        'phase': results['labels'][phase],
+        'phases': [results['labels'][place // n] for place in places],
+        'numbers': [place % n + 1 for place in places],
         'steps': steps,
-        'numbers': [place - begin + 1 for place in places],
         'seen': decode(z[:, [0] + [step - 1 for step in steps]]),
         'pushes': a[:, 0].cpu().numpy() if a.shape[-1] == 2 else None,
         'rows': rows,
@@ -715,7 +712,7 @@ def shown_clips(results, groups, clips, decode):
 def animated_rows(shown):
     """The two rows that the animation compares, a model frozen and with a memory that it carries; None without both."""
     for row in shown['rows']:
-        frozen = row_of(shown['rows'], row['model'], 'frozen')
+        frozen = row_of(shown['rows'], row['model'], 'frozen', row['seed'])
         if frozen and 'memory' in row['carries']:
             return [frozen, row]
     return None

@@ -136,8 +136,10 @@ def read_decoder(name, manifest):
 
 # ---- clips -----------------------------------------------------------------------------------------------------------
 
-# Numbers in the features of the clips that are predicted at once: 64 MiB.
+# Numbers in the features of the clips of all streams that are run at once: 64 MiB.
 AT_ONCE = 2 ** 24
+# The same for probes, where a processor is quickest with few clips and a GPU with many.
+PROBED_AT_ONCE = {'cpu': 2 ** 18}
 # Without another shift, rates are tuned on clips whose pushes are divided by these. They move further than the push says.
 SCALED = 1.5, 2.0
 
@@ -184,7 +186,8 @@ class Clips:
 def batches(clips, streams=1):
     """All clips in batches (z, a) that are small enough to be predicted for so many streams at once."""
     z, _ = clips[:1]
-    size = max(1, AT_ONCE // (streams * z.numel()))
+    most = PROBED_AT_ONCE.get(z.device.type, AT_ONCE)
+    size = max(1, most // (streams * z.numel()))
     for first in range(0, len(clips), size):
         yield clips[first:first + size]
 

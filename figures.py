@@ -22,7 +22,7 @@ DRAWS = 10_000           # resamples of a bootstrap
 def row_of(rows, model, method, seed=None):
     """The first row of a model, a method and, unless it is None, a seed; None where there is none."""
     for row in rows:
-        if (row['model'], row['method']) == (model, method) and seed in (None, row['seed']):
+        if (row['model'], row['method']) == (model, method) and (seed is None or row['seed'] == seed):
             return row
     return None
 
@@ -298,44 +298,49 @@ def t_test(values):
     return float(np.interp(np.arctan2((n - 1) ** 0.5 * error, abs(np.mean(values))), angles, share))
 
 
-def interval(values):
+def resampled(values):
     """
-    Mean and 95 % interval of values, seeds x streams → (mean, low, high); low and high are None for a single value.
+    Means of values, seeds x streams and more than one of them, as they could have come out, (DRAWS,).
 
     A bootstrap by seed, then by stream within each seed; with one seed over the streams alone. Few values make a
-    bootstrap too sure of itself: for n seeds (or streams, with one seed) its percentiles are moved away from the mean
-    by the factor sqrt(n/(n-1)) t(n-1) / t(inf), so that it is near a t interval where the values are normal. The two
-    parts of the factor: Hesterberg 2015, What Teachers Should Know About the Bootstrap (arXiv:1411.5279).
+    bootstrap too sure of itself: for n seeds (or streams, with one seed) its means are moved away from the mean by the
+    factor sqrt(n/(n-1)) t(n-1) / t(inf), so that 95 % of them lie about where a t interval would where the values are
+    normal. The two parts of the factor: Hesterberg 2015, What Teachers Should Know About the Bootstrap
+    (arXiv:1411.5279).
+    """
+    seeds, streams = values.shape
+    n = seeds if seeds > 1 else streams
+    wider = (n / (n - 1)) ** 0.5 * t_beyond(0.05, n - 1) / 1.959964
+    drawn = resamples(seeds, streams) @ values.ravel()
+    return values.mean() + wider * (drawn - values.mean())
+
+
+def interval(values):
+    """
+    Mean and 95 % interval of values, seeds x streams → (mean, low, high): see resampled().
+
+    low and high are None for a single value.
     """
     values = np.array(values, float)
-    mean = values.mean()
     if values.size == 1:
-        return mean, None, None
-    drawn = resamples(*values.shape) @ values.ravel()
-    n = units(values)
-    wider = (n / (n - 1)) ** 0.5 * t_beyond(0.05, n - 1) / 1.959964
-    low, high = mean + wider * (np.percentile(drawn, (2.5, 97.5)) - mean)
-    return mean, low, high
-
-
-def units(values):
-    """How many independent values (seeds x streams) has: its seeds, or with one seed its streams."""
-    seeds, streams = values.shape
-    return seeds if seeds > 1 else streams
+        return values.mean(), None, None
+    low, high = np.percentile(resampled(values), (2.5, 97.5))
+    return values.mean(), low, high
 
 
 def versus(one, other):
     """
     Two methods over the same clips: a figure of each, seeds x streams → {mean, low, high, p} of one minus other.
 
-    Paired: only differences of the same seed and stream count. p is two-sided, the larger of the bootstrap's and of a
-    paired t test over the seed means (with one seed: over its streams). All but the mean are None for a single value.
+    Paired: only differences of the same seed and stream count. p is two-sided, the larger of the bootstrap's, see
+    resampled(), and of a paired t test over the seed means (with one seed: over its streams), so it is below 0.05 only
+    where the interval is clear of zero. All but the mean are None for a single value.
     """
     difference = np.array(one, float) - np.array(other, float)
     mean, low, high = interval(difference)
     p = None
     if difference.size > 1:
-        drawn = resamples(*difference.shape) @ difference.ravel()
+        drawn = resampled(difference)
         side = min((drawn <= 0).sum(), (drawn >= 0).sum())
         bootstrap = min(1.0, 2 * (side + 1) / (DRAWS + 1))
         means = difference.mean(1) if len(difference) > 1 else difference[0]

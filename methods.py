@@ -114,6 +114,10 @@ class Method:
         z_hat = predict_targets(self.predictor, self.loss, targets, z.flatten(0, 1), a.flatten(0, 1), memory)
         return z_hat.unflatten(0, (S, b))
 
+    def same_in_all_streams(self):
+        """Whether no stream has learned anything yet, so that all predict the same."""
+        return not self.adapted and self.memory is None
+
     @torch.no_grad()
     def jump(self, z, a):
         """The last step of clips z (b,1,N,D), a (b,1,A), as the first stream predicts it by now → (b,N,D)."""
@@ -330,6 +334,9 @@ class GainWriter(Method):
         with torch.no_grad():
             kept = earned_retention(loss, initial_loss) * self.change
             self.change.copy_(kept - per_stream(self.rate, gradient) * gradient)
+
+    def same_in_all_streams(self):
+        return False
 
     def diagnostics(self):
         return {'gain, written': 1 + self.change.mean().item()}

@@ -5,6 +5,6 @@ ckpt = ('out/hope_1.pt, out/hope_2.pt, out/hope_3.pt, out/hope_4.pt, out/hope_5.
 oracle = 'out/oracle_1.pt, out/oracle_2.pt, out/oracle_3.pt, out/oracle_4.pt, out/oracle_5.pt'
 methods = 'frozen, LN-TTA, memory, gain writer'
 streams = 20
-probe_clips = 100
+probe_clips = 50
 probe_every = 200
 out = 'out/report'

@@ -7,6 +7,10 @@ from support.files import read_sealed, sha256
 
 FILES = 'table.txt', 'results.json', 'results.csv', 'compare.csv', 'results.png', 'results.pdf', 'predictions.png', 'stream.gif', 'unfinished.pt'
 
+# The code that the rows of a run depend on. That of prepare.py is in the manifest of the data set.
+CODE = ('adapt.py', 'data.py', 'experiment.py', 'figures.py', 'hope.py', 'methods.py', 'metres.py', 'model.py',
+        'planning.py')
+
 
 def run_key(settings, files, checksum):
     """
@@ -14,7 +18,7 @@ def run_key(settings, files, checksum):
 
     settings: {knob: value}; files: {knob: paths}, whose names do not matter; checksum: that of the data set.
     """
-    code = [os.path.join(ROOT, file) for file in ('adapt.py', 'data.py', 'experiment.py', 'hope.py', 'model.py')]
+    code = [os.path.join(ROOT, file) for file in CODE]
     content = {name: [sha256(path) for path in paths] for name, paths in {**files, 'code': code}.items()}
     names_only = {*files, 'data', 'out'}
     chosen = {name: value for name, value in settings.items() if name not in names_only}

@@ -250,19 +250,19 @@ def places_of(pictures):
     return np.stack([(differs * x).sum((1, 2)) / mass, (differs * y).sum((1, 2)) / mass], -1)
 
 
-def places_of_all(seen):
-    """places_of() for pictures of clips (clips,k,H,W,3) → (clips,k,2)."""
-    return places_of(seen.reshape(-1, *seen.shape[2:])).reshape(*seen.shape[:2], 2)
+def marks_of(shown):
+    """
+    Where the object really is at each step (clips,1+K,2), and how far its push reaches (clips,2), in pixels.
 
-
-def arrows_of(shown):
-    """Where the pushes of shown clips begin, and how far they reach: two (clips,2) in pixels; None without pushes."""
+    Two times None without pushes: what moves then need not be one object.
+    """
     if shown['pushes'] is None:
-        return None
+        return None, None
+    seen = shown['seen']
+    places = places_of(seen.reshape(-1, *seen.shape[2:])).reshape(*seen.shape[:2], 2)
     longest = np.linalg.norm(shown['pushes'], axis=1).max()
     # The longest is two fifths of a picture.
-    reach = 0.4 * shown['seen'].shape[3] / max(longest, 1e-12) * shown['pushes']
-    return places_of_all(shown['seen'])[:, 0], reach
+    return places, 0.4 * seen.shape[3] / max(longest, 1e-12) * shown['pushes']
 
 
 def show_picture(ax, picture):
@@ -284,8 +284,7 @@ def draw_predictions(file, shown, clips=5):
     """The last of compare.shown_clips(): what was given, what came, and what methods predicted for the last step."""
     plt = pyplot()
     clips = range(len(shown['numbers']))[-clips:]
-    arrows = arrows_of(shown)
-    truth = places_of_all(shown['seen'])
+    truth, reach = marks_of(shown)
     headings = [('given:\nstep 1, push', 'black'), (f'what came:\nstep {shown["steps"][-1]}', 'black')]
     headings += [(row['title'].replace(' ', '\n', 1), row['colour']) for row in shown['rows']]
     side = WIDTH / 7
@@ -294,19 +293,21 @@ def draw_predictions(file, shown, clips=5):
         fig, axes = plt.subplots(len(clips), len(headings), figsize=size, squeeze=False)
         for line, clip in zip(axes, clips):
             show_picture(line[0], shown['seen'][clip, 0])
-            if arrows:
-                show_push(line[0], arrows[0][clip], arrows[1][clip])
             line[0].set_ylabel(f'clip {shown["numbers"][clip]}', fontsize=7)
             show_picture(line[1], shown['seen'][clip, -1])
             for ax, row in zip(line[2:], shown['rows']):
                 show_picture(ax, row['predicted'][clip, -1])
                 ax.set_xlabel(f'loss {row["loss"][clip]:.3f}', fontsize=7, labelpad=1.5)
+            if truth is None:
+                continue
+            show_push(line[0], truth[clip, 0], reach[clip])
             for ax in line[1:]:
                 ax.plot(*truth[clip, -1], 'o', ms=15, mfc='none', mec='white', mew=0.6)
         for ax, (heading, colour) in zip(axes[0], headings):
             ax.set_title(heading, fontsize=8, color=colour)
-        fig.suptitle(f'Last clips of {shown["phase"]}, predicted from step 1 and the push alone; '
-                     'ring: where the object came to be', fontsize=8.5)
+        ring = '' if truth is None else '; ring: where the object came to be'
+        phase = shown['phases'][-1]
+        fig.suptitle(f'Last clips of {phase}, predicted from step 1 and the push alone{ring}', fontsize=8.5)
         fig.tight_layout(pad=0.4, w_pad=0.4, h_pad=0.3)
         fig.savefig(file, dpi=160, format='png')
     plt.close(fig)
@@ -350,8 +351,7 @@ def common_palette(frames):
     """
     One palette for all frames, a picture of mode P.
 
-    White, black and the other most frequent colours stay as they are. All the rest share 240: an object has many, each of
-    few pixels.
+    White, black and the other most frequent colours stay as they are. The rest, the shades of the objects, share 240.
     """
     from PIL import Image
     codes = [np.asarray(frame).astype(np.int32) @ [65536, 256, 1] for frame in frames]
@@ -368,9 +368,9 @@ def common_palette(frames):
 
 def animation(plt, shown, clips):
     """The figure of the animation, and the function update(clip, step) that sets it; step 0 is step 1 of a clip."""
-    numbers, steps, seen, rows = shown['numbers'], shown['steps'], shown['seen'], shown['rows']
-    arrows = arrows_of(shown)
-    truth = places_of_all(seen)
+    phases, numbers, steps, seen = shown['phases'], shown['numbers'], shown['steps'], shown['seen']
+    rows = shown['rows']
+    truth, reach = marks_of(shown)
     width, height = 7.2, 4.2
     fig = plt.figure(figsize=(width, height), dpi=100)
     title = fig.text(0.02, 0.945, '', fontsize=13, weight='bold')
@@ -383,22 +383,25 @@ def animation(plt, shown, clips):
         panels.append(ax)
         pictures.append(show_picture(ax, seen[0, 0]))
         rings += ax.plot([], [], 'o', ms=26, mfc='none', mec='white', mew=1)
-    fig.text(0.98, 0.325, 'ring: where the object really is', fontsize=8, ha='right', va='top', color='0.35')
+    if truth is not None:
+        fig.text(0.98, 0.325, 'ring: where the object really is', fontsize=8, ha='right', va='top', color='0.35')
     curves = loss_strip(fig, shown, clips)
 
     def update(clip, step):
-        title.set_text(f'{shown["phase"]}: clip {numbers[clip]} after the switch')
+        after = ' after the switch' if phases[clip] != phases[0] else ''
+        title.set_text(f'{phases[clip]}: clip {numbers[clip]}{after}')
         moment.set_text(f'step {steps[step - 1]} of {steps[-1]}' if step else 'given: step 1 and the push')
         pictures[0].set_data(seen[clip, step])
         for picture, row in zip(pictures[1:], rows):
             picture.set_data(row['predicted'][clip, step - 1] if step else seen[clip, 0])
-        for ring in rings:
-            ring.set_data(*truth[clip, step][:, None])
-            ring.set_visible(step > 0)
         while pushes:
             pushes.pop().remove()
-        if arrows and step == 0:
-            pushes.extend(show_push(ax, arrows[0][clip], arrows[1][clip]) for ax in panels)
+        if truth is not None:
+            for ring in rings:
+                ring.set_data(*truth[clip, step][:, None])
+                ring.set_visible(step > 0)
+            if step == 0:
+                pushes.extend(show_push(ax, truth[clip, 0], reach[clip]) for ax in panels)
         # A clip is scored at its last step.
         scored = clip + (step == len(steps))
         for curve, row in zip(curves, rows):
@@ -412,16 +415,23 @@ def loss_strip(fig, shown, clips):
     highest = max(row['loss'][:clips].max() for row in rows)
     strip = fig.add_axes((0.085, 0.095, 0.74, 0.17))
     strip.spines[['top', 'right']].set_visible(False)
-    strip.set(xlim=(0.5, clips + 0.5), ylim=(0, 1.12 * highest), ylabel='loss')
+    strip.set(xlim=(0.5, clips + 0.5), ylim=(0, 1.35 * highest), ylabel='loss')
     strip.set_xticks(range(1, clips + 1), [str(number) for number in shown['numbers'][:clips]])
     strip.locator_params(axis='y', nbins=3)
     strip.tick_params(labelsize=8)
-    strip.set_xlabel(f'clip of {shown["phase"]}', fontsize=9, labelpad=1)
+    strip.set_xlabel('clip', fontsize=9, labelpad=1)
+    # The phase that is switched to is shaded.
+    before = shown['phases'][:clips].count(shown['phases'][0])
+    if before < clips:
+        strip.axvspan(before + 0.5, clips + 0.5, color='0.93', lw=0, zorder=0)
+    for begin, end in ((0, before), (before, clips)):
+        if begin < end:
+            strip.text((begin + end + 1) / 2, 1.33 * highest, shown['phases'][begin], ha='center', va='top', fontsize=9)
     curves = []
     for row, style, marker in zip(rows, ('--', '-'), ('s', 'o')):
         curves += strip.plot([], [], color=row['colour'], ls=style, marker=marker, ms=5, lw=1.4, clip_on=False)
     ends = [row['loss'][clips - 1] for row in rows]
-    for row, place in zip(rows, spread(ends, 0.3 * highest, 0, highest)):
+    for row, place in zip(rows, spread(ends, 0.35 * highest, 0, highest)):
         strip.annotate(row['title'], (1.01, place), xycoords=('axes fraction', 'data'), color=row['colour'],
                        va='center', fontsize=10, annotation_clip=False)
     return curves

@@ -90,7 +90,8 @@ def test_seeds_and_streams_of_one_run(tmp_path):
     sides = [[row['figures']['gap_closed'] for row in groups[name]] for name in ('HOPE memory', 'ViT-AC LN-TTA')]
     assert gap == {**figures.versus(*sides), 'over': '3 seeds x 4 streams'}
     line = lines[line_of(lines, 'HOPE memory minus ViT-AC LN-TTA, gap closed')]
-    assert f'{gap["mean"]:+.1%} [{gap["low"]:+.1%}, {gap["high"]:+.1%}], p < 0.001 (3 seeds x 4 streams)' in line
+    mean, low, high = (100 * gap[key] for key in ('mean', 'low', 'high'))
+    assert f'{mean:+.1f} [{low:+.1f}, {high:+.1f}] points, p < 0.001 (3 seeds x 4 streams)' in line
     # HOPE LN-TTA and the ViT-AC's memory were not run.
     assert text.count(' minus ViT-AC') == 2
     groups, lines = table_of(fake_results(tmp_path / 'one_seed', streams=4))

@@ -12,7 +12,7 @@ METHODS = [('', '', 'copy'), ('', '', 'blank'),
            ('HOPE', 'hope', 'frozen'), ('HOPE', 'hope', 'LN-TTA'), ('HOPE', 'hope', 'CMS'), ('HOPE', 'hope', 'memory'),
            ('ViT-AC', 'vit', 'frozen'), ('ViT-AC', 'vit', 'LN-TTA'), ('ViT-AC', 'vit', 'memory'),
            ('oracle', 'oracle', 'frozen')]
-N, K, PATCHES, D = 12, 3, 4, 5
+N, K, PATCHES, D = 6, 3, 4, 5
 
 
 def fake(domains=('A', 'B', 'A'), seeds=1, streams=1, metres=True, methods=METHODS):
@@ -107,7 +107,7 @@ def shown_of(methods=METHODS):
     a = torch.rand(3 * N, 8, 2, generator=generator)
     for row in results['rows']:
         if row['model']:
-            row['shown'] = {clip: z[clip, 5:].half() for clip in range(N, 2 * N)}
+            row['shown'] = {clip: z[clip, 5:].half() for clip in range(N - 2, 2 * N)}
 
     def decode(features):
         small = features[..., :3].float().unflatten(2, (2, 2))
@@ -120,18 +120,18 @@ def test_pictures_of_predictions(tmp_path):
     Image = pytest.importorskip('PIL.Image')
     pytest.importorskip('matplotlib')
     shown, results = shown_of()
-    assert shown['phase'] == 'B' and shown['numbers'] == list(range(1, N + 1))
-    assert shown['seen'].shape == (N, 1 + K, 20, 20, 3)
+    assert shown['phases'] == ['A'] * 2 + ['B'] * N and shown['numbers'] == [N - 1, N, *range(1, N + 1)]
+    assert shown['seen'].shape == (2 + N, 1 + K, 20, 20, 3)
     titles = [row['title'] for row in shown['rows']]
     assert titles == ['HOPE frozen', 'HOPE LN-TTA', 'HOPE memory', 'ViT-AC LN-TTA', 'ViT-AC memory']
     # What was predicted is what came, in float16.
     assert shown['rows'][0]['predicted'] == pytest.approx(shown['seen'][:, 1:], abs=1e-3)
     frozen = next(row for row in results['rows'] if compare.title(row) == 'HOPE frozen')
-    assert shown['rows'][0]['loss'] == pytest.approx(frozen['loss'][0][N:2 * N])
+    assert shown['rows'][0]['loss'] == pytest.approx(frozen['loss'][0][N - 2:2 * N])
     compare.draw_predictions(str(tmp_path / 'predictions.png'), shown)
     assert compare.draw_animation(str(tmp_path / 'clips.gif'), shown)
     gif = Image.open(io.BytesIO((tmp_path / 'clips.gif').read_bytes()))
-    assert gif.n_frames == 4 * 12 and gif.info['loop'] == 0 and gif.size[0] <= 800
+    assert gif.n_frames == (1 + K) * (2 + N) and gif.info['loop'] == 0 and gif.size[0] <= 800
     assert (tmp_path / 'predictions.png').stat().st_size > 5000
 
 
