@@ -5,7 +5,7 @@ The ablation table: train every variant of HOPE with several seeds, run A→B→
     python ablate.py --variants="HOPE,delta rule"          some of them
     python ablate.py --oracle=out/oracle.pt                with the share of the gap that each closes
 
-Every variant is config/hope_jump.py with the flags below, and the same steps, clips and seeds. What is finished is
+Every variant is config/hope_jump.py with the flags below; all have the same steps, clips and seeds. What is finished is
 kept, so an interrupted table goes on where it stopped, and seeds and variants may be added. What was made with other
 settings, data or code is refused: by train.py, and by adapt.py, whose folder may then be deleted.
 """
@@ -21,7 +21,8 @@ from support.files import claim, read_manifest, write_text
 from support.running import make_slide
 
 # what to run
-config = 'config/hope_jump.py'   # config file that the variants change
+config = 'config/hope_jump.py'   # config file of HOPE, which its variants change
+vit = 'config/vit_jump.py'       # config file of the ViT-AC that it is compared with
 variants = ''            # run only these, separated by commas; '' = all
 seeds = '1,2,3'          # training seeds, separated by commas
 max_iters = 0            # optimiser steps of each training; 0 = those of the config [0..]
@@ -34,22 +35,22 @@ extra = ''               # more flags for every training, separated by blanks
 device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
 settings = configure(globals()) if __name__ == '__main__' else {}
 
-# A row of the table: its name, the method by which it adapts, and its flags for train.py. Rows with the same flags
-# share their checkpoints.
+# A row of the table: its name, the method by which it adapts, the knob that names its config file, and its flags for
+# train.py. Rows with the same config and flags share their checkpoints.
 VARIANTS = {
-    'HOPE': ('memory', ''),
-    'ViT-AC': ('LN-TTA', '--model=vit --depth=4'),
-    'ViT-AC with the memory': ('memory', '--model=vit --depth=4'),
-    "the plan's own HOPE": ('CMS', '--action_memory=False --mixer=titan --memory_hidden=24 --conv=False '
-                                   '--cms_hidden=300'),
-    'Hope-Attention': ('memory', '--mixer=attention --cms_hidden=300'),
-    'Titan without attention': ('memory', '--mixer=titan --cms_hidden=300'),
-    'no zoomed clips': ('memory', '--zoom=False'),
-    'delta rule': ('memory', '--rule=delta'),
-    'no self-generated targets': ('memory', '--self_targets=False'),
-    'no surprise gate': ('memory', '--surprise=False'),
-    'no convolution': ('memory', '--conv=False'),
-    'one CMS level': ('memory', '--cms_periods=1 --cms_hidden=708'),
+    'HOPE': ('memory', 'config', ''),
+    'ViT-AC': ('LN-TTA', 'vit', ''),
+    'ViT-AC with the memory': ('memory', 'vit', ''),
+    "the plan's own HOPE": ('CMS', 'config', '--action_memory=False --mixer=titan --memory_hidden=24 --conv=False '
+                                             '--cms_hidden=300'),
+    'Hope-Attention': ('memory', 'config', '--mixer=attention --cms_hidden=300'),
+    'Titan without attention': ('memory', 'config', '--mixer=titan --cms_hidden=300'),
+    'no zoomed clips': ('memory', 'config', '--zoom=False'),
+    'delta rule': ('memory', 'config', '--rule=delta'),
+    'no self-generated targets': ('memory', 'config', '--self_targets=False'),
+    'no surprise gate': ('memory', 'config', '--surprise=False'),
+    'no convolution': ('memory', 'config', '--conv=False'),
+    'one CMS level': ('memory', 'config', '--cms_periods=1 --cms_hidden=708'),
 }
 # Columns of the table: heading, method (None: the row's own), figure of figures.py, format.
 COLUMNS = [
@@ -88,8 +89,9 @@ def run(script, *flags):
 
 
 def file_name(variant):
-    """What the files of a variant are called: that of the first variant with the same flags, without blanks."""
-    first = next(name for name, (_, flags) in VARIANTS.items() if flags == VARIANTS[variant][1])
+    """What the files of a variant are called: the first variant that is trained alike, without blanks."""
+    _, *training = VARIANTS[variant]
+    first = next(name for name, (_, *other) in VARIANTS.items() if other == training)
     return ''.join(c if c.isalnum() else '_' for c in first)
 
 
@@ -103,22 +105,24 @@ def finished(path, wanted, checksum):
 
 def train(variant, seed, knobs, checksum):
     """The checkpoint of a variant and a seed → its path. Trains it, or goes on, unless that was done before."""
+    _, config, own = VARIANTS[variant]
+    config = getattr(knobs, config)
     path = os.path.join(knobs.out, f'{file_name(variant)}_{seed}.pt')
-    flags = [*knobs.extra.split(), *VARIANTS[variant][1].split(), f'--seed={seed}']
+    flags = [*knobs.extra.split(), *own.split(), f'--seed={seed}']
     if knobs.max_iters:
         flags.append(f'--max_iters={knobs.max_iters}')
-    wanted = read_config(knobs.config) | dict(flag.lstrip('-').split('=', 1) for flag in flags if '=' in flag)
+    wanted = read_config(config) | dict(flag.lstrip('-').split('=', 1) for flag in flags if '=' in flag)
     there = os.path.exists(path)
     if not there or not finished(path, wanted, checksum):
         print(f'\n== {variant}, seed {seed}', flush=True)
-        run('train.py', knobs.config, f'--data={knobs.data}', f'--device={knobs.device}', *flags, f'--out={path}',
+        run('train.py', config, f'--data={knobs.data}', f'--device={knobs.device}', *flags, f'--out={path}',
             f'--resume={there}')
     return path
 
 
 def adapt(variant, paths, knobs):
     """Run A→B→A with the checkpoints of all seeds, unless that was done before → its rows, {method: [a row a seed]}."""
-    method, _ = VARIANTS[variant]
+    method, *_ = VARIANTS[variant]
     seeds = '_'.join(chosen_seeds(knobs.seeds))
     folder = os.path.join(knobs.out, f'{file_name(variant)}_{method}_{seeds}')
     print(f'\n== {variant}', flush=True)

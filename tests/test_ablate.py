@@ -12,8 +12,8 @@ from hope import read_checkpoint
 
 def test_rows_with_the_same_flags_share_their_checkpoints():
     assert ablate.file_name('ViT-AC with the memory') == ablate.file_name('ViT-AC') == 'ViT_AC'
-    names = {flags: ablate.file_name(name) for name, (_, flags) in ablate.VARIANTS.items()}
-    assert len(set(names.values())) == len(names) and names[''] == 'HOPE'
+    names = {tuple(trained): ablate.file_name(name) for name, (_, *trained) in ablate.VARIANTS.items()}
+    assert len(set(names.values())) == len(names) and names['config', ''] == 'HOPE'
 
 
 def test_what_is_finished(trained):
