@@ -483,8 +483,8 @@ def planning_table(results, groups):
         lines.append(['±', *halves, ''])
     goals = len(next(iter(planned.values()))[0]['planning'][0]['distance'])
     text = laid_out(lines)
-    text += ['', f'Share of {goals} goals a phase that the object is within 2 cm and 5 cm of at the end of the clip, its',
-             'median distance, ms per plan. ±: half the 95 % interval over the seeds; with one seed over its goals.']
+    text += ['', f'Share of {goals} goals a phase that the object is within 2 cm and 5 cm of at the end of the clip,',
+             'median distance, ms per plan. ±: half the 95 % interval, over the seeds or over the goals of one.']
     return '\n'.join(text) + '\n'
 
 

@@ -237,7 +237,7 @@ def fake_results(folder, clips=30, seed=0, seeds=1, streams=1, phases=('A', 'B',
     results = {'settings': {'clips': clips}, 'key': {'settings': {'clips': clips}, 'content': {'ckpt': [str(seed)]}},
                'phases': phases, 'labels': labels, 'domains': phases, 'clips': clips, 'streams': streams,
                'loss': 'jump', 'target_steps': [6, 7, 8], 'tuned_on': [], 'tuning': {}, 'beyond': None,
-               'probe_at': probe_at, 'readout': None, 'checkpoints': checkpoints, 'rows': rows, **changes}
+               'probe_at': probe_at, 'readout': None, 'simulator': None, 'checkpoints': checkpoints, 'rows': rows, **changes}
     os.makedirs(folder)
     with open(os.path.join(folder, 'results.json'), 'w', encoding='utf-8') as f:
         json.dump(results, f)

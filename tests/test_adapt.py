@@ -364,7 +364,7 @@ def test_own_phases_without_another_domain(tiny, trained, tmp_path, own_phases):
     assert results['labels'] == ['A1', 'B', 'A2'] and results['domains'] == ['A', 'B', 'A'] and results['tuned_on'] == ['scaled']
     plain = {name for name, method in methods.METHODS.items() if not method.control}
     assert plain < {row['method'] for row in results['rows']}
-    assert 'Rate of HOPE CMS tuned on clips with scaled pushes among' in done.stdout
+    assert 'tuned on clips with scaled pushes among' in done.stdout
     assert 'no predictions.png: ' in done.stdout and 'predictions.png' not in done.stdout.splitlines()[-1]
     phases = [line.split(',')[2] for line in open(tmp_path / 'aba' / 'results.csv')]
     assert phases == ['phase'] + ['A1'] * 6 + ['B'] * 6 + ['A2'] * 6
