@@ -475,7 +475,7 @@ def planning_table(results, groups):
                 reached = (distance <= near).astype(float)
                 mean, low, high = interval(reached.mean(1, keepdims=True) if len(rows) > 1 else reached)
                 means.append(f'{mean:.0%}')
-                halves.append(f'{(high - low) / 2:.0%}')
+                halves.append('' if low is None else f'{(high - low) / 2:.0%}')
             means.append(f'{100 * np.median(distance):.1f}')
             halves.append('')
         spent = [phase['ms'] for row in rows for phase in row['planning'] if phase['ms'] is not None]

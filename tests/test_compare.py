@@ -198,6 +198,9 @@ def test_planning(tmp_path):
     assert lines[at + 1].split() == ['HOPE', 'memory', *['35%', '45%', '30.0'] * 3, '12']
     assert lines[at + 2].split() == ['±', *[f'{(high - low) / 2:.0%}'] * 6]
     assert max(map(len, lines[at:])) <= 100 and lines[at + 3] == '' and '200 goals' in lines[at + 4]
+    # A single goal has no interval.
+    one = {'HOPE memory': [{'planning': [{'phase': 'B', 'distance': [0.01], 'ms': 12.0}]}]}
+    assert compare.planning_table(results, one).splitlines()[2].split() == ['±']
 
 
 def test_one_run_is_that_run(three, tmp_path):
