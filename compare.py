@@ -333,6 +333,7 @@ COMPARED = {
     'gap_closed': ('gap closed', 100, '+.1f', ' points'),
     'way_back': ('way back to A', 100, '+.1f', ' points'),
     'return_cost': ('return', 1, '+.4f', ''),
+    'harm': ('harm', 1, '+.5f', ''),
 }
 
 

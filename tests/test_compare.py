@@ -124,6 +124,7 @@ def test_a_table_for_any_phases(phases, headings, tmp_path):
     lines = compare.format_table([results], groups).splitlines()
     assert lines[0].split() == ['loss', 'on', 'the', 'stream', *headings.split()]
     assert max(map(len, lines[:lines.index('')])) <= 100 and max(map(len, lines)) <= 120
+    assert any('ViT-AC LN-TTA, harm: ' in line for line in lines) == ('harm' in headings)
     tables = compare.latex_table([results], groups), compare.results_csv(results), compare.compare_csv(groups)
     assert all(tables)
 
