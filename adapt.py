@@ -22,10 +22,10 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from compare import compare_csv, draw, draw_animation, draw_predictions, format_table, grouped, in_words, on_the_edge
-from compare import results_csv, results_json, shown_clips, title
+from compare import compare_csv, format_table, grouped, in_words, on_the_edge, results_csv, results_json, title
 from configurator import Refusal, configure, listed
 from data import median_scene, pictures
+from drawing import draw, draw_animation, draw_predictions, shown_clips
 from experiment import batches, build_experiment, check_clips, further_than_training, groups, labels_of, open_splits
 from experiment import phases_of, read_checkpoints, read_decoder, split_of, tuned_on
 from figures import add_figures
@@ -82,14 +82,10 @@ def run_stream(method, streams, probes=None, probe_at=(), shown=(), readout=None
     predictions (K,N,D)}, after [...], state of the method at the end.
     """
     probes, after = probes or {}, after or {}
-    losses, metres, seconds, diagnostics, kept, later = [], [], [], [], {}, []
-    probed = {domain: [] for domain in probes}
-
-    def score_probes_of(seen):
-        if seen in probe_at:
-            for domain, clips in probes.items():
-                probed[domain].append(score(method, clips))
-    score_probes_of(0)
+    notes = {'loss': [], 'metres': [], 'seconds': [], 'probes': {domain: [] for domain in probes}, 'diagnostics': [],
+             'shown': {}, 'after': []}
+    if 0 in probe_at:
+        score_probes(method, probes, notes)
     numbers = range(len(streams[0]))
     for i in progress(numbers, label) if label else numbers:
         z, a = clip_of_each(streams, i)
@@ -100,21 +96,28 @@ def run_stream(method, streams, probes=None, probe_at=(), shown=(), readout=None
             loss = feature_loss(z_hat, z[:, method.targets])
             # The clips have been scored. Only now are they shown.
             method.look_back(z, a)
-        seconds.append((time.perf_counter() - started) / len(streams))
+        notes['seconds'].append((time.perf_counter() - started) / len(streams))
         z_hat, loss = z_hat.detach().float(), loss.detach().float()
-        losses.append(loss)
-        surprise = (loss / copy_loss(z, method.targets)).mean().item()
-        diagnostics.append({'surprise': surprise, **method.diagnostics()})
+        notes['loss'].append(loss)
+        surprise = loss / copy_loss(z, method.targets)
+        notes['diagnostics'].append({'surprise': surprise.mean().item(), **method.diagnostics()})
         if readout:
-            metres.append(misplaced(readout(z_hat), streams, i, method.targets))
+            notes['metres'].append(misplaced(readout(z_hat), streams, i, method.targets))
         if i in shown:
-            kept[i] = z_hat[0].half()
-        score_probes_of(i + 1)
+            notes['shown'][i] = z_hat[0].half()
+        if i + 1 in probe_at:
+            score_probes(method, probes, notes)
         if i + 1 in after:
-            later.append(after[i + 1](method))
-    return {'loss': torch.stack(losses, 1).tolist(), 'metres': torch.stack(metres, 1).tolist() if readout else None,
-            'seconds': seconds, 'probes': {domain: torch.stack(each, 1).tolist() for domain, each in probed.items()},
-            'diagnostics': diagnostics, 'shown': kept, 'after': later, 'state': method.state()}
+            notes['after'].append(after[i + 1](method))
+    notes['loss'] = by_stream(notes['loss'])
+    notes['metres'] = by_stream(notes['metres'])
+    notes['probes'] = {domain: by_stream(losses) for domain, losses in notes['probes'].items()}
+    return {**notes, 'state': method.state()}
+
+
+def by_stream(values):
+    """Values (S,) of each of n clips → a list of n for each stream; None where there are none."""
+    return torch.stack(values, 1).tolist() if values else None
 
 
 def clip_of_each(streams, i):
@@ -132,6 +135,12 @@ def misplaced(places, streams, i, targets):
     """How far the objects of clip i of each stream are from `places` (S,K,2): the mean over target steps in metres, (S,)."""
     true = torch.cat([stream.positions([i], targets) for stream in streams])
     return (places - true).norm(dim=-1).mean(1)
+
+
+def score_probes(method, probes, notes):
+    """Note what each stream loses on each probe set by now."""
+    for domain, clips in probes.items():
+        notes['probes'][domain].append(score(method, clips))
 
 
 def score(method, clips):
@@ -155,7 +164,7 @@ def tune(checkpoint, name, streams):
         now, trials = trials[:len(together)], trials[len(together):]
         rates = torch.tensor([rate for rate, _ in now])
         method = METHODS[name](checkpoint, rates, streams=len(now))
-        done = run_stream(method, together, label=f'tuning {checkpoint.name} {name}')
+        done = run_stream(method, together, label=of_seed(f'tuning {checkpoint.name} {name}', checkpoint.seed))
         for (rate, _), loss in zip(now, done['loss']):
             losses[rate] += loss
     return {rate: float(np.mean(loss)) for rate, loss in losses.items()}

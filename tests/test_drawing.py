@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import compare
+import drawing
 from support import plots
 
 METHODS = [('', '', 'copy'), ('', '', 'blank'),
@@ -49,21 +50,21 @@ def grouped(rows):
 
 def test_at_most_six_lines_in_colours_of_their_own():
     _, groups = fake()
-    drawn = compare.drawn_groups(groups)
+    drawn = drawing.drawn_groups(groups)
     assert list(drawn) == ['blank', 'HOPE frozen', 'HOPE LN-TTA', 'HOPE memory', 'ViT-AC LN-TTA', 'ViT-AC memory']
     assert len({colour for _, colour, _ in drawn.values()}) == 6
     # A method looks the same whatever is drawn beside it, and what is not in the list is drawn where there is room.
-    few = compare.drawn_groups({name: groups[name] for name in ('HOPE memory', 'HOPE CMS', 'oracle frozen')})
+    few = drawing.drawn_groups({name: groups[name] for name in ('HOPE memory', 'HOPE CMS', 'oracle frozen')})
     assert few['HOPE memory'] == drawn['HOPE memory'] and len({colour for _, colour, _ in few.values()}) == 3
 
 
 def test_bands():
     """Over seeds the range of their means over streams; of one seed two standard errors over its streams."""
     rows = [{'loss': [[1.0] * 20, [3.0] * 20]}, {'loss': [[4.0] * 20, [4.0] * 20]}]
-    assert [values[0] for values in compare.band(rows, 'loss', 2)] == pytest.approx([3, 2, 4])
-    mean, low, high = compare.band(rows[:1], 'loss', 1)
+    assert [values[0] for values in drawing.band(rows, 'loss', 2)] == pytest.approx([3, 2, 4])
+    mean, low, high = drawing.band(rows[:1], 'loss', 1)
     assert len(mean) == 11 and mean[0] == pytest.approx(2) and (high - low)[0] == pytest.approx(4)
-    assert compare.band(rows[1:], 'loss', 2)[1] is None
+    assert drawing.band(rows[1:], 'loss', 2)[1] is None
 
 
 @pytest.mark.parametrize('places', [[0.5, 0.5, 0.5], [0, 0.01, 0.9], [1, 1, 0.99, 0.98], [0.3], [0.2, 0.1, 0.15, 0.9]])
@@ -87,7 +88,7 @@ def test_streams_of_any_phases(domains, more, tmp_path):
     pytest.importorskip('matplotlib')
     results, groups = fake(domains, **more)
     for kind in ('png', 'pdf'):
-        compare.draw(str(tmp_path / f'results.{kind}'), [results], groups)
+        drawing.draw(str(tmp_path / f'results.{kind}'), [results], groups)
         assert (tmp_path / f'results.{kind}').stat().st_size > 5000
 
 
@@ -113,7 +114,7 @@ def shown_of(methods=METHODS):
         small = features[..., :3].float().unflatten(2, (2, 2))
         return small.repeat_interleave(10, 2).repeat_interleave(10, 3).numpy()
     clips = type('Clips', (), {'__getitem__': lambda self, numbers: (z[numbers], a[numbers])})()
-    return compare.shown_clips(results, groups, clips, decode), results
+    return drawing.shown_clips(results, groups, clips, decode), results
 
 
 def test_pictures_of_predictions(tmp_path):
@@ -128,8 +129,8 @@ def test_pictures_of_predictions(tmp_path):
     assert shown['rows'][0]['predicted'] == pytest.approx(shown['seen'][:, 1:], abs=1e-3)
     frozen = next(row for row in results['rows'] if compare.title(row) == 'HOPE frozen')
     assert shown['rows'][0]['loss'] == pytest.approx(frozen['loss'][0][N - 2:2 * N])
-    compare.draw_predictions(str(tmp_path / 'predictions.png'), shown)
-    assert compare.draw_animation(str(tmp_path / 'clips.gif'), shown)
+    drawing.draw_predictions(str(tmp_path / 'predictions.png'), shown)
+    assert drawing.draw_animation(str(tmp_path / 'clips.gif'), shown)
     gif = Image.open(io.BytesIO((tmp_path / 'clips.gif').read_bytes()))
     assert gif.n_frames == (1 + K) * (2 + N) and gif.info['loop'] == 0 and gif.size[0] <= 800
     assert (tmp_path / 'predictions.png').stat().st_size > 5000
@@ -137,5 +138,5 @@ def test_pictures_of_predictions(tmp_path):
 
 def test_no_animation_without_a_memory_and_a_frozen_row(tmp_path):
     shown, _ = shown_of(METHODS[2:5])
-    assert not compare.draw_animation(str(tmp_path / 'clips.gif'), shown) and not list(tmp_path.iterdir())
+    assert not drawing.draw_animation(str(tmp_path / 'clips.gif'), shown) and not list(tmp_path.iterdir())
     assert shown_of(METHODS[:2])[0] is None
