@@ -28,7 +28,7 @@ SECONDS = (FRAMES - TUBELET) / FPS
 # The cross-entropy method: rounds, candidates in each round, and the best of them, around which the next round looks.
 ROUNDS = 5
 CANDIDATES = 32
-ELITES = 6
+ELITES = 4
 SEED = 1
 # Numbers in the features of the candidates that are predicted at once: 1 MiB. More are not faster on a CPU.
 AT_ONCE = 2 ** 18
@@ -103,11 +103,13 @@ def cross_entropy(cost, goals, largest):
         elites = tried.gather(1, best[..., None].expand(-1, -1, 2))    # (goals,ELITES,2)
         mean = elites.mean(1, keepdim=True)
         std = elites.std(1, keepdim=True)
-        noise = torch.randn(CANDIDATES, 2, generator=generator, dtype=torch.float64)
-        tried = mean + std * noise
+        noise = torch.randn(CANDIDATES - ELITES, 2, generator=generator, dtype=torch.float64)
+        drawn = mean + std * noise
         # A push that is too large is shortened.
-        size = tried.norm(dim=-1, keepdim=True)
-        tried = tried * (largest / size.clamp(min=largest))
+        size = drawn.norm(dim=-1, keepdim=True)
+        drawn = drawn * (largest / size.clamp(min=largest))
+        # Elites are tried again: of many goals only one push of the first round comes near, which their mean would lose.
+        tried = torch.cat([elites, drawn], 1)
     return mean[:, 0]
 
 
