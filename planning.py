@@ -59,13 +59,14 @@ def make_goals(split, domain, indices, device):
         raise Refusal(f'planning: {split.name} was not simulated, so no push can be tried there; use a data set of the '
                       'built-in physics')
     indices = np.asarray(indices)
-    z, _ = split[indices]
-    z = z.to(device)
+    # One clip at a time: only two of its steps are kept.
+    z = [split[[i]][0][:, [0, -1]] for i in indices]
+    z = torch.cat(z).to(device)                                        # (G,2,N,D)
     mu = split.physics['mu'][indices, None]
     mass = split.physics['mass'][indices, None]
     position = split.physics['position'][indices]
     physics = Physics(mu, mass, DOMAINS[domain].camera)
-    return Goals(z[:, :1], z[:, -1], position[:, 0], position[:, -1], physics)
+    return Goals(z[:, :1], z[:, 1], position[:, 0], position[:, -1], physics)
 
 
 def pushed(start, pushes, physics, seconds=SECONDS):
