@@ -25,10 +25,12 @@ from model import feature_loss
 
 # From the push to the last frame of a clip.
 SECONDS = (FRAMES - TUBELET) / FPS
-# The cross-entropy method: rounds, candidates in each round, and the best of them, around which the next round looks.
+# The cross-entropy method: candidates of the first round, which must be so many that one of them comes near any goal, of
+# each of the later rounds, the elites among them, around which the next round looks, and the number of rounds.
+FIRST = 128
+CANDIDATES = 16
+ELITES = 3
 ROUNDS = 5
-CANDIDATES = 32
-ELITES = 4
 SEED = 1
 # Numbers in the features of the candidates that are predicted at once: 1 MiB. More are not faster on a CPU.
 AT_ONCE = 2 ** 18
@@ -83,9 +85,9 @@ def reached(goals, pushes):
 
 
 def spread(largest):
-    """Pushes (CANDIDATES,2), spread evenly over all of at most `largest`, as seeds are in a sunflower."""
-    k = torch.arange(CANDIDATES, dtype=torch.float64)
-    size = largest * ((k + 0.5) / CANDIDATES).sqrt()
+    """Pushes (FIRST,2), spread evenly over all of at most `largest`, as seeds are in a sunflower."""
+    k = torch.arange(FIRST, dtype=torch.float64)
+    size = largest * ((k + 0.5) / FIRST).sqrt()
     angle = k * math.pi * (3 - math.sqrt(5))
     return torch.stack([size * angle.cos(), size * angle.sin()], -1)
 
@@ -95,10 +97,10 @@ def cross_entropy(cost, goals, largest):
     Pushes of low cost for so many goals, none larger than `largest`, by the cross-entropy method (Rubinstein, 1999) →
     (goals,2) float64.
 
-    cost: pushes (goals,CANDIDATES,2) → (goals,CANDIDATES). All goals and all calls share the same random numbers.
+    cost: pushes (goals,k,2) → (goals,k). All goals and all calls share the same random numbers.
     """
     generator = torch.Generator().manual_seed(SEED)
-    tried = spread(largest).expand(goals, CANDIDATES, 2)
+    tried = spread(largest).expand(goals, FIRST, 2)
     for _ in range(ROUNDS):
         best = cost(tried).topk(ELITES, dim=1, largest=False).indices  # (goals,ELITES)
         elites = tried.gather(1, best[..., None].expand(-1, -1, 2))    # (goals,ELITES,2)
@@ -123,18 +125,19 @@ def plan_pushes(predict, goals, largest):
     predict: features of the start (b,1,N,D) and pushes (b,2) → features of the last step (b,N,D).
     """
     G, N, D = goals.target.shape
-    at_once = max(1, AT_ONCE // (CANDIDATES * N * D))
 
     def cost(tried):
-        """The loss of candidates (G,CANDIDATES,2) → (G,CANDIDATES)."""
+        """The loss of candidates (G,k,2) → (G,k)."""
+        k = tried.shape[1]
+        at_once = max(1, AT_ONCE // (k * N * D))
         losses = []
         for first in range(0, G, at_once):
             some = slice(first, first + at_once)
             push = tried[some].flatten(0, 1).float().to(goals.z.device)
-            z = goals.z[some].repeat_interleave(CANDIDATES, 0)
-            target = goals.target[some].repeat_interleave(CANDIDATES, 0)
+            z = goals.z[some].repeat_interleave(k, 0)
+            target = goals.target[some].repeat_interleave(k, 0)
             losses.append(feature_loss(predict(z, push), target))
-        return torch.cat(losses).view(G, CANDIDATES).cpu()
+        return torch.cat(losses).view(G, k).cpu()
     return cross_entropy(cost, G, largest).numpy()
 
 
@@ -146,7 +149,7 @@ def plan_with_simulator(goals, largest):
     physics = Physics(by_candidate(goals.physics.mu), by_candidate(goals.physics.mass), goals.physics.camera)
 
     def cost(tried):
-        """How far from the goal candidates (G,CANDIDATES,2) come → (G,CANDIDATES)."""
+        """How far from the goal candidates (G,k,2) come → (G,k)."""
         end = pushed(by_candidate(goals.start), tried.numpy(), physics)
         return torch.from_numpy(np.linalg.norm(end - by_candidate(goals.end), axis=-1))
     return cross_entropy(cost, len(goals.start), largest).numpy()
