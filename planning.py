@@ -25,14 +25,15 @@ from model import feature_loss
 
 # From the push to the last frame of a clip.
 SECONDS = (FRAMES - TUBELET) / FPS
-# The cross-entropy method: candidates of the first round, which must be so many that one of them comes near any goal, of
-# each of the later rounds, the elites among them, around which the next round looks, and the number of rounds.
+# The cross-entropy method. The first round has so many candidates that one comes near any goal: far from it, where the
+# object covers no part of the goal's, the features do not say which push is better.
 FIRST = 128
+# Candidates of each later round, and how many of the best the next round looks around.
 CANDIDATES = 16
 ELITES = 3
 ROUNDS = 5
 SEED = 1
-# Numbers in the features of the candidates that are predicted at once: 1 MiB. More are not faster on a CPU.
+# Numbers in the features that are predicted at once: 1 MiB.
 AT_ONCE = 2 ** 18
 # How many plans are timed.
 TIMED = 5
@@ -111,7 +112,7 @@ def cross_entropy(cost, goals, largest):
         # A push that is too large is shortened.
         size = drawn.norm(dim=-1, keepdim=True)
         drawn = drawn * (largest / size.clamp(min=largest))
-        # Elites are tried again: of many goals only one push of the first round comes near, which their mean would lose.
+        # Elites stay: where only one of them is near the goal, the Gaussian around their mean may miss it.
         tried = torch.cat([elites, drawn], 1)
     return mean[:, 0]
 

@@ -46,7 +46,7 @@ def test_how_far_pushes_bring_an_object():
 def test_with_the_simulator_every_goal_is_reached(tiny, goals, domain):
     pushes = plan_with_simulator(goals[domain], largest(tiny))
     assert pushes.shape == (6, 2)
-    assert reached(goals[domain], pushes).max() < 0.01
+    assert reached(goals[domain], pushes).max() < 0.02
 
 
 def where_pushed(goals, wrong=1.0):
@@ -63,7 +63,7 @@ def where_pushed(goals, wrong=1.0):
 def test_a_perfect_predictor_plans_as_well_as_the_simulator_and_a_wrong_one_misses(tiny, goals, monkeypatch):
     predict, matching = where_pushed(goals['B'])
     metres = reached(matching, plan_pushes(predict, matching, 0.8))
-    assert metres.max() < 0.01
+    assert metres.max() < 0.02
     # In batches of any size, and each time alike.
     monkeypatch.setattr(planning, 'AT_ONCE', 1)
     assert reached(matching, plan_pushes(predict, matching, 0.8)) == pytest.approx(metres, abs=1e-6)
