@@ -25,12 +25,15 @@ from model import feature_loss
 
 # From the push to the last frame of a clip.
 SECONDS = (FRAMES - TUBELET) / FPS
-# The cross-entropy method: rounds, candidates in each round, and the best of them, around which the next round looks.
+# The cross-entropy method. The first round has so many candidates that one comes near any goal: far from it, where the
+# object covers no part of the goal's, the features do not say which push is better.
+FIRST = 128
+# Candidates of each later round, and how many of the best the next round looks around.
+CANDIDATES = 16
+ELITES = 3
 ROUNDS = 5
-CANDIDATES = 32
-ELITES = 6
 SEED = 1
-# Numbers in the features of the candidates that are predicted at once: 1 MiB. More are not faster on a CPU.
+# Numbers in the features that are predicted at once: 1 MiB.
 AT_ONCE = 2 ** 18
 # How many plans are timed.
 TIMED = 5
@@ -59,13 +62,14 @@ def make_goals(split, domain, indices, device):
         raise Refusal(f'planning: {split.name} was not simulated, so no push can be tried there; use a data set of the '
                       'built-in physics')
     indices = np.asarray(indices)
-    z, _ = split[indices]
-    z = z.to(device)
+    # One clip at a time: only two of its steps are kept.
+    z = [split[[i]][0][:, [0, -1]] for i in indices]
+    z = torch.cat(z).to(device)                                        # (G,2,N,D)
     mu = split.physics['mu'][indices, None]
     mass = split.physics['mass'][indices, None]
     position = split.physics['position'][indices]
     physics = Physics(mu, mass, DOMAINS[domain].camera)
-    return Goals(z[:, :1], z[:, -1], position[:, 0], position[:, -1], physics)
+    return Goals(z[:, :1], z[:, 1], position[:, 0], position[:, -1], physics)
 
 
 def pushed(start, pushes, physics, seconds=SECONDS):
@@ -82,9 +86,9 @@ def reached(goals, pushes):
 
 
 def spread(largest):
-    """Pushes (CANDIDATES,2), spread evenly over all of at most `largest`, as seeds are in a sunflower."""
-    k = torch.arange(CANDIDATES, dtype=torch.float64)
-    size = largest * ((k + 0.5) / CANDIDATES).sqrt()
+    """Pushes (FIRST,2), spread evenly over all of at most `largest`, as seeds are in a sunflower."""
+    k = torch.arange(FIRST, dtype=torch.float64)
+    size = largest * ((k + 0.5) / FIRST).sqrt()
     angle = k * math.pi * (3 - math.sqrt(5))
     return torch.stack([size * angle.cos(), size * angle.sin()], -1)
 
@@ -94,20 +98,22 @@ def cross_entropy(cost, goals, largest):
     Pushes of low cost for so many goals, none larger than `largest`, by the cross-entropy method (Rubinstein, 1999) →
     (goals,2) float64.
 
-    cost: pushes (goals,CANDIDATES,2) → (goals,CANDIDATES). All goals and all calls share the same random numbers.
+    cost: pushes (goals,k,2) → (goals,k). All goals and all calls share the same random numbers.
     """
     generator = torch.Generator().manual_seed(SEED)
-    tried = spread(largest).expand(goals, CANDIDATES, 2)
+    tried = spread(largest).expand(goals, FIRST, 2)
     for _ in range(ROUNDS):
         best = cost(tried).topk(ELITES, dim=1, largest=False).indices  # (goals,ELITES)
         elites = tried.gather(1, best[..., None].expand(-1, -1, 2))    # (goals,ELITES,2)
         mean = elites.mean(1, keepdim=True)
         std = elites.std(1, keepdim=True)
-        noise = torch.randn(CANDIDATES, 2, generator=generator, dtype=torch.float64)
-        tried = mean + std * noise
+        noise = torch.randn(CANDIDATES - ELITES, 2, generator=generator, dtype=torch.float64)
+        drawn = mean + std * noise
         # A push that is too large is shortened.
-        size = tried.norm(dim=-1, keepdim=True)
-        tried = tried * (largest / size.clamp(min=largest))
+        size = drawn.norm(dim=-1, keepdim=True)
+        drawn = drawn * (largest / size.clamp(min=largest))
+        # Elites stay: where only one of them is near the goal, the Gaussian around their mean may miss it.
+        tried = torch.cat([elites, drawn], 1)
     return mean[:, 0]
 
 
@@ -120,18 +126,19 @@ def plan_pushes(predict, goals, largest):
     predict: features of the start (b,1,N,D) and pushes (b,2) → features of the last step (b,N,D).
     """
     G, N, D = goals.target.shape
-    at_once = max(1, AT_ONCE // (CANDIDATES * N * D))
 
     def cost(tried):
-        """The loss of candidates (G,CANDIDATES,2) → (G,CANDIDATES)."""
+        """The loss of candidates (G,k,2) → (G,k)."""
+        k = tried.shape[1]
+        at_once = max(1, AT_ONCE // (k * N * D))
         losses = []
         for first in range(0, G, at_once):
             some = slice(first, first + at_once)
             push = tried[some].flatten(0, 1).float().to(goals.z.device)
-            z = goals.z[some].repeat_interleave(CANDIDATES, 0)
-            target = goals.target[some].repeat_interleave(CANDIDATES, 0)
+            z = goals.z[some].repeat_interleave(k, 0)
+            target = goals.target[some].repeat_interleave(k, 0)
             losses.append(feature_loss(predict(z, push), target))
-        return torch.cat(losses).view(G, CANDIDATES).cpu()
+        return torch.cat(losses).view(G, k).cpu()
     return cross_entropy(cost, G, largest).numpy()
 
 
@@ -143,7 +150,7 @@ def plan_with_simulator(goals, largest):
     physics = Physics(by_candidate(goals.physics.mu), by_candidate(goals.physics.mass), goals.physics.camera)
 
     def cost(tried):
-        """How far from the goal candidates (G,CANDIDATES,2) come → (G,CANDIDATES)."""
+        """How far from the goal candidates (G,k,2) come → (G,k)."""
         end = pushed(by_candidate(goals.start), tried.numpy(), physics)
         return torch.from_numpy(np.linalg.norm(end - by_candidate(goals.end), axis=-1))
     return cross_entropy(cost, len(goals.start), largest).numpy()

@@ -46,7 +46,7 @@ def test_how_far_pushes_bring_an_object():
 def test_with_the_simulator_every_goal_is_reached(tiny, goals, domain):
     pushes = plan_with_simulator(goals[domain], largest(tiny))
     assert pushes.shape == (6, 2)
-    assert reached(goals[domain], pushes).max() < 0.01
+    assert reached(goals[domain], pushes).max() < 0.02
 
 
 def where_pushed(goals, wrong=1.0):
@@ -63,7 +63,7 @@ def where_pushed(goals, wrong=1.0):
 def test_a_perfect_predictor_plans_as_well_as_the_simulator_and_a_wrong_one_misses(tiny, goals, monkeypatch):
     predict, matching = where_pushed(goals['B'])
     metres = reached(matching, plan_pushes(predict, matching, 0.8))
-    assert metres.max() < 0.01
+    assert metres.max() < 0.02
     # In batches of any size, and each time alike.
     monkeypatch.setattr(planning, 'AT_ONCE', 1)
     assert reached(matching, plan_pushes(predict, matching, 0.8)) == pytest.approx(metres, abs=1e-6)
@@ -93,7 +93,7 @@ def test_planning_leaves_the_random_state_alone_and_is_timed_for_one_goal(goals)
         return predict(z, push)
     before = torch.random.get_rng_state()
     assert milliseconds(noted, matching, 0.8) > 0
-    assert set(sizes) == {planning.CANDIDATES}
+    assert set(sizes) == {planning.FIRST, planning.CANDIDATES}
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -104,3 +104,16 @@ def test_clips_that_were_not_simulated_are_refused(tiny):
     split.physics = {}
     with pytest.raises(Refusal, match='was not simulated'):
         make_goals(split, 'B', range(2), 'cpu')
+
+
+def test_a_goal_is_found_that_few_candidates_come_near():
+    """As with features: far from the goal, where the object covers no part of it, one push is as good as another."""
+    generator = torch.Generator().manual_seed(2)
+    angle = 2 * torch.pi * torch.rand(100, generator=generator)
+    goal = 0.7 * torch.stack([angle.cos(), angle.sin()], -1)[:, None]
+
+    def cost(tried):
+        return (tried - goal).norm(dim=-1).clamp(max=0.15)
+    found = planning.cross_entropy(cost, 100, 0.8)
+    off = (found - goal[:, 0]).norm(dim=-1)
+    assert (off < 0.05).float().mean() >= 0.95
