@@ -22,7 +22,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from compare import compare_csv, format_table, grouped, in_words, on_the_edge, results_csv, results_json, title
+from compare import compare_csv, format_table, grouped, in_words, on_the_edge, results_csv, results_json
+from compare import seeded, title
 from configurator import Refusal, configure, listed
 from data import median_scene, pictures
 from drawing import draw, draw_animation, draw_predictions, shown_clips
@@ -164,7 +165,7 @@ def tune(checkpoint, name, streams):
         now, trials = trials[:len(together)], trials[len(together):]
         rates = torch.tensor([rate for rate, _ in now])
         method = METHODS[name](checkpoint, rates, streams=len(now))
-        done = run_stream(method, together, label=of_seed(f'tuning {checkpoint.name} {name}', checkpoint.seed))
+        done = run_stream(method, together, label=seeded(f'tuning {checkpoint.name} {name}', checkpoint.seed))
         for (rate, _), loss in zip(now, done['loss']):
             losses[rate] += loss
     return {rate: float(np.mean(loss)) for rate, loss in losses.items()}
@@ -172,7 +173,7 @@ def tune(checkpoint, name, streams):
 
 def tuned_rate(checkpoint, name, streams, kept, unfinished):
     """The best of a method's rates on the tuning streams. They are tried once: see run_rows for `kept`."""
-    key = of_seed(f'{checkpoint.name} {name}', checkpoint.seed)
+    key = seeded(f'{checkpoint.name} {name}', checkpoint.seed)
     if key not in kept['tried']:
         kept['tried'][key] = tune(checkpoint, name, streams)
         write_sealed(unfinished, kept)
@@ -181,11 +182,6 @@ def tuned_rate(checkpoint, name, streams, kept, unfinished):
     if on_the_edge(best, tried):
         print(f'warning: {best:g}, the best rate of {key}, lies on the edge of what is tried')
     return best
-
-
-def of_seed(name, seed):
-    """'HOPE memory' → 'HOPE memory, seed 2'; the first seed is not named."""
-    return f'{name}, seed {seed}' if seed > 1 else name
 
 
 # The learning rate of LN-TTA in the plan that these experiments began with: a row of its own, never tuned.
@@ -232,7 +228,7 @@ def run_rows(plans, experiment, kept, unfinished, start=None, keep_state=False, 
     time_left = TimeLeft(plans, experiment)
     for checkpoint, planned in plans:
         parameters = sum(p.numel() for p in checkpoint.predictor.parameters())
-        print(f'{of_seed(checkpoint.name, checkpoint.seed)}: {checkpoint.path}, {parameters:,} parameters, '
+        print(f'{seeded(checkpoint.name, checkpoint.seed)}: {checkpoint.path}, {parameters:,} parameters, '
               f'{checkpoint.step} steps of training', flush=True)
         for name, rate, rate_from in planned:
             if rate_from == 'tuned':
@@ -241,7 +237,7 @@ def run_rows(plans, experiment, kept, unfinished, start=None, keep_state=False, 
             kind = 'oracle' if checkpoint.name == 'oracle' else checkpoint.predictor.sizes.model
             row = {'model': checkpoint.name, 'kind': kind, 'seed': checkpoint.seed, 'method': name, 'rate': rate,
                    'rate_from': rate_from, 'tta': issubclass(method, TTA), 'carries': list(method.carries)}
-            key = of_seed(title(row), checkpoint.seed)
+            key = seeded(title(row), checkpoint.seed)
             new = key not in kept['finished']
             if new:
                 result = run_row(checkpoint, row, experiment, start, readout, after)
@@ -261,7 +257,7 @@ def run_row(checkpoint, row, experiment, start, readout, after):
     for together in groups(experiment.streams, adapted):
         method = METHODS[row['method']](checkpoint, row['rate'], start, experiment, len(together))
         parts.append(run_stream(method, together, experiment.probes, experiment.probe_at, experiment.shown, readout, after,
-                                label=of_seed(title(row), checkpoint.seed)))
+                                label=seeded(title(row), checkpoint.seed)))
     whole = parts[0]
     for part in parts[1:]:
         whole['loss'] += part['loss']

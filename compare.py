@@ -72,9 +72,9 @@ def title(row):
     return ' '.join(part for part in (row['model'], row['method'], rate) if part)
 
 
-def seeded(row, name):
-    """A name of a row that tells its seed, too: the first one's is the plain name."""
-    return name if row['seed'] == 1 else f'{name}, seed {row["seed"]}'
+def seeded(name, seed):
+    """'HOPE memory' → 'HOPE memory, seed 2'; the first seed is not named."""
+    return name if seed == 1 else f'{name}, seed {seed}'
 
 
 def rounded(value):
@@ -114,8 +114,10 @@ def results_json(results):
 def results_csv(results):
     """The text of results.csv: the loss of every clip of every stream, and the error in metres."""
     n, rows = results['clips'], results['rows']
-    columns = {seeded(row, title(row)): row['loss'] for row in rows}
-    columns |= {f'{seeded(row, title(row))} [m]': row['metres'] for row in rows if row['metres'] is not None}
+    columns = {seeded(title(row), row['seed']): row['loss'] for row in rows}
+    for row in rows:
+        if row['metres'] is not None:
+            columns[f'{seeded(title(row), row["seed"])} [m]'] = row['metres']
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(['stream', 'clip', 'phase', 'beyond_A', *columns])
@@ -448,7 +450,7 @@ def rate_lines(found, groups):
 def tuning_of(row, found):
     """The rates that were tried for a row of one of the results, and what it was tuned on."""
     results = next(results for results in found if any(other is row for other in results['rows']))
-    tried = results['tuning'][seeded(row, title({**row, 'rate': None}))]
+    tried = results['tuning'][seeded(title({**row, 'rate': None}), row['seed'])]
     return [float(rate) for rate in tried], results['tuned_on']
 
 
