@@ -100,7 +100,7 @@ def line_of(name, rows, colour, style, results, repeats):
             'metres': band(rows, 'metres', repeats), 'probes': probes}
 
 
-def diagnosed(drawn):
+def diagnosed(drawn, streams):
     """
     The diagnostics of a drawn group with an action memory, or else of the last that carries something → its 'title',
     'colour' and 'seen', {name: (seeds, clips)}, or None.
@@ -114,7 +114,8 @@ def diagnosed(drawn):
     seen = {}
     for key in rows[0]['diagnostics'][0]:
         seen[key] = np.array([[clip[key] for clip in row['diagnostics']] for row in rows])
-    return {'title': name, 'colour': colour, 'seen': seen}
+    title = f'{name}, mean of {streams} streams' if streams > 1 else name
+    return {'title': title, 'colour': colour, 'seen': seen}
 
 
 def draw(path, found, groups):
@@ -135,7 +136,7 @@ def draw(path, found, groups):
     lines = [line_of(name, *look, one, repeats) for name, look in drawn.items()]
 
     def draw_results(file):
-        plots.draw_stream(file, stream, lines, diagnosed(drawn), path.rpartition('.')[2])
+        plots.draw_stream(file, stream, lines, diagnosed(drawn, one['streams']), path.rpartition('.')[2])
     write_atomically(path, draw_results)
 
 

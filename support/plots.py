@@ -179,7 +179,7 @@ def spread(places, gap, low, high):
 def memory_panels(upper, lower, memory):
     """What a memory does along the stream, and below it its surprise and retention; bands: the range over the seeds."""
     seen, colour = memory['seen'], memory['colour']
-    upper.set_title(f'{memory["title"]}, first stream', fontsize=8, loc='left', pad=3, color=colour)
+    upper.set_title(memory['title'], fontsize=8, loc='left', pad=3, color=colour)
     if 'gain, action memory' not in seen:
         drift_panel(upper, seen)
         draw_range(lower, seen['surprise'], colour, '-')
