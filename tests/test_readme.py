@@ -90,6 +90,7 @@ def small_bench(args, tiny, trained, tmp_path):
 
 
 def small_ablate(args, tiny, trained, tmp_path):
+    args = [f'--oracle={trained["vit"]}' if arg.startswith('--oracle=') else arg for arg in args]
     return [*args, f'--data={tiny}', f'--out={tmp_path}/ablation', '--clips=4', '--tune_clips=1', '--seeds=1',
             '--max_iters=2', '--variants=HOPE', '--extra=' + ' '.join(TINY), '--device=cpu']
 
