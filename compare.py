@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import os
+import textwrap
 from types import SimpleNamespace
 
 import numpy as np
@@ -48,6 +49,8 @@ COLUMNS = [
     ('ms_per_clip', 'ms', '.1f'),
 ]
 
+# Columns of a terminal that a table may fill.
+WIDEST = 100
 # What the columns are, in the words of the table. {first}, {shift}, {away}, {back}: names of phases; {home}: a domain.
 EXPLAINED = {
     'B_within': 'within / beyond: clips of {away} that slide no further / further than any training clip of {home}.',
@@ -223,6 +226,11 @@ def mean_and_half(rows, name):
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
+def short(label):
+    """A label that fits above a column."""
+    return label if len(label) <= 7 else f'{label[:6]}.'
+
+
 def shown_columns(results, groups):
     """
     The columns that some row has a figure for: (figure, heading, format) of each.
@@ -235,9 +243,9 @@ def shown_columns(results, groups):
     columns = []
     for name, text, form in COLUMNS:
         if name == 'A1':
-            columns.append((name, labels[0][:6], form))
+            columns.append((name, short(labels[0]), form))
         elif name == 'B':
-            columns += [(f'phase {i + 1}', labels[i][:6], form) for i in middle]
+            columns += [(f'phase {i + 1}', short(labels[i]), form) for i in middle]
         elif name in there and not (name == 'ms_per_clip' and results['streams'] > 1):
             columns.append((name, text, form))
     return columns
@@ -260,6 +268,12 @@ def laid_out(lines):
     return text
 
 
+def wrapped(lines):
+    """Sentences, a line each, cut where they are too wide for a terminal."""
+    cut = [textwrap.wrap(line, WIDEST, subsequent_indent='  ') for line in lines]
+    return [piece for pieces in cut for piece in pieces or ['']]
+
+
 def format_table(found, groups):
     """The text of table.txt: found is a list of results, one or several; groups: see grouped()."""
     one = found[0]
@@ -275,10 +289,9 @@ def format_table(found, groups):
     steps = ', '.join(map(str, one['target_steps']))
     text += ['', f'{one["loss"]} L1, mean over target steps {steps}; {one["clips"]} clips a phase, scored before the '
                  'look-back.']
-    text += explanations(one, columns)
-    text += interval_lines(found, groups)
-    text += comparison_lines(groups)
-    text += rate_lines(found, groups)
+    for lines in (explanations(one, columns), interval_lines(found, groups), comparison_lines(groups),
+                  rate_lines(found, groups)):
+        text += wrapped(lines)
     text += matrix_lines(one, groups)
     if any(row['planning'] for rows in groups.values() for row in rows):
         text += ['', planning_table(one, groups).rstrip()]
@@ -312,7 +325,7 @@ def interval_lines(found, groups):
     streams, seeds = found[0]['streams'], max(map(len, groups.values()))
     if streams * seeds == 1:
         return []
-    lines = [f'Mean and, with ±, half the 95 % interval over {over_what(seeds, streams)}: a bootstrap by seed, then by',
+    lines = [f'Mean and, with ±, half the 95 % interval over {over_what(seeds, streams)}: a bootstrap by seed, then by '
              'stream, widened for so few of them (figures.resampled). 3/5: so many of them got there.']
     if seeds == 1:
         lines.append('How much another training would differ is not in it.')
@@ -383,8 +396,6 @@ def comparison_lines(groups):
 
 CONTINUAL = {'StreamForgetting': 'forgot', 'backward_transfer': 'backward', 'forward_transfer': 'forward',
              'plasticity': 'plastic'}
-# Columns of a terminal that a table may fill.
-WIDEST = 100
 
 
 def matrix_lines(results, groups):

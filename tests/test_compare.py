@@ -91,7 +91,7 @@ def test_seeds_and_streams_of_one_run(tmp_path):
     assert gap == {**figures.versus(*sides), 'over': '3 seeds x 4 streams'}
     line = lines[line_of(lines, 'HOPE memory minus ViT-AC LN-TTA, gap closed')]
     mean, low, high = (100 * gap[key] for key in ('mean', 'low', 'high'))
-    assert f'{mean:+.1f} [{low:+.1f}, {high:+.1f}] points, p < 0.001 (3 seeds x 4 streams)' in line
+    assert f'{mean:+.1f} [{low:+.1f}, {high:+.1f}] points, p < 0.001 (' in line and max(map(len, lines)) <= 100
     # HOPE LN-TTA and the ViT-AC's memory were not run.
     assert text.count(' minus ViT-AC') == 2
     groups, lines = table_of(fake_results(tmp_path / 'one_seed', streams=4))
@@ -115,7 +115,7 @@ def test_rows_are_paired_by_run_and_seed(three):
 @pytest.mark.parametrize('phases, headings', [
     ('ABA', 'A1 B 1-25 return forget gap t50 ms'), ('AAA', 'A1 A2 A3 harm ms'), ('A', 'A harm ms'),
     ('ABAB', 'A1 B1 B2 1-25 return forget gap t50 saving ms'),
-    (['A', 'friction', 'ice', 'A'], 'A1 fricti ice 1-25 return forget gap t50 ms'),
+    (['A', 'friction', 'ice', 'A'], 'A1 fricti. ice 1-25 return forget gap t50 ms'),
 ])
 def test_a_table_for_any_phases(phases, headings, tmp_path):
     """A column for each phase away from home, every line of the table within a terminal's 100 columns."""
