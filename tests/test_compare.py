@@ -95,7 +95,8 @@ def test_seeds_and_streams_of_one_run(tmp_path):
     # HOPE LN-TTA and the ViT-AC's memory were not run.
     assert text.count(' minus ViT-AC') == 2
     groups, lines = table_of(fake_results(tmp_path / 'one_seed', streams=4))
-    assert 'over 4 streams of one seed' in '\n'.join(lines) and '(4 streams of one seed)' in '\n'.join(lines)
+    text = ' '.join(' '.join(lines).split())
+    assert 'over 4 streams of one seed' in text and '(4 streams of one seed)' in text
 
 
 def test_rows_are_paired_by_run_and_seed(three):
