@@ -146,7 +146,7 @@ def score_probes(method, probes, notes):
 
 def score(method, clips):
     """The mean loss of a probe set in each stream, (S,)."""
-    S = 1 if method.same_in_all_streams() else method.streams
+    S = method.streams if method.learns else 1
     losses = []
     for z, a in batches(clips, S):
         with torch.no_grad(), method.precision:

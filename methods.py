@@ -51,8 +51,9 @@ class Method:
         look_back(z, a)  learn from the clips that were predicted last, one of each stream: z (S,T,N,D) and a (S,T,A)
 
     models: those that it can adapt. default: {model: the rate without tuning}. knob: the name of the knob that sets it.
-    carries: what state() hands to a later run, which gets it as `start`. control: it is run only where it is asked for, and
-    may look at the Experiment to know what a method cannot know (None in tuning).
+    carries: what state() hands to a later run, which gets it as `start`. learns: False where all streams predict the same for
+    ever. control: it is run only where it is asked for, and may look at the Experiment to know what a method cannot know
+    (None in tuning).
 
     rate: a number, or a tensor with one for each of the S `streams`.
     """
@@ -60,6 +61,7 @@ class Method:
     default = {}
     knob = ''
     carries = ()
+    learns = True
     control = False
 
     @classmethod
@@ -114,10 +116,6 @@ class Method:
         z_hat = predict_targets(self.predictor, self.loss, targets, z.flatten(0, 1), a.flatten(0, 1), memory)
         return z_hat.unflatten(0, (S, b))
 
-    def same_in_all_streams(self):
-        """Whether no stream has learned anything yet, so that all predict the same."""
-        return not self.adapted and self.memory is None
-
     @torch.no_grad()
     def jump(self, z, a):
         """The last step of clips z (b,1,N,D), a (b,1,A), as the first stream predicts it by now → (b,N,D)."""
@@ -146,6 +144,7 @@ class Method:
 class Frozen(Method):
     """The checkpoint as it is."""
     rates = ()
+    learns = False
 
     def look_back(self, z, a):
         """Nothing is learned."""
@@ -334,9 +333,6 @@ class GainWriter(Method):
         with torch.no_grad():
             kept = earned_retention(loss, initial_loss) * self.change
             self.change.copy_(kept - per_stream(self.rate, gradient) * gradient)
-
-    def same_in_all_streams(self):
-        return False
 
     def diagnostics(self):
         return {'gain, written': 1 + self.change.mean().item()}
