@@ -519,8 +519,8 @@ def prepared(knobs):
     decoder = read_decoder(knobs.data, manifest)
     kept = resume(knobs.out, key, where)
     return SimpleNamespace(where=where, checkpoints=checkpoints, manifest=manifest, phases=phases, shifts=shifts,
-                           splits=splits, experiment=experiment, plans=plans, after=after, simulated=simulated, start=start, key=key, decoder=decoder,
-                           kept=kept)
+                           splits=splits, experiment=experiment, plans=plans, after=after, simulated=simulated,
+                           start=start, key=key, decoder=decoder, kept=kept)
 
 
 def main(knobs):

@@ -381,7 +381,8 @@ class ActionMemory(nn.Module):
 
     The predictor gets M a in place of the action a, and the action reaches it in no other way. M starts as the identity,
     which is right in the world of training. Each clip that is shown writes one association, by recursive least squares with
-    forgetting (Haykin, Adaptive Filter Theory): the delta rule that also remembers how sure it is. With the key k of the given push and the value v of the seen one,
+    forgetting (Haykin, Adaptive Filter Theory): the delta rule that also remembers how sure it is. With the key k of the
+    given push and the value v of the seen one,
 
         S <- alpha S + eta k k^T,   Y <- alpha Y + eta v k^T,   M = (M_0 + Y) (I + S)^-1,   M_0 = (I, 0)
 

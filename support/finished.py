@@ -5,7 +5,8 @@ import os
 from configurator import ROOT, Refusal
 from support.files import read_sealed, sha256
 
-FILES = 'table.txt', 'results.json', 'results.csv', 'compare.csv', 'results.png', 'results.pdf', 'predictions.png', 'switch.gif', 'unfinished.pt'
+FILES = ('table.txt', 'results.json', 'results.csv', 'compare.csv', 'results.png', 'results.pdf', 'predictions.png',
+         'switch.gif', 'unfinished.pt')
 
 # The code that the rows of a run depend on. That of prepare.py is in the manifest of the data set.
 CODE = ('adapt.py', 'data.py', 'experiment.py', 'figures.py', 'hope.py', 'methods.py', 'metres.py', 'model.py',
