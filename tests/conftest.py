@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ TINY = ['--depth=2', '--width=24', '--heads=2', '--mlp_hidden=32', '--cms_hidden
         '--teacher_every=2', '--inverse_batch=8', '--eval_interval=3', '--eval_clips=8', '--log_interval=1', '--device=cpu']
 # A stream of adapt.py with every kind of clip in it.
 FEW = ['--clips=6', '--probe_clips=6', '--probe_every=6', '--tune_clips=1', '--device=cpu']
+FEW_KNOBS = SimpleNamespace(clips=6, probe_clips=6, probe_every=6, tune_clips=1, streams=3)
 # A data set of 2 x 2 patches, D = 24.
 SMALL_SET = ['--size=32', '--dim=24', '--clips=48', '--test_clips=24', '--device=cpu']
 
@@ -192,6 +194,27 @@ def trained(tiny, tmp_path_factory):
     for kind in ('hope', 'vit'):
         run('train.py', *TINY, f'--model={kind}', f'--data={tiny}', f'--out={folder}/{kind}.pt')
     return {kind: str(folder / f'{kind}.pt') for kind in ('hope', 'vit')}
+
+
+@pytest.fixture(scope='session')
+def checkpoints(trained):
+    """HOPE and ViT-AC, as adapt.py reads them."""
+    from experiment import read_checkpoints
+    return read_checkpoints(f'{trained["hope"]},{trained["vit"]}', '', 'cpu')
+
+
+@pytest.fixture(scope='session')
+def hope(checkpoints):
+    return checkpoints[0]
+
+
+@pytest.fixture(scope='session')
+def experiment(tiny):
+    """The experiment that FEW_KNOBS asks for."""
+    from data import open_split
+    from experiment import build_experiment
+    splits = {name: open_split(tiny, name) for name in ('test_A', 'test_B', 'test_C', 'val')}
+    return build_experiment(FEW_KNOBS, ['A', 'B', 'A'], ['C'], splits, 'cpu')
 
 
 def fake_results(folder, clips=30, seed=0, seeds=1, streams=1, phases=('A', 'B', 'A'), **changes):

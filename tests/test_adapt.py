@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FEW, TINY, refused, run
+from conftest import FEW, FEW_KNOBS, TINY, refused, run
 
 import adapt
 import methods
@@ -19,28 +19,6 @@ from experiment import split_of, tuned_on
 from support import files
 from support.files import read_sealed
 from support.finished import resume
-
-
-# What FEW says.
-FEW_KNOBS = SimpleNamespace(clips=6, probe_clips=6, probe_every=6, tune_clips=1, streams=1)
-
-
-@pytest.fixture(scope='module')
-def checkpoints(trained):
-    """HOPE and ViT-AC."""
-    return read_checkpoints(f'{trained["hope"]},{trained["vit"]}', '', 'cpu')
-
-
-@pytest.fixture(scope='module')
-def hope(checkpoints):
-    return checkpoints[0]
-
-
-@pytest.fixture(scope='module')
-def experiment(tiny):
-    """The experiment that FEW asks for."""
-    splits = {name: open_split(tiny, name) for name in ('test_A', 'test_B', 'test_C', 'val')}
-    return build_experiment(FEW_KNOBS, ['A', 'B', 'A'], ['C'], splits, 'cpu')
 
 
 @pytest.fixture(scope='module')

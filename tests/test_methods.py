@@ -1,7 +1,6 @@
 """The methods of adaptation: scored before shown, frozen where the rate is 0, and no stream sees another."""
 import copy
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,31 +8,7 @@ from torch.utils.data import TensorDataset
 
 import adapt
 import methods
-from data import open_split
-from experiment import build_experiment, read_checkpoints
 from methods import METHODS
-
-
-# What FEW says.
-FEW_KNOBS = SimpleNamespace(clips=6, probe_clips=6, probe_every=6, tune_clips=1, streams=3)
-
-
-@pytest.fixture(scope='module')
-def checkpoints(trained):
-    """HOPE and ViT-AC."""
-    return read_checkpoints(f'{trained["hope"]},{trained["vit"]}', '', 'cpu')
-
-
-@pytest.fixture(scope='module')
-def hope(checkpoints):
-    return checkpoints[0]
-
-
-@pytest.fixture(scope='module')
-def experiment(tiny):
-    """The experiment that FEW asks for."""
-    splits = {name: open_split(tiny, name) for name in ('test_A', 'test_B', 'test_C', 'val')}
-    return build_experiment(FEW_KNOBS, ['A', 'B', 'A'], ['C'], splits, 'cpu')
 
 
 # Controls that take nothing from the clips of the stream.
