@@ -77,7 +77,7 @@ def fit_readout(split, device):
     generator = torch.Generator().manual_seed(SEED)
     optimizer = torch.optim.AdamW(readout.parameters(), lr=RATE)
     clips = max(1, min(CLIPS, len(split), AT_ONCE // (T * N * D)))
-    steps = STEPS * max(1, min(READS, len(split) // 16))
+    steps = STEPS * max(1, min(READS, len(split) // 48))
     for i in range(steps):
         if i % STEPS == 0:
             indices = batch_indices(len(split), clips, SEED, i // STEPS)

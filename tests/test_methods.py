@@ -223,20 +223,23 @@ def test_one_clip_or_many_score_the_same(hope, experiment):
 # ---- several streams at once -------------------------------------------------------------------------------------------
 
 def in_float64(checkpoint, *clips):
-    """The checkpoint, and Clips as what gives (z, a) for a slice. In float32, Adam and the memories magnify rounding."""
+    """The checkpoint, and Clips as what gives (z, a) of 8 of them. In float32, Adam and the memories magnify rounding."""
     exact = dataclasses.replace(checkpoint, predictor=copy.deepcopy(checkpoint.predictor).double())
-    return exact, *[TensorDataset(*[x.double() for x in some[:]]) for some in clips]
+    return exact, *[TensorDataset(*[x.double() for x in some[:8]]) for some in clips]
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_streams_never_see_each_other(fitting, experiment, method):
+def test_streams_never_see_each_other(fitting, experiment, method, monkeypatch):
     """Streams that run together lose what each loses alone, on its clips and on the probes."""
+    # Which map is best is not the question here, and finding it takes long.
+    monkeypatch.setattr(methods, 'best_map', lambda checkpoint, clips: checkpoint.predictor.action_memory.state_of(
+        1.5 * torch.eye(2, 4, dtype=torch.float64)))
     exact, probe, shift, other, *streams = in_float64(fitting, experiment.probes['A'], experiment.probes['B'],
                                                       experiment.other, *experiment.streams)
-    known = dataclasses.replace(experiment, other=other, probes={'B': shift})
-    many = adapt.run_stream(METHODS[method](exact, RATES[method], experiment=known, streams=3), streams, {'A': probe}, [18])
+    known = dataclasses.replace(experiment, clips=4, other=other, probes={'B': shift})
+    many = adapt.run_stream(METHODS[method](exact, RATES[method], experiment=known, streams=3), streams, {'A': probe}, [8])
     for s, stream in enumerate(streams):
-        alone = adapt.run_stream(METHODS[method](exact, RATES[method], experiment=known), [stream], {'A': probe}, [18])
+        alone = adapt.run_stream(METHODS[method](exact, RATES[method], experiment=known), [stream], {'A': probe}, [8])
         assert many['loss'][s] == pytest.approx(alone['loss'][0], rel=1e-5)
         assert many['probes']['A'][s] == pytest.approx(alone['probes']['A'][0], rel=1e-5)
 
