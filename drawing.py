@@ -5,7 +5,7 @@ Which rows of a run are drawn, in which colours, and what the pictures show of t
 """
 import numpy as np
 
-from figures import row_of, running_mean
+from figures import away_phases, row_of, running_mean
 from support import plots
 from support.files import write_atomically
 
@@ -103,7 +103,7 @@ def line_of(name, rows, colour, style, results, repeats):
 def diagnosed(drawn, streams):
     """
     The diagnostics of a drawn group with an action memory, or else of the last that carries something → its 'title',
-    'colour' and 'seen', {name: (seeds, clips)}, or None.
+    'colour' and 'seen', {name: (seeds, clips)}, the retention as 10-clip means, or None.
     """
     carrying = [name for name, (rows, _, _) in drawn.items() if rows[0]['carries'] and rows[0]['diagnostics']]
     if not carrying:
@@ -114,6 +114,9 @@ def diagnosed(drawn, streams):
     seen = {}
     for key in rows[0]['diagnostics'][0]:
         seen[key] = np.array([[clip[key] for clip in row['diagnostics']] for row in rows])
+    # Single clips flicker between keeping and forgetting.
+    if 'retention, action memory' in seen:
+        seen['retention, action memory'] = np.array([running_mean(kept) for kept in seen['retention, action memory']])
     title = f'{name}, mean of {streams} streams' if streams > 1 else name
     return {'title': title, 'colour': colour, 'seen': seen}
 
@@ -131,7 +134,7 @@ def draw(path, found, groups):
         bands = f'bands: 2 std. errors\nover {one["streams"]} streams'
     readout = one['readout'] and [one['readout'][domain] for domain in one['domains']]
     stream = {'labels': one['labels'], 'clips': one['clips'], 'bands': bands, 'readout': readout,
-              'away': [domain != one['domains'][0] for domain in one['domains']],
+              'away': [i in away_phases(one['domains']) for i in range(len(one['domains']))],
               'loss': f'{one["loss"]} L1\nmean of 10 clips', 'probes': list(probed(one))}
     lines = [line_of(name, *look, one, repeats) for name, look in drawn.items()]
 

@@ -16,7 +16,9 @@ import torch
 
 from configurator import Refusal, listed
 from data import TUBELET, no_such_split, open_split
+from figures import away_phases
 from hope import load
+from metres import positions
 from model import autocast
 from support.files import MALFORMED, folder_of, verify
 
@@ -170,12 +172,16 @@ class Clips:
 
     def positions(self, chosen, steps):
         """Where the objects of some clips are at the end of time steps (K,), 0-based → (clips,K,2) metres."""
-        frames = TUBELET * steps.cpu().numpy() + TUBELET - 1
         found = []
         for i in np.arange(len(self))[chosen]:
             split, index, _ = self.places[i]
-            found.append(split.physics['position'][index][frames])
-        return torch.tensor(np.stack(found), dtype=torch.float32, device=self.where)
+            found.append(positions(split, [index]))
+        return torch.cat(found).to(self.where)[:, steps]
+
+    def source(self):
+        """The split that all clips are from, and their indices in it."""
+        split, _, _ = self.places[0]
+        return split, [index for _, index, _ in self.places]
 
     @property
     def has_positions(self):
@@ -217,6 +223,11 @@ def domain_of(phase):
     if phase == 'val':
         return 'A'
     return phase.rstrip('0123456789') or phase
+
+
+def first_away(domains):
+    """The number, from 0, of the first phase that is not in the world of the first one; 0 where there is none."""
+    return (away_phases(domains) or [0])[0]
 
 
 def tuned_on(text, phases, splits):
@@ -275,7 +286,7 @@ class Experiment:
     @property
     def shift(self):
         """The first domain of the stream that is not home, or home where there is no other."""
-        return next((domain for domain in self.domains if domain != self.domains[0]), self.domains[0])
+        return self.domains[first_away(self.domains)]
 
 
 def build_experiment(knobs, phases, shifts, splits, where):
@@ -324,7 +335,7 @@ def build_experiment(knobs, phases, shifts, splits, where):
     # Before the stream and at the end of each phase, too.
     probe_at = [seen for seen in range(len(phases) * n + 1) if seen % knobs.probe_every == 0 or seen % n == 0]
     # The first and the last clips of the first shift, and two from before it.
-    begin = n * next((i for i, domain in enumerate(domains) if domain != domains[0]), 0)
+    begin = n * first_away(domains)
     shown = sorted({*range(max(0, begin - 2), begin + min(12, n)), *range(begin + max(0, n - 5), begin + n)})
     tuned = [splits[split_of(shift)] for shift in shifts if shift != 'scaled']
     other = Clips(where, (tuned[0], range(min(25, len(tuned[0]))), 1)) if tuned else None

@@ -50,16 +50,16 @@ class Readout(nn.Module):
         return (self.picture(x) + 1) * (WORLD / 2)
 
 
-def positions(split):
+def positions(split, indices):
     """
-    Where the object of each clip of a data.Split is at each time step → (clips,T,2) metres.
+    Where the objects of clips of a data.Split are at each time step → (n,T,2) metres.
 
     The features of a step are those of its last frame. Raises Refusal where positions are not known.
     """
     if 'position' not in split.physics:
         raise Refusal(f'{split.name} has no positions of an object, so none can be read out')
-    position = split.physics['position'][:, TUBELET - 1::TUBELET]
-    return torch.from_numpy(position).float()
+    position = split.physics['position'][indices]
+    return torch.from_numpy(position[:, TUBELET - 1::TUBELET]).float()
 
 
 def fit_readout(split, device):
@@ -69,7 +69,6 @@ def fit_readout(split, device):
     Clips are read from disk some at a time. The result depends on the split alone; no global random state is touched.
     Raises Refusal where positions are not known.
     """
-    place = positions(split)
     T, N, D = split.manifest['shape']
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)
@@ -81,9 +80,9 @@ def fit_readout(split, device):
     for i in range(steps):
         if i % STEPS == 0:
             indices = batch_indices(len(split), clips, SEED, i // STEPS)
+            true = positions(split, indices).flatten(0, 1).to(device)  # (clips*T,2)
             z, _ = split[indices]
             z = z.flatten(0, 1).to(device)                             # (clips*T,N,D)
-            true = place[indices].flatten(0, 1).to(device)             # (clips*T,2)
         for group in optimizer.param_groups:
             group['lr'] = RATE * (1 - i / steps)
         drawn = torch.randint(len(z), (PICTURES,), generator=generator).to(device)
@@ -96,7 +95,6 @@ def fit_readout(split, device):
 
 def readout_error(readout, split, indices):
     """Mean error in metres of a Readout on the true features of clips of a data.Split, over all their time steps."""
-    place = positions(split)
     device = next(readout.parameters()).device
     T, N, D = split.manifest['shape']
     at_once = max(1, AT_ONCE // (T * N * D))
@@ -105,6 +103,6 @@ def readout_error(readout, split, indices):
     for first in range(0, len(indices), at_once):
         some = indices[first:first + at_once]
         z, _ = split[some]
-        off = readout(z.to(device)).cpu() - place[some]
+        off = readout(z.to(device)).cpu() - positions(split, some)
         errors.append(off.norm(dim=-1))
     return torch.cat(errors).mean().item()

@@ -198,10 +198,7 @@ def memory_panels(upper, lower, memory):
     lower.set_ylim(0, None)
     lower.set_ylabel('surprise\n[share of push]', color=colour)
     right = right_axis(lower, 'retention,\nmean of 10')
-    # Single clips flicker between keeping and forgetting.
-    width = min(10, gain.shape[1])
-    kept = [np.convolve(values, np.ones(width) / width, 'valid') for values in seen['retention, action memory']]
-    draw_range(right, np.array(kept), BESIDE, '--')
+    draw_range(right, seen['retention, action memory'], BESIDE, '--')
     right.set(ylim=(0, 1.05), yticks=(0, 0.5, 1))
 
 
@@ -281,7 +278,7 @@ def show_push(ax, start, reach):
 
 
 def draw_predictions(file, shown, clips=5):
-    """The last of compare.shown_clips(): what was given, what came, and what methods predicted for the last step."""
+    """The last of drawing.shown_clips(): what was given, what came, and what methods predicted for the last step."""
     plt = pyplot()
     clips = range(len(shown['numbers']))[-clips:]
     truth, reach = marks_of(shown)
@@ -319,7 +316,7 @@ SHOWN_FOR = 900, 350, 1100, 3500
 
 def draw_animation(file, shown, clips=12):
     """
-    GIF of the first of compare.shown_clips(), one after the other: what came, and what two methods predicted.
+    GIF of the first of drawing.shown_clips(), one after the other: what came, and what two methods predicted.
 
     shown['rows']: the two. Each clip begins with step 1 and the push. A ring stands where the object really came to be.
     The strip below shows the losses so far.
