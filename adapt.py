@@ -66,7 +66,7 @@ gain_rate = 0.0          # gain writer, likewise [0..]
 probe_clips = 200        # clips of the held-out probe set of each world, and goals of --plan [1..]
 probe_every = 100        # clips of the stream between two probes [1..]
 device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
-dtype = 'auto'           # auto = bfloat16 on a CUDA device that has it, else float32 [auto | float32 | bfloat16]
+dtype = 'auto'           # auto = bfloat16 where the device has it and the model gains by it [auto | float32 | bfloat16]
 settings = configure(globals()) if __name__ == '__main__' else {}
 
 

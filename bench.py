@@ -1,31 +1,35 @@
 """
-Speed: time of forward + backward, FLOP/s, peak memory and their growth with the clip's length, HOPE against ViT-AC.
+Speed: time of forward + backward and its growth with the clip's length, HOPE against ViT-AC, and both against what the machine
+can do at best, its rate of matrix products.
 
     python bench.py                                        full size: config/vit_full.py against config/hope_full.py
     python bench.py --vit=config/vit_jump.py --hope=config/hope_jump.py --features=48 --grid=4     laptop size
+    python bench.py --what=memory                          how many clips a GiB holds, with and without checkpointing
     python bench.py --what=encoder                         V-JEPA 2's ViT-L on a clip, against transformers' (forward only)
 
-Both are timed in turn in one run and compared by their medians, because ratios vary less than times on a noisy machine.
+All are timed in turn in one run and compared by their medians, because ratios vary less than times on a noisy machine.
 Peak memory is measured in a separate process for each case.
 """
+import functools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from configurator import Refusal, configure, read_config
 from hope import build
-from model import Sizes, jump_loss, pick_device, teacher_forcing_loss
+from model import Sizes, autocast, jump_loss, pick_device, teacher_forcing_loss
 from vjepa2 import VideoEncoder
 
 # what to compare
-what = 'predictors'      # HOPE against ViT-AC, or the video encoder against that of transformers [predictors | encoder]
+what = 'time'            # of both predictors, or their memory, or the time of the video encoder [time | memory | encoder]
 vit = 'config/vit_full.py'     # config file of the ViT-AC
 hope = 'config/hope_full.py'   # config file of the AC-HOPE-ViT
 features = 1024          # D, feature size [1..]
@@ -35,12 +39,14 @@ batch = 1                # clips at once [1..]
 # how
 repeats = 3              # timed repetitions of each, after one to warm up [1..]
 threads = 0              # CPU threads; 0 = PyTorch's choice [0..]
-bf16 = False             # autocast to bfloat16
-compile = False          # torch.compile the predictor
+dtype = 'float32'        # what is computed in, as in train.py [auto | float32 | bfloat16]
+compile = False          # torch.compile the predictors
+checkpointing = False    # compute blocks again in the backward pass, as in train.py
 device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
 only = ''                # internal: print the peak memory of one case as JSON
 settings = configure(globals())
-device = pick_device(device)
+device = settings['device'] = pick_device(device)
+knobs = SimpleNamespace(**settings)
 if threads:
     torch.set_num_threads(threads)
 try:
@@ -53,37 +59,64 @@ if min(LENGTHS) < 1 or max(LENGTHS) > 10**6:
 
 # ---- the models --------------------------------------------------------------------------------------------------------
 
-def predictor_of(path, features, grid, device, compile):
-    """The predictor of a config file for features of this size and grid, with random weights, in training mode."""
-    sizes = Sizes.from_settings(read_config(path), feature_dim=features, grid=(grid, grid))
+def predictor_of(path, knobs):
+    """The predictor of a config file, for features of the size that the knobs say, with random weights."""
+    sizes = Sizes.from_settings(read_config(path), feature_dim=knobs.features, grid=(knobs.grid, knobs.grid))
     torch.manual_seed(0)
-    net = build(sizes).to(device)
-    if compile:
+    net = build(sizes).to(knobs.device)
+    net.checkpointing = knobs.checkpointing
+    if knobs.compile:
         net.compile()
     return net.train()
 
 
-def case(net, batch, T, jump, device, bf16):
-    """A function of one forward + backward on random clips: teacher forcing over T steps, or a jump to step T + 1."""
-    torch.manual_seed(1)
-    rows, columns = net.sizes.grid
-    z = torch.randn(batch, T + 1, rows * columns, net.sizes.feature_dim, device=device)
-    z = F.layer_norm(z, z.shape[-1:])
-    a = torch.zeros(batch, T + 1, 2, device=device)
-    a[:, 0] = 1
-    tau = torch.full((batch,), T, device=device)
+def dense_mask(attention, x, rope):
+    """What model.Attention computes, with one dense mask for all steps, as the published predictor does it."""
+    T, P = x.shape[1:3]
+    q, k, v = attention.project(x.flatten(1, 2), rope)                 # (B,H,T*P,d)
+    step = torch.arange(T * P, device=x.device) // P
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=step[:, None] >= step)
+    y = y.transpose(1, 2).flatten(2)                                   # (B,T*P,C)
+    return attention.proj(y).unflatten(1, (T, P))
 
-    def run():
-        net.zero_grad(set_to_none=True)
-        with torch.autocast(device.split(':')[0], torch.bfloat16, enabled=bf16):
+
+def with_dense_mask(net):
+    """A ViT-AC, its attention replaced by dense_mask()."""
+    for block in net.predictor_blocks:
+        block.attn.forward = functools.partial(dense_mask, block.attn)
+    return net
+
+
+def case(net, T, jump, knobs):
+    """A function that gives the loss of random clips: by teacher forcing over T steps, or of a jump to step T + 1."""
+    torch.manual_seed(1)
+    z = torch.randn(knobs.batch, T + 1, knobs.grid ** 2, knobs.features, device=knobs.device)
+    z = F.layer_norm(z, z.shape[-1:])
+    a = torch.zeros(knobs.batch, T + 1, 2, device=knobs.device)
+    a[:, 0] = 1
+    tau = torch.full((knobs.batch,), T, device=knobs.device)
+
+    def loss():
+        with autocast(knobs.device, knobs.dtype, net.sizes.width):
             if jump:
-                loss = jump_loss(net, z, a, tau).mean()
-            else:
-                loss, _ = teacher_forcing_loss(net, z, a)
-        loss.backward()
-        # item() waits for the device.
-        return loss.item()
-    return run
+                return jump_loss(net, z, a, tau).mean()
+            return teacher_forcing_loss(net, z, a)[0]
+    return loss
+
+
+def forward_and_backward(net, loss):
+    """One pass in both directions. item() waits for the device."""
+    net.zero_grad(set_to_none=True)
+    value = loss()
+    value.backward()
+    return value.item()
+
+
+def product(device, dtype):
+    """A function that multiplies two large matrices, and its FLOP."""
+    size = 8192 if device.startswith('cuda') else 2048
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    return functools.partial(torch.mm, a, b), 2 * size ** 3
 
 
 def encoders(batch, frames, side, device):
@@ -103,23 +136,29 @@ def encoders(batch, frames, side, device):
 # ---- measuring ---------------------------------------------------------------------------------------------------------
 
 def in_turn(runs, repeats, device):
-    """Median seconds of each function of a dict. They are called in turn, `repeats` times; the caller warms them up."""
+    """Median seconds of each function of a dict. After one call to warm up, all are called in turn, `repeats` times."""
     seconds = {name: [] for name in runs}
-    for _ in range(repeats):
+    for repetition in range(repeats + 1):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
             if device.startswith('cuda'):
                 torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            if repetition:
+                seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def count_flops(run):
-    """The FLOP of one call, which is also the warm-up."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
+@torch.no_grad()
+def useful_flops(loss):
+    """The FLOP of a forward and a backward pass, which is taken as twice the forward: what is computed again is not useful."""
+    def attention(q, k, v, *_, **__):
+        return sdpa_flop_count(q, k, v)
+    # The counter does not know the CPU's attention.
+    unknown = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    with FlopCounterMode(display=False, custom_mapping=unknown) as counter:
+        loss()
+    return 3 * counter.get_total_flops()
 
 
 def peak_here(device):
@@ -138,9 +177,9 @@ def peak_here(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def peak_memory(settings, path, T, jump):
-    """Peak memory in MiB of one forward + backward, in a process of its own with these settings."""
-    flags = [f'--{key}={value}' for key, value in settings.items() if key != 'only']
+def peak_memory(path, T, jump, settings, **changed):
+    """Peak memory in MiB of one forward + backward, in a process of its own with these settings, but for those changed."""
+    flags = [f'--{key}={value}' for key, value in {**settings, **changed}.items() if key != 'only']
     command = [sys.executable, __file__, *flags, f'--only={path},{T},{int(jump)}']
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -148,53 +187,89 @@ def peak_memory(settings, path, T, jump):
     return json.loads(done.stdout.splitlines()[-1])['peak']
 
 
-# ---- the run -----------------------------------------------------------------------------------------------------------
+# ---- tables ------------------------------------------------------------------------------------------------------------
 
+def print_models(nets, knobs):
+    """The parameters of predictors {path: net}, and the size of their memory."""
+    for path, net in nets.items():
+        parameters = sum(p.numel() for p in net.parameters())
+        print(f'{path:<24} {parameters:>12,} parameters')
+        z = torch.zeros(1, 1, knobs.grid ** 2, knobs.features, device=knobs.device)
+        a = torch.zeros(1, 1, 2, device=knobs.device)
+        with torch.no_grad():
+            _, memory = net(z, a)
+        if memory is not None:
+            mebibytes = sum(m.numel() * m.element_size() for m in memory) / 2**20
+            print(f'{"":<24} {mebibytes:>12.2f} MiB of memory state per clip')
+
+
+def compare_time(settings, knobs, bfloat16):
+    """Print the time and the peak memory of both predictors for clips of all lengths, and for a jump."""
+    nets = {'ViT-AC': predictor_of(knobs.vit, knobs), 'HOPE': predictor_of(knobs.hope, knobs)}
+    print_models({knobs.vit: nets['ViT-AC'], knobs.hope: nets['HOPE']}, knobs)
+    masked = with_dense_mask(predictor_of(knobs.vit, knobs))
+    multiply, product_flops = product(knobs.device, torch.bfloat16 if bfloat16 else torch.float32)
+    print('times of forward + backward; / x: divided by the time of x; rate: useful FLOP/s as a share of those of a matrix\n'
+          'product in the same run\n')
+    print(f'{"":<21}{"dense mask":>11}{"ViT-AC":>11}{"/ mask":>8}{"rate":>6}{"HOPE":>11}{"/ ViT":>7}{"rate":>6}'
+          f'{"peak MiB":>14}')
+    cases = [(T, False) for T in LENGTHS]
+    cases.append((LENGTHS[0], True))
+    for T, jump in cases:
+        losses = {name: case(net, T, jump, knobs) for name, net in nets.items()}
+        flops = {name: useful_flops(loss) for name, loss in losses.items()}
+        runs = {name: functools.partial(forward_and_backward, net, losses[name]) for name, net in nets.items()}
+        runs['mask'] = functools.partial(forward_and_backward, masked, case(masked, T, jump, knobs))
+        runs['product'] = multiply
+        seconds = in_turn(runs, knobs.repeats, knobs.device)
+        best = product_flops / seconds['product']
+        rates = {name: flops[name] / seconds[name] / best for name in nets}
+        peaks = [peak_memory(path, T, jump, settings) for path in (knobs.vit, knobs.hope)]
+        label = f'jump to step {T + 1}' if jump else f'teacher forcing T={T}'
+        print(f'{label:<21}{seconds["mask"]:>9.3f} s{seconds["ViT-AC"]:>9.3f} s{seconds["ViT-AC"] / seconds["mask"]:>8.2f}'
+              f'{rates["ViT-AC"]:>6.0%}{seconds["HOPE"]:>9.3f} s{seconds["HOPE"] / seconds["ViT-AC"]:>7.2f}{rates["HOPE"]:>6.0%}'
+              f'{peaks[0]:>7.0f}{peaks[1]:>7.0f}', flush=True)
+    print(f'\nmatrix product: {best / 1e9:,.0f} GFLOP/s')
+
+
+def compare_memory(settings, knobs):
+    """Print how much memory a training pass takes for each clip of a batch, with and without checkpointing."""
+    T = LENGTHS[0]
+    print(f'\n{f"teacher forcing T={T}":<24}{"checkpointing":>16}{"weights, gradients":>22}{"a clip":>14}{"clips per GiB":>18}')
+    for path in knobs.vit, knobs.hope:
+        for again in False, True:
+            peaks = [peak_memory(path, T, False, settings, batch=clips, checkpointing=again) for clips in (1, 3)]
+            clip = (peaks[1] - peaks[0]) / 2
+            print(f'{path:<24}{str(again):>16}{peaks[0] - clip:>18.0f} MiB{clip:>10.0f} MiB{1024 / clip:>18.1f}', flush=True)
+
+
+def compare_encoders(knobs):
+    """Print the time of both video encoders."""
+    frames = 2 * LENGTHS[0]
+    side = 16 * knobs.grid
+    with torch.no_grad(), autocast(knobs.device, knobs.dtype, 1024):
+        seconds = in_turn(encoders(knobs.batch, frames, side, knobs.device), knobs.repeats, knobs.device)
+    print(f'a clip of {frames} frames of {side} x {side}; forward\nViT-L of transformers {seconds["theirs"]:.3f} s, '
+          f'ours {seconds["ours"]:.3f} s: ratio {seconds["ours"] / seconds["theirs"]:.2f}')
+
+
+# ---- the run -----------------------------------------------------------------------------------------------------------
 if only:
     path, T, jump = only.split(',')
-    net = predictor_of(path, features, grid, device, compile)
-    run = case(net, batch, int(T), jump == '1', device, bf16)
-    run()
+    net = predictor_of(path, knobs)
+    forward_and_backward(net, case(net, int(T), jump == '1', knobs))
     print(json.dumps({'peak': peak_here(device)}))
     sys.exit(0)
 
+width = 1024 if what == 'encoder' else Sizes.from_settings(read_config(vit)).width
+with autocast(device, dtype, width):
+    bfloat16 = torch.is_autocast_enabled(torch.device(device).type)
 hardware = torch.cuda.get_device_name() if device.startswith('cuda') else f'{device}, {torch.get_num_threads()} threads'
-hardware += f', {"bfloat16" if bf16 else "float32"}, batch {batch}'
-if what == 'encoder':
-    frames = 2 * LENGTHS[0]
-    side = 16 * grid
-    with torch.no_grad(), torch.autocast(device.split(':')[0], torch.bfloat16, enabled=bf16):
-        runs = encoders(batch, frames, side, device)
-        for run in runs.values():
-            run()
-        t = in_turn(runs, repeats, device)
-    print(f'{hardware}, a clip of {frames} frames of {side} x {side}; forward, median of {repeats}\n'
-          f'ViT-L of transformers {t["theirs"]:.3f} s, ours {t["ours"]:.3f} s: ratio {t["ours"] / t["theirs"]:.2f}')
-    sys.exit(0)
-
-nets = {path: predictor_of(path, features, grid, device, compile) for path in (vit, hope)}
-for path, net in nets.items():
-    parameters = sum(p.numel() for p in net.parameters())
-    print(f'{path:<24} {parameters:>12,} parameters')
-    z = torch.zeros(1, 1, grid * grid, features, device=device)
-    a = torch.zeros(1, 1, 2, device=device)
-    with torch.no_grad():
-        _, memory = net(z, a)
-    if memory is not None:
-        mebibytes = sum(m.numel() * m.element_size() for m in memory) / 2**20
-        print(f'{"":<24} {mebibytes:>12.2f} MiB of memory state per clip')
-print(f'{hardware}, {grid * grid} patches x {features} features; forward + backward, median of {repeats}\n')
-print(f'{"":<22}{"ViT-AC":>10}{"HOPE":>10}{"ratio":>8}{"GFLOP/s":>16}{"peak MiB":>16}{"ratio":>8}')
-cases = [(T, False) for T in LENGTHS]
-cases.append((LENGTHS[0], True))
-for T, jump in cases:
-    runs = {path: case(net, batch, T, jump, device, bf16) for path, net in nets.items()}
-    flops = {path: count_flops(run) for path, run in runs.items()}
-    seconds = in_turn(runs, repeats, device)
-    peaks = {path: peak_memory({**settings, 'device': device}, path, T, jump) for path in nets}
-    gigaflops = ' '.join(f'{flops[path] / seconds[path] / 1e9:>7.0f}' for path in (vit, hope))
-    name = f'jump to step {T + 1}' if jump else f'teacher forcing T={T}'
-    time_ratio = seconds[hope] / seconds[vit]
-    peak_ratio = peaks[hope] / peaks[vit]
-    print(f'{name:<22}{seconds[vit]:>8.3f} s{seconds[hope]:>8.3f} s{time_ratio:>8.2f}{gigaflops:>16}'
-          f'{peaks[vit]:>8.0f}{peaks[hope]:>8.0f}{peak_ratio:>8.2f}', flush=True)
+print(f'{hardware}, {"bfloat16" if bfloat16 else "float32"}, batch {batch}, {grid * grid} patches x {features} features, median '
+      f'of {repeats}')
+if what == 'time':
+    compare_time(settings, knobs, bfloat16)
+elif what == 'memory':
+    compare_memory(settings, knobs)
+else:
+    compare_encoders(knobs)

@@ -66,7 +66,7 @@ def read_checkpoints(paths, oracle_paths, where, dtype='float32'):
         steps = stored['clip_steps']
         targets = torch.arange(steps - stored['jump_last'], steps, device=where)
         found.append(Checkpoint(name, seeds[name], path, predictor, stored['loss'], stored['step'], steps, targets,
-                                autocast(where, dtype)))
+                                autocast(where, dtype, predictor.sizes.width)))
     for name in seeds:
         if name != 'oracle' and seeds['oracle'] > 1 and seeds['oracle'] != seeds[name]:
             raise Refusal(f'--oracle={oracle_paths}: name one oracle for all seeds, or one for each of the {seeds[name]} '

@@ -668,7 +668,7 @@ class HopeBlock(nn.Module):
         """x (B,T,P,C), rope: see Predictor.rope, memory: that of this block or None → (B,T,P,C), memory."""
         new = None
         if self.attn:
-            x = x + self.attn.block_causal(self.attn_norm(x), rope)
+            x = x + self.attn(self.attn_norm(x), rope)
         if self.titan:
             y, new = self.titan(self.titan_norm(x), rope, memory)
             x = x + y

@@ -13,6 +13,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from configurator import Refusal
 
@@ -141,7 +142,10 @@ def rotate(x, rope):
 # ---- transformer block ---------------------------------------------------------------------------------------------
 
 class Attention(nn.Module):
-    """Multi-head attention. One linear layer gives [q; k; v], each with its heads side by side."""
+    """
+    Block-causal multi-head attention: a token attends to its own and earlier steps. One linear layer gives [q; k; v], each
+    with its heads side by side.
+    """
 
     def __init__(self, width, heads):
         super().__init__()
@@ -149,28 +153,29 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, rope_q, rope_k, mask=None):
-        """x (B,S,C), mask (S,S) bool, True where a query may look → (B,S,C)."""
+    def forward(self, x, rope):
+        """x (B,T,P,C), P tokens per step, rope: see Predictor.rope → (B,T,P,C)."""
+        P = x.shape[2]
+        q, k, v = self.project(x.flatten(1, 2), rope)                  # (B,H,T*P,d)
+        y = []
+        # Each step attends to a prefix of the keys. With a mask, both halves would be computed and one thrown away.
+        for t, q_t in enumerate(q.split(P, 2)):
+            seen = slice(0, (t + 1) * P)
+            y.append(F.scaled_dot_product_attention(q_t, k[:, :, seen], v[:, :, seen]))
+        y = torch.stack(y, 1)                                          # (B,T,H,P,d)
+        return self.proj(y.transpose(2, 3).flatten(3))
+
+    def project(self, x, rope):
+        """x (B,S,C), rope: (cos, sin) of queries and of keys → q, k, v, each (B,H,S,d), q and k rotated."""
         B, S, C = x.shape
         qkv = self.qkv(x).view(B, S, 3, self.heads, C // self.heads)
         # each (B,H,S,d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()
-        q = rotate(q, rope_q).to(v.dtype)
-        k = rotate(k, rope_k).to(v.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.proj(y.transpose(1, 2).reshape(B, S, C))
-
-    def block_causal(self, x, rope):
-        """x (B,T,P,C), P tokens per step; a token attends to its own and earlier steps → (B,T,P,C)."""
-        B, T, P, C = x.shape
+        if v.dtype == torch.bfloat16 and v.device.type == 'cpu':
+            # Attention is slower in bfloat16 there.
+            v = v.float()
         rope_q, rope_k = rope
-        mask = None
-        if T > 1:
-            step = torch.arange(T * P, device=x.device) // P
-            mask = step[:, None] >= step
-        y = self(x.view(B, T * P, C), rope_q, rope_k, mask)
-        return y.view(B, T, P, C)
-
+        return rotate(q, rope_q).to(v.dtype), rotate(k, rope_k).to(v.dtype), v
 
 class MLP(nn.Module):
     """fc2(gelu(fc1(x))) with the exact-erf GELU."""
@@ -197,7 +202,7 @@ class Block(nn.Module):
 
     def forward(self, x, rope, memory=None):
         """x (B,T,P,C), rope: see Predictor.rope → (B,T,P,C), None (no memory)."""
-        x = x + self.attn.block_causal(self.norm1(x), rope)
+        x = x + self.attn(self.norm1(x), rope)
         return x + self.mlp(self.norm2(x)), None
 
 
@@ -210,6 +215,8 @@ class Predictor(nn.Module):
         super().__init__()
         width = sizes.width
         self.sizes = sizes
+        # Whether blocks keep their input alone and are computed again in the backward pass, which takes less memory.
+        self.checkpointing = False
         self.predictor_embed = nn.Linear(sizes.feature_dim, width)
         self.action_encoder = nn.Linear(sizes.action_dim, width)
         self.state_encoder = None
@@ -323,7 +330,11 @@ class Predictor(nn.Module):
         x = torch.cat([torch.stack(conditions, dim=2), self.predictor_embed(z)], dim=2)
         rope = self.rope(T, len(conditions), N, tau, z.device)
         for block in self.predictor_blocks:
-            x, new = block(x, rope, memory.pop(0) if memory else None)
+            state = memory.pop(0) if memory else None
+            if self.checkpointing and torch.is_grad_enabled():
+                x, new = checkpoint(block, x, rope, state, use_reentrant=False)
+            else:
+                x, new = block(x, rope, state)
             if new is not None:
                 new_memory.append(new)
         z_hat = self.predictor_proj(self.predictor_norm(x[:, :, -N:]))
@@ -404,15 +415,18 @@ def pick_device(name):
     return name
 
 
-def autocast(device, dtype):
+def autocast(device, dtype, width):
     """
-    The context in which a predictor computes on a device: in bfloat16, or in float32, where it changes nothing.
+    The context in which a model of this width computes on a device: in bfloat16, or in float32, where it changes nothing.
 
-    dtype: 'auto' (bfloat16 on a CUDA device that has it), 'float32' or 'bfloat16'.
+    dtype: 'float32', 'bfloat16', or 'auto': bfloat16 on a CUDA device that has it, and on a CPU that multiplies matrices in
+    it if the model is at least 256 wide. Narrower ones lose more by converting than they gain.
     """
     kind = torch.device(device).type
-    if dtype == 'auto':
-        fast = kind == 'cuda' and torch.cuda.is_bf16_supported()
-    else:
-        fast = dtype == 'bfloat16'
+    fast = dtype == 'bfloat16'
+    if dtype == 'auto' and kind == 'cuda':
+        fast = torch.cuda.is_bf16_supported()
+    if dtype == 'auto' and kind == 'cpu':
+        able = torch.cpu.get_capabilities()
+        fast = width >= 256 and any(able.get(name) for name in ('avx512_bf16', 'amx_bf16', 'bf16'))
     return torch.autocast(kind, torch.bfloat16, enabled=fast)

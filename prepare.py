@@ -61,7 +61,7 @@ part = ''                # V-JEPA 2: encoder in an official .pt; '' = the publis
 encode = 'step'          # V-JEPA 2: each step's own frames, or all at once (then z_1 sees the future) [step | clip]
 # where
 device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
-dtype = 'auto'           # V-JEPA 2 computes in bfloat16 where a GPU has it, or as said here [auto | float32 | bfloat16]
+dtype = 'auto'           # V-JEPA 2 computes in bfloat16 where GPU or CPU has it, or as said here [auto | float32 | bfloat16]
 batch = 32               # clips encoded at once [1..]
 # When this file is imported, as by the tests, the knobs keep their defaults and nothing is done.
 settings = configure(globals()) if __name__ == '__main__' else {}
@@ -123,7 +123,7 @@ def vjepa2_encode(frames, net, encode, dtype):
     tokens = video.shape[2] // data.TUBELET * patches
     at_once = max(1, TOKENS // tokens)
     encoded = []
-    with autocast(frames.device, dtype):
+    with autocast(frames.device, dtype, net.width):
         for videos in video.split(at_once):
             encoded.append(net(videos).float())                        # (b,N,D), or (b,T*N,D) for 'clip'
     return torch.cat(encoded).view(n, steps, patches, -1)

@@ -85,15 +85,16 @@ eval_interval = 500      # steps between evaluations and checkpoints [1..]
 eval_clips = 256         # clips of `val` that an evaluation uses, always the same ones [1..]
 log_interval = 50        # steps between log lines [1..]
 device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
-dtype = 'auto'           # auto = bfloat16 on a CUDA device that has it, else float32 [auto | float32 | bfloat16]
+dtype = 'auto'           # auto = bfloat16 where the device has it and the model gains by it [auto | float32 | bfloat16]
 compile = False          # torch.compile the predictor; pays off in long runs on a GPU
+checkpointing = False    # compute blocks again in the backward pass: a third slower, with a fraction of the memory
 wandb = ''               # project name: also log to Weights & Biases
 settings = configure(globals())
 knobs = SimpleNamespace(**settings)
 # These change no result but for rounding. The others are the recipe: a resumed run must have the same. Of `data` the
 # checksum must be the same, and a resumed run says if its device, dtype or number of threads is another.
 RUN_KNOBS = {'data', 'accumulation', 'out', 'resume', 'stop_at', 'eval_interval', 'eval_clips', 'log_interval', 'device',
-             'dtype', 'compile', 'wandb'}
+             'dtype', 'compile', 'checkpointing', 'wandb'}
 # Seconds between checkpoints, or more where saving is slow: it may take a fiftieth of the time.
 SAVE_EVERY = 60
 recipe = {key: value for key, value in settings.items() if key not in RUN_KNOBS}
@@ -227,7 +228,7 @@ if processes > 1:
         device = pick_device(f'cuda:{local_rank}')
         torch.cuda.set_device(device)
     dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
-precision = autocast(device, dtype)
+precision = autocast(device, dtype, width)
 with precision:
     bfloat16 = torch.is_autocast_enabled(torch.device(device).type)
 # The last bits of a result depend on these. They are no part of the recipe, so that a run can move to another machine.
@@ -318,6 +319,7 @@ def rate_at(step, steps, start, peak, warmup, decay):
 optimizer = torch.optim.AdamW(parameter_groups(predictor, weight_decay), lr=learning_rate, betas=(0.9, beta2), fused=True)
 if resume:
     restore(optimizer, checkpoint, device, out)
+predictor.checkpointing = checkpointing
 if compile:
     predictor.compile()
 

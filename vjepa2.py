@@ -45,6 +45,7 @@ class VideoEncoder(nn.Module):
         self.version = version
         self.patch_embed = nn.ModuleDict({'proj': nn.Conv3d(3, width, (2, 16, 16), stride=(2, 16, 16))})
         sizes = Sizes(width=width, heads=heads, mlp_hidden=mlp_hidden, action_memory=False)
+        self.width = width
         self.head_dim = width // heads
         self.blocks = nn.ModuleList(Block(sizes) for _ in range(depth))
         if version == '2':

@@ -24,7 +24,7 @@ from configurator import ROOT, Refusal
 
 # The version of the training code, stored in every checkpoint. Raise it when the same settings no longer give the same
 # weights. A run that was started with another version is refused on resume.
-VERSION = 4
+VERSION = 5
 # The exceptions that unexpected content of a file can raise.
 MALFORMED = ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
 # How a file system says that it has no locks.

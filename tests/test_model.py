@@ -72,6 +72,53 @@ def test_causality(kind):
         assert not torch.allclose(after[:, t], before[:, t])
 
 
+def test_attention_is_that_of_a_block_causal_mask():
+    """Prefixes, one for each step, give what the dense mask of the published predictor gives."""
+    torch.manual_seed(0)
+    attention = model.Attention(24, 2).double()
+    x = torch.randn(B, T, 1 + N, 24, dtype=torch.float64)
+    rope = predictor('vit').rope(T, 1, N, None, 'cpu')
+    q, k, v = attention.project(x.flatten(1, 2), rope)
+    step = torch.arange(T * (1 + N)) // (1 + N)
+    scores = (q @ k.mT / 12 ** 0.5).masked_fill(step[:, None] < step, -math.inf)
+    expected = attention.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(x, rope).flatten(1, 2), expected, rtol=0, atol=1e-12)
+
+
+@both
+def test_checkpointing_changes_no_gradient(kind):
+    """A memory, which is passed as an argument, gets its gradient too."""
+    net = predictor(kind)
+    z, a = clips()
+    with torch.no_grad():
+        _, start = net(z, a)
+    found, calls = [], []
+    net.predictor_blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    for checkpointing in False, True:
+        net.checkpointing = checkpointing
+        memory = [state.clone().requires_grad_() for state in start]
+        loss = model.teacher_forcing_loss(net, z, a, memory)[0]
+        loss = loss + model.jump_loss(net, z, a, torch.tensor([2, 3, 4]), memory).mean()
+        # Not those of the action memory's reading of pushes, which has a loss of its own.
+        wanted = [*memory, *(p for name, p in net.named_parameters() if not name.startswith('action_memory'))]
+        found.append(torch.autograd.grad(loss, wanted))
+    for whole, again in zip(*found):
+        torch.testing.assert_close(again, whole, rtol=0, atol=1e-14)
+    # Two passes; and the same again, each computed twice.
+    assert len(calls) == 2 + 4
+
+
+def test_bfloat16_is_for_wide_models_where_the_cpu_has_it(monkeypatch):
+    def chosen(width, dtype='auto'):
+        with model.autocast('cpu', dtype, width):
+            return torch.is_autocast_enabled('cpu')
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx512_bf16': True, 'amx_bf16': False})
+    assert chosen(256) and not chosen(96)
+    assert chosen(96, 'bfloat16') and not chosen(256, 'float32')
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx512_f': True})
+    assert not chosen(256)
+
+
 @both
 def test_a_clip_never_sees_another_clip(kind):
     """A memory shared across the batch would tell of other clips."""
