@@ -5,12 +5,14 @@ import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 from types import SimpleNamespace
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -25,8 +27,6 @@ TESTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TESTS)
 sys.path.insert(0, ROOT)
 torch.set_num_threads(1)
-# Rows of the table that `pytest -m trust` ends with: what, how many, outcome.
-NUMBERS = []
 
 TINY = ['--depth=2', '--width=24', '--heads=2', '--mlp_hidden=32', '--cms_hidden=10', '--batch_size=8', '--max_iters=6',
         '--teacher_every=2', '--inverse_batch=8', '--eval_interval=3', '--eval_clips=8', '--log_interval=1', '--device=cpu']
@@ -171,28 +171,60 @@ def refused(done):
 
 # ---- what several tests look at ---------------------------------------------------------------------------------------
 
+def pytest_xdist_auto_num_workers(config):
+    """One process, which starts sooner than several, where files or tests are named."""
+    if config.option.keyword or any('.py' in arg for arg in config.args):
+        return 0
+
+
+@pytest.fixture
+def note(record_property):
+    """note(what, count, outcome) adds a row to the table that `pytest -m trust` ends with."""
+    return lambda *row: record_property('trust', row)
+
+
 def pytest_terminal_summary(terminalreporter, config):
-    """The numbers of the trust suite."""
-    if NUMBERS and config.option.markexpr == 'trust':
+    if config.option.markexpr == 'trust':
         terminalreporter.section('trust')
-        for what, count, outcome in NUMBERS:
-            terminalreporter.write_line(f'{what:<36}{count:>5}   {outcome}')
+        for report in terminalreporter.getreports('passed') + terminalreporter.getreports('failed'):
+            for _, (what, count, outcome) in report.user_properties:
+                terminalreporter.write_line(f'{what:<36}{count:>5}   {outcome}')
+
+
+def common(tmp_path_factory, name, make):
+    """
+    A folder that all processes of this run of pytest have in common → its path. make(folder) fills it in the process that
+    asks first; the others wait.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        base = base.parent
+    folder, made = base / name, base / f'{name}.made'
+    with filelock.FileLock(base / f'{name}.lock'):
+        if not made.exists():
+            # Of another process, whose attempt failed.
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            made.touch()
+    return folder
 
 
 @pytest.fixture(scope='session')
 def tiny(tmp_path_factory):
     """The folder of a small data set, with its pictures."""
-    folder = tmp_path_factory.mktemp('data') / 'tiny'
-    run('prepare.py', f'--name={folder}', *SMALL_SET, pictures=True)
-    return str(folder)
+    def make(folder):
+        run('prepare.py', f'--name={folder}/tiny', *SMALL_SET, pictures=True)
+    return str(common(tmp_path_factory, 'data', make) / 'tiny')
 
 
 @pytest.fixture(scope='session')
 def trained(tiny, tmp_path_factory):
     """{'hope': path, 'vit': path}: checkpoints of a few steps on the tiny set."""
-    folder = tmp_path_factory.mktemp('out')
-    for kind in ('hope', 'vit'):
-        run('train.py', *TINY, f'--model={kind}', f'--data={tiny}', f'--out={folder}/{kind}.pt')
+    def make(folder):
+        for kind in ('hope', 'vit'):
+            run('train.py', *TINY, f'--model={kind}', f'--data={tiny}', f'--out={folder}/{kind}.pt')
+    folder = common(tmp_path_factory, 'out', make)
     return {kind: str(folder / f'{kind}.pt') for kind in ('hope', 'vit')}
 
 

@@ -14,7 +14,7 @@ import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import FEW, NUMBERS, ROOT, TINY, counted, fake_results, official_predictor, official_weights, run
+from conftest import FEW, ROOT, TINY, counted, fake_results, official_predictor, official_weights, run
 
 import adapt
 import compare
@@ -383,7 +383,7 @@ def test_a_good_command_line_passes(places):
 # ---- through the scripts -----------------------------------------------------------------------------------------------
 
 @counted(len(SCRIPTS), len(KNOBS) + len(CONFIGS) + len(REQUESTS))
-def test_scripts(count, places, tmp_path):
+def test_scripts(count, places, tmp_path, note):
     """One line, which begins with the script's name, exit status 2, and nothing written."""
     cwd, config = tmp_path / 'cwd', tmp_path / 'config.py'
     cwd.mkdir()
@@ -399,6 +399,6 @@ def test_scripts(count, places, tmp_path):
         one_line = said.startswith(f'{script}: ') and words in said and '\n' not in said
         if done.returncode != 2 or not one_line or left:
             wrong.append((script, written, done.returncode, done.stderr[-500:], left))
-    NUMBERS.append(('malformed command lines and configs', len(rows),
-                    f'{len(wrong)} without one line, status 2 and nothing written'))
+    note('malformed command lines and configs', len(rows),
+         f'{len(wrong)} without one line, status 2 and nothing written')
     assert not wrong, '\n'.join(map(str, wrong))

@@ -25,7 +25,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import FEW, NUMBERS, ROOT, SMALL_SET, TINY, counted, own_clips, refused, run
+from conftest import FEW, ROOT, SMALL_SET, TINY, counted, own_clips, refused, run
 
 import data
 import hope
@@ -112,7 +112,7 @@ RUNS = {
 
 
 @counted(3, 100)
-def test_killed_in_training(count, tiny, tmp_path):
+def test_killed_in_training(count, tiny, tmp_path, note):
     """SIGKILL at any moment of training and saving: the checkpoint is readable, and in the end nothing differs."""
     rng = random.Random(count)
     runs, total, in_save, unreadable, equals = spread(list(RUNS), 1 if count < 10 else len(RUNS)), 0, 0, 0, 0
@@ -145,8 +145,8 @@ def test_killed_in_training(count, tiny, tmp_path):
                 break
         assert not os.path.exists(f'{out}.tmp')
         total, equals = total + kills, equals + same_run(whole, out)
-    NUMBERS.append(('kills of train.py (SIGKILL)', total, f'{unreadable} unreadable checkpoints; {in_save} while saving; '
-                    f'{equals} of {len(runs)} runs bit-equal at the end'))
+    note('kills of train.py (SIGKILL)', total, f'{unreadable} unreadable checkpoints; {in_save} while saving; '
+         f'{equals} of {len(runs)} runs bit-equal at the end')
     assert not unreadable and equals == len(runs)
 
 
@@ -169,7 +169,7 @@ def killed(script, args, folder, count, longest):
 
 
 @counted(1, 50)
-def test_killed_in_preparing(count, tmp_path):
+def test_killed_in_preparing(count, tmp_path, note):
     whole, folder = tmp_path / 'whole', tmp_path / 'set'
     args = ['--size=32', '--dim=24', '--clips=60', '--test_clips=24', '--device=cpu']
     run('prepare.py', *args, f'--name={whole}', pictures=count > 1)
@@ -177,13 +177,13 @@ def test_killed_in_preparing(count, tmp_path):
     for kills in killed('prepare.py', [*args, f'--name={folder}'], folder, count, 1):
         sets, equals = sets + 1, equals + (files_of(whole) == files_of(folder))
         shutil.rmtree(folder)
-    NUMBERS.append(('kills of prepare.py (SIGKILL)', kills,
-                    f'{equals} of {sets} data sets equal in every byte of every file'))
+    note('kills of prepare.py (SIGKILL)', kills,
+         f'{equals} of {sets} data sets equal in every byte of every file')
     assert equals == sets
 
 
 @counted(1, 20)
-def test_killed_in_adapting(count, tiny, trained, tmp_path):
+def test_killed_in_adapting(count, tiny, trained, tmp_path, note):
     whole, out = tmp_path / 'whole', tmp_path / 'aba'
     checkpoints = trained['vit'] if count == 1 else f'{trained["hope"]},{trained["vit"]}'
     args = [f'--ckpt={checkpoints}', f'--data={tiny}', *FEW]
@@ -193,7 +193,7 @@ def test_killed_in_adapting(count, tiny, trained, tmp_path):
         ends, equals = ends + 1, equals + (results_of(whole) == results_of(out) and not (out / 'unfinished.pt').exists())
         # A finished run would have nothing more to do.
         shutil.rmtree(out)
-    NUMBERS.append(('kills of adapt.py (SIGKILL)', kills, f'{equals} of {ends} results equal in every number but times'))
+    note('kills of adapt.py (SIGKILL)', kills, f'{equals} of {ends} results equal in every number but times')
     assert equals == ends
 
 
@@ -211,7 +211,7 @@ def test_a_signal_saves_at_the_next_step(number, tiny, tmp_path):
 
 
 @pytest.mark.trust
-def test_processes_stop_together_and_resume_exactly(tiny, tmp_path):
+def test_processes_stop_together_and_resume_exactly(tiny, tmp_path, note):
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     args = [*TINY, f'--data={tiny}', '--max_iters=80', '--eval_interval=7']
     run('train.py', *args, f'--out={tmp_path}/whole.pt', launcher=torchrun)
@@ -225,7 +225,7 @@ def test_processes_stop_together_and_resume_exactly(tiny, tmp_path):
     assert '--resume=True goes on' in said, said
     run('train.py', *args, f'--out={out}', '--resume=True', launcher=torchrun)
     assert same_run(tmp_path / 'whole.pt', out)
-    NUMBERS.append(('SIGTERM to torchrun, 2 processes', 1, 'saved at one step; bit-equal at the end'))
+    note('SIGTERM to torchrun, 2 processes', 1, 'saved at one step; bit-equal at the end')
 
 
 def test_what_does_not_fit_is_refused(tiny, trained, tmp_path):
@@ -263,7 +263,7 @@ def test_what_does_not_fit_is_refused(tiny, trained, tmp_path):
 
 def test_two_runs_into_one_place(tiny, trained, tmp_path):
     """While this process holds the place, a script refuses it and changes nothing; afterwards it does not."""
-    folder, out = tmp_path / 'aba', tmp_path / 'x.pt'
+    folder, out, data_set = tmp_path / 'aba', tmp_path / 'x.pt', shutil.copytree(tiny, tmp_path / 'set')
     folder.mkdir()
     with open(trained['hope'].replace('.pt', '.csv'), newline='') as f:
         begun = f.readline()
@@ -271,7 +271,7 @@ def test_two_runs_into_one_place(tiny, trained, tmp_path):
     places = {folder: ('adapt.py', f'--ckpt={trained["vit"]}', f'--data={tiny}', f'--out={folder}', *FEW,
                        '--methods=frozen'),
               tmp_path / 'x.csv': ('train.py', *TINY, f'--data={tiny}', f'--out={out}', '--max_iters=1'),
-              tiny: ('prepare.py', f'--name={tiny}', *SMALL_SET)}
+              data_set: ('prepare.py', f'--name={data_set}', *SMALL_SET)}
     hold = ('import sys\nfrom support import files\n[files.claim(path) for path in sys.argv[1:]]\n'
             'print(1, flush=True)\nsys.stdin.read()')
     holder = subprocess.Popen([sys.executable, '-c', hold, *map(str, places)], cwd=ROOT, stdin=subprocess.PIPE,
@@ -384,7 +384,7 @@ def victims(tiny, trained, tmp_path):
 
 
 @counted(12, 400)
-def test_flipped_bits(count, victims):
+def test_flipped_bits(count, victims, note):
     rng = random.Random(count)
     for what, (path, folder) in victims.items():
         assert opens(path, folder)
@@ -399,12 +399,12 @@ def test_flipped_bits(count, victims):
         with open(path, 'wb') as f:
             f.write(whole)
         assert opens(path, folder)
-        NUMBERS.append((f'flipped bits in a {what}', count, f'{count - unseen} seen'))
+        note(f'flipped bits in a {what}', count, f'{count - unseen} seen')
         assert not unseen
 
 
 @counted(9, 100)
-def test_cut_files(count, victims):
+def test_cut_files(count, victims, note):
     rng, unseen = random.Random(count), 0
     for i in range(count):
         path, folder = list(victims.values())[i % 3]
@@ -414,7 +414,7 @@ def test_cut_files(count, victims):
         unseen += opens(path, folder)
         with open(path, 'wb') as f:
             f.write(whole)
-    NUMBERS.append(('truncated files', count, f'{count - unseen} seen'))
+    note('truncated files', count, f'{count - unseen} seen')
     assert not unseen
 
 
@@ -548,7 +548,7 @@ def changed_set(tiny, folder, change):
 
 
 @counted(9, 35)
-def test_malformed_data_folders(count, tiny, tmp_path):
+def test_malformed_data_folders(count, tiny, tmp_path, note):
     wrong = []
     for i, (name, change) in enumerate(spread(list(FOLDERS.items()), count)):
         folder = changed_set(tiny, tmp_path / str(i), change)
@@ -558,7 +558,7 @@ def test_malformed_data_folders(count, tiny, tmp_path):
             wrong.append(name)
         except Refusal as refusal:
             assert '\n' not in str(refusal) and folder in str(refusal), refusal
-    NUMBERS.append(('malformed data folders', min(count, len(FOLDERS)), f'{len(wrong)} taken for whole'))
+    note('malformed data folders', min(count, len(FOLDERS)), f'{len(wrong)} taken for whole')
     assert not wrong, '\n'.join(map(str, wrong))
 
 
@@ -617,7 +617,7 @@ def hostile(tiny, trained, tmp_path, mark):
 
 
 @counted(5, 10)
-def test_hostile_files(count, tiny, trained, tmp_path):
+def test_hostile_files(count, tiny, trained, tmp_path, note):
     mark, harmed = tmp_path / 'mark', []
     cases = spread(hostile(tiny, trained, tmp_path, mark), count)
     for what, script, args in cases:
@@ -625,14 +625,14 @@ def test_hostile_files(count, tiny, trained, tmp_path):
         if done.returncode != 2 or len(done.stderr.splitlines()) != 1 or mark.exists() or 'out of memory' in done.stderr:
             harmed.append((what, done.returncode, done.stderr[-600:]))
             mark.unlink(missing_ok=True)
-    NUMBERS.append(('malicious files', len(cases), f'{len(harmed)} with an effect: code run, no refusal'))
+    note('malicious files', len(cases), f'{len(harmed)} with an effect: code run, no refusal')
     assert not harmed
 
 
 # ---- NaN -----------------------------------------------------------------------------------------------------------------
 
 @counted(3, 10)
-def test_not_a_number(count, tiny, trained, tmp_path):
+def test_not_a_number(count, tiny, trained, tmp_path, note):
     """Wherever a NaN comes in, one line says where, and the last good checkpoint is as it was."""
     out, own, aba = tmp_path / 'x.pt', own_clips(tmp_path / 'clips'), tmp_path / 'aba'
     training = [*TINY, f'--data={tiny}', '--model=vit', f'--out={out}', '--eval_interval=100']
@@ -690,5 +690,5 @@ def test_not_a_number(count, tiny, trained, tmp_path):
         done = run(*command, ok=False)
         if done.returncode != 2 or 'finite' not in done.stderr:
             wrong.append(('own features', done.returncode, done.stderr[-600:]))
-    NUMBERS.append(('NaN injected', len(chosen) + (count > 3), f'{len(wrong)} passed on'))
+    note('NaN injected', len(chosen) + (count > 3), f'{len(wrong)} passed on')
     assert not wrong, '\n'.join(map(str, wrong))
