@@ -269,7 +269,7 @@ def test_results(out):
 def test_another_shift_with_the_controls(tiny, trained, tmp_path):
     """The table names the shift; the controls are run where they are asked for."""
     run('adapt.py', f'--ckpt={trained["hope"]}', f'--data={tiny}', f'--out={tmp_path}', *FEW, '--phases=A,turned,A',
-        '--methods=all')
+        '--methods=all', '--clips=3', '--probe_clips=3')
     results = json.load(open(tmp_path / 'results.json'))
     controls = {name for name, method in methods.METHODS.items() if method.control}
     assert controls == {'gain writer', 'push known', 'wrong world', 'shuffled', 'no carry'}
@@ -316,7 +316,7 @@ def test_planning_is_printed_and_kept(tiny, trained, tmp_path):
 def test_a_rollout_checkpoint_is_scored_by_rollout(tiny, tmp_path):
     run('train.py', *TINY, f'--data={tiny}', '--loss=rollout', '--max_iters=2', f'--out={tmp_path}/x.pt')
     out = run('adapt.py', f'--ckpt={tmp_path}/x.pt', f'--data={tiny}', f'--out={tmp_path}/aba', *FEW, '--tune_on=',
-              '--methods=frozen,LN-TTA,CMS,memory', '--clips=2', '--probe_clips=2').stdout
+              '--methods=frozen,LN-TTA,CMS,memory', '--clips=1', '--probe_clips=1').stdout
     assert 'rollout L1' in out and 'tuned on' not in out
     assert 'Rate of HOPE CMS: 10, the default, measured on the built-in physics; not tuned.' in out
 

@@ -87,7 +87,8 @@ def test_labels_that_fit_stay_where_they_are():
 def test_streams_of_any_phases(domains, more, tmp_path):
     pytest.importorskip('matplotlib')
     results, groups = fake(domains, **more)
-    for kind in ('png', 'pdf'):
+    # Of whatever is drawn, a PDF takes as long again.
+    for kind in ('png', 'pdf') if domains == ('A', 'B', 'A') else ('png',):
         drawing.draw(str(tmp_path / f'results.{kind}'), [results], groups)
         assert (tmp_path / f'results.{kind}').stat().st_size > 5000
 

@@ -25,6 +25,12 @@ def fitting(checkpoints, method):
     return next(c for c in checkpoints if METHODS[method].fits(c.predictor.sizes))
 
 
+@pytest.fixture
+def eight(experiment):
+    """Of the first stream, what gives (z, a) of its first 8 clips, of A and of B."""
+    return experiment.streams[0][:8]
+
+
 def streamed(checkpoint, method, rate, stream, **more):
     """stream: Clips, or (z, a)."""
     if isinstance(stream, tuple):
@@ -37,9 +43,9 @@ def losses(checkpoint, method, rate, stream):
 
 
 @pytest.mark.parametrize('method', LEARNING)
-def test_a_clip_is_scored_before_it_is_shown(fitting, experiment, method):
+def test_a_clip_is_scored_before_it_is_shown(fitting, eight, method):
     """Changing clip t beyond its target steps, or later clips, leaves the losses up to t untouched."""
-    (z, a), t = experiment.streams[0][:], 5
+    (z, a), t = eight, 5
     before = losses(fitting, method, RATES[method], (z, a))
     z2, a2 = z.clone(), a.clone()
     # Steps 2-5 of clip t are no targets.
@@ -52,9 +58,9 @@ def test_a_clip_is_scored_before_it_is_shown(fitting, experiment, method):
 
 
 @pytest.mark.parametrize('method', LEARNING)
-def test_a_prediction_knows_its_clip_by_the_first_step_alone(fitting, experiment, method):
+def test_a_prediction_knows_its_clip_by_the_first_step_alone(fitting, eight, method):
     """Whatever the later steps of clip t are, what was predicted for them is the same."""
-    (z, a), t = experiment.streams[0][:], 5
+    (z, a), t = eight, 5
     before = streamed(fitting, method, RATES[method], (z, a), shown=range(t + 1))['shown']
     z2 = z.clone()
     z2[t, 1:] += torch.randn_like(z2[t, 1:])
@@ -63,9 +69,9 @@ def test_a_prediction_knows_its_clip_by_the_first_step_alone(fitting, experiment
 
 
 @pytest.mark.parametrize('method', LEARNING)
-def test_every_method_learns_from_the_look_back(fitting, experiment, method):
+def test_every_method_learns_from_the_look_back(fitting, eight, method):
     """The loss of clip t depends on what was shown at t-1."""
-    z, a = experiment.streams[0][:]
+    z, a = eight
     z2 = z.clone()
     z2[3, 1:] = z[4, 1:]
     before, after = (losses(fitting, method, RATES[method], (features, a)) for features in (z, z2))
@@ -73,12 +79,12 @@ def test_every_method_learns_from_the_look_back(fitting, experiment, method):
 
 
 @pytest.mark.parametrize('method', TTA)
-def test_rate_zero_is_frozen_bit_for_bit(fitting, experiment, method):
-    assert losses(fitting, method, 0.0, experiment.streams[0]) == losses(fitting, 'frozen', None, experiment.streams[0])
+def test_rate_zero_is_frozen_bit_for_bit(fitting, eight, method):
+    assert losses(fitting, method, 0.0, eight) == losses(fitting, 'frozen', None, eight)
 
 
-def test_a_control_that_keeps_nothing_is_frozen(hope, experiment):
-    assert losses(hope, 'no carry', None, experiment.streams[0]) == losses(hope, 'frozen', None, experiment.streams[0])
+def test_a_control_that_keeps_nothing_is_frozen(hope, eight):
+    assert losses(hope, 'no carry', None, eight) == losses(hope, 'frozen', None, eight)
 
 
 def test_the_memory_is_what_teacher_forcing_would_write(hope, experiment):
@@ -139,10 +145,10 @@ def test_the_gain_writer_follows_the_gradient(hope, experiment):
 
 
 @pytest.mark.parametrize('method, without', [('CMS', 'frozen'), ('Titan memory', 'frozen')])
-def test_rate_zero_writes_nothing(hope, experiment, method, without):
+def test_rate_zero_writes_nothing(hope, eight, method, without):
     """A fresh action memory multiplies by the identity, which may move the last bit."""
-    expected = losses(hope, without, None, experiment.streams[0])
-    assert losses(hope, method, 0.0, experiment.streams[0]) == pytest.approx(expected, rel=1e-5)
+    expected = losses(hope, without, None, eight)
+    assert losses(hope, method, 0.0, eight) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize('method, rate', [('memory', None), ('CMS', 1.0), ('Titan memory', 0.5)])
