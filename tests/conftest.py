@@ -193,8 +193,9 @@ def pytest_terminal_summary(terminalreporter, config):
 
 def common(tmp_path_factory, name, make):
     """
-    A folder that all processes of this run of pytest have in common → its path. make(folder) fills it in the process that
-    asks first; the others wait.
+    A folder that all processes of this run of pytest have in common → its path.
+
+    make(folder) fills it in the process that asks first; the others wait.
     """
     base = tmp_path_factory.getbasetemp()
     if 'PYTEST_XDIST_WORKER' in os.environ:

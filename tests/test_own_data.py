@@ -37,7 +37,11 @@ MORE = {
     'out/mine_oracle': ['--methods=frozen,memory'],
 }
 # The least of training and of methods that still takes a set all the way.
-LEAST = {'train.py': ['--max_iters=2'], 'adapt.py': ['--methods=frozen,memory', '--clips=2', '--probe_clips=2'], 'compare.py': []}
+LEAST = {
+    'train.py': ['--max_iters=2'],
+    'adapt.py': ['--methods=frozen,memory', '--clips=2', '--probe_clips=2'],
+    'compare.py': [],
+}
 
 
 def run_small(command, folder, *more, pictures=False):
