@@ -518,10 +518,12 @@ def test_mixers(mixer):
     assert len(memory) == (1 if mixer == 'attention' else 3)
 
 
-def test_no_graph_breaks_under_compile():
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_no_graph_breaks_under_compile(checkpointing):
     """Traced in one piece, forward and backward (without generating code, which takes a compiler and minutes)."""
     net, loss = cms_model(depth=1)
     expected = loss(net)
+    net.checkpointing = checkpointing
     net.compile(backend='aot_eager', fullgraph=True)
     torch.testing.assert_close(loss(net), expected)
     loss(net).sum().backward()
