@@ -27,7 +27,7 @@ from data import batch_indices, mean_push, median_scene, open_split
 from hope import build, load
 from model import Sizes, autocast, feature_loss, jump_loss, pick_device, rollout, rollout_loss, teacher_forcing_loss
 from support.files import MALFORMED, VERSION, save
-from support.running import best_of, log, make_slide, note_signals, open_log, refuse_existing
+from support.running import best_of, keep_freed_memory, log, make_slide, note_signals, open_log, refuse_existing
 from support.terminal import duration
 from vjepa2 import start_from
 
@@ -217,6 +217,7 @@ def average_gradients(predictor, processes, stop):
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------
+keep_freed_memory()
 device = pick_device(device)
 rank, local_rank, processes = launched()
 print0 = functools.partial(print, flush=True) if rank == 0 else lambda text: None

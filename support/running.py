@@ -3,8 +3,10 @@ Around a run: its data, files, log and signals.
 
     file = open_log('out/hope.csv', columns, 'out/hope.pt', resume=False)
     received = note_signals()                        # empty until Ctrl-C or SIGTERM
+    keep_freed_memory()                              # before the first tensor
 """
 import csv
+import ctypes
 import os
 import signal
 import subprocess
@@ -101,3 +103,22 @@ def note_signals():
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, note)
     return received
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+def keep_freed_memory():
+    """
+    Have the C library keep the memory of freed tensors for the next ones. On Linux; elsewhere it does nothing.
+
+    Otherwise large blocks go back to the system, which clears every page before it gives it out again.
+    """
+    if sys.platform != 'linux':
+        return
+    library = ctypes.CDLL(None)
+    # musl does not have it.
+    if hasattr(library, 'mallopt'):
+        # The numbers of malloc.h. The heap is never trimmed, and blocks of any size come from it.
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        library.mallopt(M_TRIM_THRESHOLD, -1)
+        library.mallopt(M_MMAP_MAX, 0)

@@ -209,6 +209,21 @@ def test_sigterm_ends_the_preparation_too(tmp_path):
         os.killpg(job.pid, 0)
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='the C library of Linux')
+def test_the_memory_of_freed_tensors_is_used_again():
+    """After a few blocks of 64 MiB the next ones touch no page for the first time, of their 16,384 each."""
+    script = """if True:
+        import resource, torch
+        from support.running import keep_freed_memory
+        keep_freed_memory()
+        for _ in range(16):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(2**24)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    faults = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert int(faults) < 1000
+
+
 def test_importing_it_does_not_train():
     with pytest.raises(ImportError, match='trains from top to bottom'):
         import train  # noqa: F401
