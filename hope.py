@@ -364,9 +364,11 @@ class InverseDynamics(nn.Module):
         """z (B,T,N,D), shown (B,): how many of the T steps count, None for all → push (B,A) in units of the mean push."""
         z = z[:, :self.steps]
         T = z.shape[1]
-        x = self.embed(z) + self.place                                 # (B,T,N,channels)
-        weights = self.query(x).softmax(2)                             # (B,T,N,slots)
-        x = weights.mT @ x                                             # (B,T,slots,channels)
+        # Patches are pooled before they are embedded: as both are linear, the order does not matter, and there are fewer slots.
+        place = self.place + self.embed.bias                           # (N,channels)
+        scores = F.linear(z, self.query.weight @ self.embed.weight) + self.query(place)
+        weights = scores.mT.softmax(-1)                                # (B,T,slots,N)
+        x = F.linear(weights @ z, self.embed.weight) + weights @ place     # (B,T,slots,channels)
         x = self.step(x.flatten(2))                                    # (B,T,step_size)
         if shown is not None:
             counts = torch.arange(T, device=z.device) < shown[:, None]
