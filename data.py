@@ -7,6 +7,8 @@ Clips: the physics of a sliding object, its pictures, and batches of clips from 
 
 To change the world, change the constants and DOMAINS below; to add a domain, add a row to DOMAINS.
 """
+import hashlib
+import io
 import json
 import math
 import os
@@ -19,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import Refusal
-from support.files import folder_of, map_array, read_manifest, sha256, verify
+from support.files import folder_of, map_array, read_checksums, read_manifest, verify
 
 # ---- the world: one rigid object on a plane seen from above, SI units --------------------------------------------
 GRAVITY = 9.81               # m/s^2
@@ -223,6 +225,8 @@ class Shard(typing.NamedTuple):
     offset: int = 0
     # Read in place: what prepare.py found in the file
     sha256: str = ''
+    # In a file of the set: the CRC-32 of each clip, uint32 (clips,); None where an earlier version made it
+    crc32: np.ndarray = None
 
 
 class Split:
@@ -233,9 +237,9 @@ class Split:
     a (b,T,A), indices being a sequence or a slice. Further: .actions (clips,T,A) float32, .states (clips,T,S) float32 or
     None, .several_pushes (whether any clip has a push after step 1), .physics (dict of arrays, or empty) and .manifest.
 
-    Opening it checks the size and header of each file. The prepare.py command that made the set checks every byte; clips
-    that are read in place are checked when they are first read. manifest: that of a set that is not finished yet; None to
-    read it. Raises Refusal where a split is missing, or where anything is not as prepare.py writes it.
+    Opening it checks the size and header of each file; a clip is compared with its checksum when it is first read.
+    manifest: that of a set that is not finished yet; None to read it. Raises Refusal where a split is missing, or where
+    anything is not as prepare.py writes it.
     """
 
     def __init__(self, name, *splits, manifest=None):
@@ -243,8 +247,6 @@ class Split:
         self.manifest = manifest or read_manifest(name)
         self.name = f'split {" + ".join(splits)} of {folder}'
         self.folder = folder
-        # Files of clips read in place whose checksum was compared.
-        self.compared = set()
         try:
             self.shards = []
             parts = {'actions': [], 'states': [], 'physics': []}
@@ -255,6 +257,8 @@ class Split:
                 for key, read in parts.items():
                     read.append(self.read_arrays(split, key))
             self.starts = np.cumsum([0] + [shard.clips for shard in self.shards])
+            # Whether a clip was read before, and found whole.
+            self.whole = np.zeros(self.starts[-1], bool)
             self.actions = np.concatenate(parts['actions'])
             has_states = all(states is not None for states in parts['states'])
             self.states = np.concatenate(parts['states']) if has_states else None
@@ -279,7 +283,10 @@ class Split:
             array = map_array(self.folder, file)
             if array.shape[1:] != (T, N, D) or array.dtype != np.float16 or rows * columns != N:
                 raise ValueError(f'its shards are not float16 (clips,{T},{N},{D}) on a grid {rows} x {columns}')
-            shards.append(Shard(array.filename, len(array), array.offset))
+            crc32 = read_checksums(entry['crc32']) if 'crc32' in entry else None
+            if crc32 is not None and len(crc32) != len(array):
+                raise ValueError(f'{file} has {len(array)} clips and {len(crc32)} checksums')
+            shards.append(Shard(array.filename, len(array), array.offset, crc32=crc32))
         return shards
 
     def find_in_place(self, file):
@@ -343,46 +350,76 @@ class Split:
         """
         # Makes slices, negative numbers and an IndexError work as for a list.
         chosen = np.arange(len(self))[indices]
-        one = np.ndim(chosen) == 0
         clips = np.atleast_1d(chosen)
-        features = np.empty((len(clips), *self.manifest['shape']), np.float16)
+        features, a, _ = self.stored(clips)
+        z = normed(features)
+        return (z[0], a[0]) if np.ndim(chosen) == 0 else (z, a)
+
+    def stored(self, clips, pinned=False):
+        """
+        Clips (b,) as they are stored: features (b,T,N,D) float16, of which normed() makes z, actions (b,T,A) and states
+        (b,T,S), or None.
+
+        pinned: features in memory from which a GPU can copy them without waiting. Raises Refusal as indexing does.
+        """
+        clips = np.asarray(clips)
+        features = torch.empty(len(clips), *self.manifest['shape'], dtype=torch.float16, pin_memory=pinned)
         shard_of = np.searchsorted(self.starts, clips, side='right') - 1
         for number in np.unique(shard_of):
             members = np.flatnonzero(shard_of == number)
-            self.read(self.shards[number], clips[members] - self.starts[number], features, members)
-        z = torch.from_numpy(features).float()
-        z = F.layer_norm(z, z.shape[-1:])
-        if not torch.isfinite(z.sum()):
-            finite = torch.isfinite(z).flatten(1).all(1)
-            clip = clips[(~finite).nonzero()[0].item()]
-            raise Refusal(f'{self.name}: the features of clip {clip} are not finite')
-        a = torch.from_numpy(self.actions[clips])
-        return (z[0], a[0]) if one else (z, a)
+            self.read(number, clips[members], features.numpy(), members)
+        states = None if self.states is None else torch.from_numpy(self.states[clips])
+        return features, torch.from_numpy(self.actions[clips]), states
 
-    def read(self, shard, rows, features, places):
-        """Read clips `rows` of one Shard, as stored, into features[places]; features (b,T,N,D) float16."""
+    def read(self, number, clips, features, places):
+        """Read clips of Shard `number` into features[places]; features: float16 (b,T,N,D). What is new is checked."""
+        shard = self.shards[number]
+        first = self.starts[number]
         try:
-            if shard.sha256:
-                features[places] = self.read_in_place(shard).reshape(features.shape[1:])
-                return
             # Not memory-mapped: a map keeps its file open, and a process may open about a thousand.
             with open(shard.path, 'rb') as f:
-                for row, place in zip(rows.tolist(), places.tolist()):
-                    clip = features[place]
-                    f.seek(shard.offset + row * clip.nbytes)
-                    if f.readinto(clip) < clip.nbytes:
-                        raise EOFError
+                for clip, place in zip(clips.tolist(), places.tolist()):
+                    new = not self.whole[clip]
+                    if shard.sha256:
+                        read_in_place(f, shard, features[place], new)
+                    else:
+                        read_row(f, shard, clip - first, features[place], new)
+                    if new and not all_finite(features[place]):
+                        raise Refusal(f'{self.name}: the features of clip {clip} are not finite')
+                    self.whole[clip] = True
         except (EOFError, OSError, ValueError):
             if shard.sha256:
                 raise Refusal(self.changed(shard.path)) from None
             raise Refusal(f'{shard.path} is damaged or missing; prepare.py, run as before, repairs it') from None
 
-    def read_in_place(self, shard):
-        """The features in the own file of a clip, whose checksum is compared when it is first read → float16."""
-        if shard.path not in self.compared and sha256(shard.path) != shard.sha256:
-            raise Refusal(self.changed(shard.path))
-        self.compared.add(shard.path)
-        return np.load(shard.path, allow_pickle=False).astype(np.float16)
+
+def read_row(f, shard, row, clip, compare):
+    """Read a row of the open file of a Shard into `clip`, float16 (T,N,D); raises ValueError where it is damaged."""
+    f.seek(shard.offset + row * clip.nbytes)
+    if f.readinto(clip) < clip.nbytes:
+        raise EOFError
+    if compare and shard.crc32 is not None and zlib.crc32(clip) != shard.crc32[row]:
+        raise ValueError
+
+
+def read_in_place(f, shard, clip, compare):
+    """Read the open file of one clip into `clip`, float16 (T,N,D); raises ValueError where it has changed."""
+    f.seek(0)
+    raw = f.read()
+    if compare and hashlib.sha256(raw).hexdigest() != shard.sha256:
+        raise ValueError
+    clip[:] = np.load(io.BytesIO(raw), allow_pickle=False).reshape(clip.shape)
+
+
+def all_finite(features):
+    """Whether all of an array of float16 are finite. In a NaN or an infinity all bits of the exponent are set."""
+    return (features.view(np.uint16) & 0x7fff).max() < 0x7c00
+
+
+def normed(features):
+    """Features as they are stored → z: float32, layer-normed without affine (eps 1e-5)."""
+    z = features.float()
+    return F.layer_norm(z, z.shape[-1:])
 
 
 def no_such_split(name, missing, manifest):

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pickle
+import zlib
 
 import filelock
 import numpy as np
@@ -131,7 +132,8 @@ def read_bytes(path):
 # data/<name>/<split>_actions.npy     float32 (clips,T,A)
 # data/<name>/<split>_states.npy      float32 (clips,T,S), where own clips have states
 # data/<name>/<split>_physics.npz     what data.simulate() returned
-# data/<name>/manifest.json           shapes, domains, encoder, seed, sha256 of every file and of itself, complete or not
+# data/<name>/manifest.json           shapes, domains, encoder, seed, sha256 of every file and of itself, complete or not,
+#                                     and the CRC-32 of every clip in a shard
 
 # The start of the manifest's last entry, the sha256 of every byte before it.
 MANIFEST_SEAL = b',\n "checksum": "'
@@ -192,6 +194,16 @@ def verify(folder, manifest, files):
     for file in files:
         if not intact(folder, manifest, file):
             raise Refusal(f'{os.path.join(folder, file)} is damaged or missing; prepare.py, run as before, repairs it')
+
+
+def clip_checksums(features):
+    """CRC-32 of each clip of features (clips,T,N,D), as the manifest has them: 8 hex digits a clip in one text."""
+    return ''.join(f'{zlib.crc32(clip):08x}' for clip in features)
+
+
+def read_checksums(text):
+    """What clip_checksums wrote → uint32 (clips,)."""
+    return np.frombuffer(bytes.fromhex(text), '>u4')
 
 
 def map_array(folder, file):

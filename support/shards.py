@@ -15,7 +15,7 @@ import shutil
 import numpy as np
 
 from configurator import Refusal
-from support.files import claim, intact, parse_manifest, sha256, write_atomically, write_manifest
+from support.files import claim, clip_checksums, intact, parse_manifest, sha256, write_atomically, write_manifest
 from support.own_files import visible
 from support.terminal import progress
 
@@ -204,16 +204,19 @@ def write_split(folder, manifest, split, source, encode_clips, batch, after=0):
     for start in range(done, source.count, shard_clips):
         end = min(start + shard_clips, source.count)
         number = len(shards)
+        checksums = {}
         if encode_clips:
             file = f'{split}_{number:05d}.npy'
             z, kept = encode_shard(manifest['shape'], split, source, start, end, encode_clips, batch, bar)
             save(folder, manifest, file, lambda f: np.save(f, z))
+            checksums['crc32'] = clip_checksums(z)
         else:
             file = f'{split}_{number:05d}.json'
             listed, kept = list_shard(source, start, end, bar)
             save(folder, manifest, file, lambda f: f.write(json.dumps(listed, indent=1).encode()))
         left_out = sorted(set(range(start, end)) - set(kept))
-        shards.append({'file': file, 'clips': len(kept), 'skipped': left_out, 'stamp': source.stamp(start, end)})
+        stamp = source.stamp(start, end)
+        shards.append({'file': file, 'clips': len(kept), 'skipped': left_out, 'stamp': stamp, **checksums})
         write_manifest(folder, manifest)
     kept = kept_clips(manifest, split, source)
     if not kept:

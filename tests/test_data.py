@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, refused, run
+from conftest import ROOT, SMALL_SET, refused, run
 
 import data
 import hope
@@ -180,6 +180,11 @@ def test_a_set_on_disk(tiny):
     assert set(manifest['splits']) == {'train', 'val', 'fit_B', *(f'test_{d}' for d in data.DOMAINS)}
     assert all(os.path.getsize(os.path.join(tiny, f)) > 5000 for f in ('clips.png', 'displacement.png'))
     assert not [f for f in os.listdir(tiny) if f.endswith('.tmp')]
+    for split in manifest['splits'].values():
+        for shard in split['shards']:
+            assert shard['crc32'] == files.clip_checksums(np.load(os.path.join(tiny, shard['file'])))
+    # The value that every description of CRC-32 gives for this text.
+    assert files.clip_checksums([b'123456789', b'']) == 'cbf43926' + '00000000'
 
 
 def test_reading_a_split(tiny):
@@ -251,6 +256,39 @@ def test_a_file_that_is_cut_after_opening_is_named(tiny, tmp_path):
         clips[range(24)]
 
 
+def test_a_flipped_bit_is_refused_when_its_clip_is_read(tiny, tmp_path):
+    """Not when another clip of the file is; and a clip that was found whole is not compared again."""
+    folder = shutil.copytree(tiny, tmp_path / 'set')
+    clips, read_before = data.open_split(str(folder), 'val'), data.open_split(str(folder), 'val')
+    expected, _ = read_before[range(24)]
+    with open(folder / 'val_00000.npy', 'r+b') as f:
+        # A bit in the exponent of the last number of clip 7.
+        f.seek(-2 * 8 * 4 * 24 * 16 - 1, os.SEEK_END)
+        byte, = f.read(1)
+        f.seek(-1, os.SEEK_CUR)
+        f.write(bytes([byte ^ 0x40]))
+    others = [i for i in range(24) if i != 7]
+    assert torch.equal(clips[others][0], expected[others])
+    for chosen in (7, [7], slice(5, 9)):
+        with pytest.raises(Refusal, match='val_00000.npy is damaged or missing; prepare.py, run as before, repairs it'):
+            clips[chosen]
+    assert not torch.equal(read_before[7][0], expected[7])
+
+
+def test_a_set_of_an_earlier_version_has_no_checksums_of_clips(tiny, tmp_path):
+    """It is read as it is, and left as it is: its sha256 changes with a list, and a run of train.py could not go on."""
+    folder = shutil.copytree(tiny, tmp_path / 'set')
+    manifest = files.parse_manifest(str(folder / 'manifest.json'))
+    for split in manifest['splits'].values():
+        for shard in split['shards']:
+            del shard['crc32']
+    files.write_manifest(str(folder), manifest)
+    assert torch.equal(data.open_split(str(folder), 'val')[range(24)][0], data.open_split(tiny, 'val')[range(24)][0])
+    before = (folder / 'manifest.json').read_bytes()
+    assert 'nothing to do' in run('prepare.py', f'--name={folder}', *SMALL_SET).stdout
+    assert (folder / 'manifest.json').read_bytes() == before
+
+
 def test_a_domain_that_a_set_lacks_is_named(tiny, monkeypatch):
     """One that was added to DOMAINS after the set was made."""
     with pytest.raises(Refusal, match="has no split 'test_moon'; it has train, .*[a-z]$"):
@@ -284,6 +322,14 @@ def test_batches_visit_every_clip_once_per_epoch_and_need_no_state():
     assert sorted(np.concatenate(drawn)[:10]) == list(range(10)) == sorted(np.concatenate(drawn)[10:])
     assert (data.batch_indices(10, 4, 7, 3) == drawn[3]).all()
     assert not (np.concatenate(drawn)[:10] == np.concatenate(drawn)[10:]).all()
+
+
+def test_clips_as_they_are_stored(tiny):
+    clips = data.open_split(tiny, 'val')
+    features, a, states = clips.stored(range(3, 9))
+    assert np.array_equal(features, np.load(os.path.join(tiny, 'val_00000.npy'))[3:9]) and states is None
+    z, expected = clips[3:9]
+    assert torch.equal(data.normed(features), z) and torch.equal(a, expected)
 
 
 @pytest.fixture(scope='module')
