@@ -15,6 +15,7 @@ import os
 import typing
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -451,6 +452,15 @@ def batch_indices(clips, batch_size, seed, number):
         missing = batch_size - len(picked)
         picked.extend(order[offset:offset + missing])
     return np.array(picked)
+
+
+def read_ahead(batches):
+    """Go through an iterator of batches, the next of which is read in a thread while the present one is used."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = reader.submit(next, batches, None)
+            yield batch
 
 
 def mean_push(actions):

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from configurator import Refusal, configure, launched
-from data import batch_indices, mean_push, median_scene, open_split
+from data import batch_indices, mean_push, median_scene, normed, open_split, read_ahead
 from hope import build, load
 from model import Sizes, autocast, feature_loss, jump_loss, pick_device, rollout, rollout_loss, teacher_forcing_loss
 from support.files import MALFORMED, VERSION, save
@@ -332,31 +332,46 @@ def total_loss(first, second, weight):
     return (1 - weight) * first + weight * second
 
 
-def inverse_loss(predictor, clips, count, seed, step, share, device):
+def batches_of(steps, clips, parts, inverse_share, knobs, pinned):
     """
-    Loss of the action memory's inverse dynamics on `count` clips of its own, of which this process reads the slice `share`.
+    What this process reads at some steps, as Split.stored gives it: of each step its share of the clips of inverse_loss,
+    then its micro-batches, clips[parts[0]] and so on of the batch.
+    """
+    for step in steps:
+        if knobs.action_memory:
+            indices = batch_indices(len(clips), knobs.inverse_batch, knobs.seed + 1, step)
+            yield clips.stored(indices[inverse_share], pinned)
+        indices = batch_indices(len(clips), knobs.batch_size, knobs.seed, step)
+        for part in parts:
+            yield clips.stored(indices[part], pinned)
+
+
+def on_device(batch, with_states, device):
+    """Clips as they are stored → z, a and their states, or None, on the device."""
+    features, a, s = batch
+    z = normed(features.to(device, non_blocking=True))
+    return z, a.to(device), s.to(device) if with_states else None
+
+
+def inverse_loss(predictor, batch, count, seed, step, share, device):
+    """
+    Loss of the action memory's inverse dynamics on a batch of its own: the slice `share`, which this process has, of
+    `count` clips.
 
     Of most clips it sees what a look-back shows, all steps but the last, of every fourth a part cut at random.
     """
-    indices = batch_indices(len(clips), count, seed + 1, step)
-    T = clips.actions.shape[1]
+    z, a, _ = on_device(batch, False, device)
+    T = a.shape[1]
     shown = np.full(count, T - 1)
     shown[::4] = np.random.default_rng([seed, 2, step]).integers(2, T + 1, len(shown[::4]))
-    z, a = clips[indices[share]]
     shown = torch.from_numpy(shown[share])
-    return predictor.action_memory.loss(z.to(device), a.to(device), shown.to(device))
+    return predictor.action_memory.loss(z, a, shown.to(device))
 
 
-def states_of(clips, indices, used, device):
-    """The states of clips, (B,T,S), or None where they are not used."""
-    return torch.from_numpy(clips.states[indices]).to(device) if used else None
-
-
-def learn_from(predictor, clips, indices, tau, weight, knobs, device, precision):
-    """Add the gradients of one micro-batch, clips[indices], with jumps to tau → teacher forcing and second loss, (2,)."""
-    z, a = clips[indices]
-    z, a, tau = (x.to(device, non_blocking=True) for x in (z, a, tau))
-    s = states_of(clips, indices, knobs.states, device)
+def learn_from(predictor, batch, tau, weight, knobs, device, precision):
+    """Add the gradients of one micro-batch, with jumps to tau → teacher forcing and second loss, (2,)."""
+    z, a, s = on_device(batch, knobs.states, device)
+    tau = tau.to(device, non_blocking=True)
     every = knobs.teacher_every
     seen = None if s is None else s[::every]
     with precision:
@@ -393,8 +408,7 @@ def evaluate(predictor, clips, count, micro, knobs, device, precision):
     sums, jump_last = np.zeros(3), knobs.jump_last
     for start in range(0, count, micro):
         indices = range(start, min(start + micro, count))
-        z, a = (x.to(device) for x in clips[indices])
-        s = states_of(clips, indices, knobs.states, device)
+        z, a, s = on_device(clips.stored(indices), knobs.states, device)
         T = z.shape[1]
         last = z[:, -jump_last:]
         with precision:
@@ -414,18 +428,21 @@ def evaluate(predictor, clips, count, micro, knobs, device, precision):
 
 # ---- estimate ------------------------------------------------------------------------------------------------------
 
-def measure_step(predictor, clips, micro, inverse_share, knobs, device, precision):
-    """Seconds that a step will take, from one micro-batch and the inverse's clips, whose gradients it leaves behind."""
-    rows = np.arange(micro) % len(clips)
-    tau = torch.full((micro,), clips.actions.shape[1] - 1)
+def measure_step(predictor, clips, part, inverse_share, knobs, device, precision):
+    """
+    Seconds that a step will take, without reading, from one micro-batch and the inverse's clips, whose gradients it
+    leaves behind.
+    """
+    batches = list(batches_of([0], clips, [part], inverse_share, knobs, False))
+    tau = torch.full((part.stop - part.start,), clips.actions.shape[1] - 1)
     seconds = []
     # The first time, memory is allocated and a compiled predictor is compiled.
     for _ in range(2):
         started = time.time()
         if knobs.action_memory:
-            inverse_loss(predictor, clips, knobs.inverse_batch, knobs.seed, 0, inverse_share, device).backward()
+            inverse_loss(predictor, batches[0], knobs.inverse_batch, knobs.seed, 0, inverse_share, device).backward()
         between = time.time()
-        learn_from(predictor, clips, rows, tau, 0.5, knobs, device, precision).sum().item()
+        learn_from(predictor, batches[-1], tau, 0.5, knobs, device, precision).sum().item()
         seconds.append(between - started + knobs.accumulation * (time.time() - between))
     return min(seconds)
 
@@ -459,6 +476,9 @@ if rank == 0:
 micro = batch_size // (accumulation * processes)
 inverse_micro = inverse_batch // processes
 inverse_share = slice(rank * inverse_micro, (rank + 1) * inverse_micro)
+# The clips of a step that are this process's, micro-batch by micro-batch.
+first = rank * accumulation
+parts = [slice(part * micro, (part + 1) * micro) for part in range(first, first + accumulation)]
 print0(f'{model}: {sum(p.numel() for p in predictor.parameters()):,} parameters, {T * (1 + N)} tokens per clip, '
        f'{len(train_clips):,} training clips, {device}{", bfloat16" if bfloat16 else ""}'
        + (f', {processes} processes' if processes > 1 else ''))
@@ -468,7 +488,7 @@ print0(f'copy baseline ({loss} L1 of predicting z_1 again): {copy:.4f}; blank (s
 
 # ---- training ------------------------------------------------------------------------------------------------------
 clipped_together = apart(predictor)
-step_seconds = measure_step(predictor, train_clips, micro, inverse_share, knobs, device, precision)
+step_seconds = measure_step(predictor, train_clips, parts[0], inverse_share, knobs, device, precision)
 optimizer.zero_grad(set_to_none=True)
 started = time.time()
 evaluate(predictor, val_clips, min(micro, count), micro, knobs, device, precision)
@@ -478,6 +498,8 @@ hint = ''
 if estimate > 5400 and not resume:
     hint = f'; --max_iters={max(1, int(3600 / estimate * max_iters))} for one hour'
 print0(f'about {duration(estimate)} on this machine{hint}')
+pinned = device.startswith('cuda')
+batches = read_ahead(batches_of(range(first_step, max_iters), train_clips, parts, inverse_share, knobs, pinned))
 received = note_signals()
 started = window = saved = time.time()
 save_seconds = 0.0
@@ -488,20 +510,17 @@ for step in range(first_step, max_iters):
     for group in optimizer.param_groups:
         group['lr'] = rate
 
-    indices = batch_indices(len(train_clips), batch_size, seed, step)
     rng = np.random.default_rng([seed, 1, step])
     targets = torch.from_numpy(rng.integers(T - jump_last, T, batch_size))
     # Inverse dynamics, teacher forcing, second loss.
     sums = torch.zeros(3, device=device)
     if action_memory:
         # Its gradient does not reach the predictor.
-        inverse = inverse_loss(predictor, train_clips, inverse_batch, seed, step, inverse_share, device)
+        inverse = inverse_loss(predictor, next(batches), inverse_batch, seed, step, inverse_share, device)
         inverse.backward()
         sums[0] = inverse.detach()
-    for part in range(accumulation):
-        start = (rank * accumulation + part) * micro
-        mine = slice(start, start + micro)
-        losses = learn_from(predictor, train_clips, indices[mine], targets[mine], weight, knobs, device, precision)
+    for part in parts:
+        losses = learn_from(predictor, next(batches), targets[part], weight, knobs, device, precision)
         sums[1:] += losses / accumulation
     stop = bool(received)
     if processes > 1:

@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import threading
 import zlib
 from types import SimpleNamespace
 
@@ -322,6 +323,27 @@ def test_batches_visit_every_clip_once_per_epoch_and_need_no_state():
     assert sorted(np.concatenate(drawn)[:10]) == list(range(10)) == sorted(np.concatenate(drawn)[10:])
     assert (data.batch_indices(10, 4, 7, 3) == drawn[3]).all()
     assert not (np.concatenate(drawn)[:10] == np.concatenate(drawn)[10:]).all()
+
+
+def test_batches_are_read_one_ahead_in_a_thread_that_ends():
+    read, threads = [], threading.active_count()
+
+    def batches(last):
+        for i in range(5):
+            read.append(threading.current_thread())
+            yield i
+        raise last
+
+    seen = []
+    with pytest.raises(Refusal, match='damaged'):
+        for i in data.read_ahead(batches(Refusal('damaged'))):
+            assert len(read) <= i + 2
+            seen.append(i)
+    assert seen == [0, 1, 2, 3, 4] and threading.main_thread() not in read
+    left_early = data.read_ahead(batches(StopIteration))
+    assert next(left_early) == 0
+    left_early.close()
+    assert threading.active_count() == threads
 
 
 def test_clips_as_they_are_stored(tiny):
