@@ -389,9 +389,10 @@ def baselines(clips, count, blank, jump_last):
     """Losses of the first `count` clips over the last steps, if z_1 is predicted again, and if `blank` (N,D) is."""
     sums = np.zeros(2)
     for i in range(count):
-        z, _ = clips[[i]]
-        last = z[:, -jump_last:]
-        sums += feature_loss(z[:, :1], last).item(), feature_loss(blank, last).item()
+        features, _, _ = clips.stored([i])
+        first = normed(features[:, :1])
+        last = normed(features[:, -jump_last:])
+        sums += feature_loss(first, last).item(), feature_loss(blank, last).item()
     return (sums / count).tolist()
 
 
