@@ -70,6 +70,8 @@ settings = configure(globals()) if __name__ == '__main__' else {}
 PATCH = 16
 # Tokens that V-JEPA 2 encodes at once, which bounds its memory for any batch.
 TOKENS = 2**14
+# Bytes of frames that the patch encoder encodes at once: as floats they still fit into a processor's cache.
+FRAME_BYTES = 2**19
 # Mean and standard deviation of ImageNet's colours, by which V-JEPA 2 normalises pictures.
 MEAN = 0.485, 0.456, 0.406
 STD = 0.229, 0.224, 0.225
@@ -103,8 +105,12 @@ def cosine_basis(dim):
 
 def patch_encode(frames, basis):
     """Patch encoder: lowest frequencies of every tubelet, (n,T,N,dim). Each step is encoded from its own frames alone."""
-    blocks = data.tubelets(frames, PATCH).mT.flatten(-2)               # (n,T,N,512*3)
-    return blocks @ basis
+    at_once = max(1, FRAME_BYTES // frames[0].numel())
+    encoded = []
+    for clips in frames.split(at_once):
+        blocks = data.tubelets(clips, PATCH).mT.flatten(-2)            # (b,T,N,512*3)
+        encoded.append(blocks @ basis)
+    return torch.cat(encoded)
 
 
 @torch.inference_mode()

@@ -147,6 +147,10 @@ def test_shards_of_any_size_hold_the_same(tmp_path, monkeypatch):
     assert readable == [0, 1, 2, 3, 5, 6]
     pictures, shown = clips.pictures([2, 4, 5], 32)
     assert shown == [2, 5] and torch.equal(pictures, whole[[2, 4]])
+    at_once = encode(whole)
+    # The patch encoder then takes one clip after the other.
+    monkeypatch.setattr(prepare, 'FRAME_BYTES', 1)
+    torch.testing.assert_close(encode(whole), at_once)
     manifest = prepare.new_manifest([8, 4, 24], {'train': clips}, {})
 
     # Three clips of a shard, in bytes.
