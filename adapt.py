@@ -37,7 +37,7 @@ from model import feature_loss, pick_device
 from planning import make_goals, milliseconds, plan_pushes, plan_with_simulator, reached
 from support.files import MALFORMED, claim, read_manifest, read_sealed, write_sealed, write_text
 from support.finished import FILES, check_memory_out, resume, run_key
-from support.running import make_slide
+from support.running import keep_freed_memory, make_slide
 from support.terminal import duration, progress
 
 # what to run
@@ -584,4 +584,5 @@ def main(knobs):
 
 
 if __name__ == '__main__':
+    keep_freed_memory()
     main(SimpleNamespace(**settings))

@@ -34,6 +34,7 @@ from support.files import folder_of, write_manifest
 from support.made_from import depends_on
 from support.own_clips import open_sources
 from support.own_files import Crop
+from support.running import keep_freed_memory
 from support.shards import (check_folder, check_room, clips_done, clips_to_do, gibibytes, kept_clips, save, take_over,
                             to_store, write_split)
 from support.terminal import duration
@@ -464,6 +465,7 @@ def write_set(folder, manifest, sources, encode_clips, batch, seed, device):
 
 
 if __name__ == '__main__':
+    keep_freed_memory()
     check_settings(settings)
     device = pick_device(device)
     official = MODELS.get(encoder)
