@@ -141,6 +141,10 @@ def rotate(x, rope):
 
 # ---- transformer block ---------------------------------------------------------------------------------------------
 
+# Tokens whose attention is computed at once, but at least one step: short steps together under a mask, long ones alone.
+AT_ONCE = 256
+
+
 class Attention(nn.Module):
     """
     Block-causal multi-head attention: a token attends to its own and earlier steps. One linear layer gives [q; k; v], each
@@ -155,15 +159,21 @@ class Attention(nn.Module):
 
     def forward(self, x, rope):
         """x (B,T,P,C), P tokens per step, rope: see Predictor.rope → (B,T,P,C)."""
-        P = x.shape[2]
+        T, P = x.shape[1:3]
         q, k, v = self.project(x.flatten(1, 2), rope)                  # (B,H,T*P,d)
         y = []
-        # Each step attends to a prefix of the keys. With a mask, both halves would be computed and one thrown away.
-        for t, q_t in enumerate(q.split(P, 2)):
-            seen = slice(0, (t + 1) * P)
-            y.append(F.scaled_dot_product_attention(q_t, k[:, :, seen], v[:, :, seen]))
-        y = torch.stack(y, 1)                                          # (B,T,H,P,d)
-        return self.proj(y.transpose(2, 3).flatten(3))
+        # Each step attends to a prefix of the keys. Under one mask for all steps, half would be computed to be thrown away.
+        at_once = max(1, AT_ONCE // P)
+        for first in range(0, T, at_once):
+            last = min(first + at_once, T)
+            rows, seen = slice(first * P, last * P), slice(0, last * P)
+            mask = None
+            if last > first + 1:
+                step = torch.arange(last * P, device=x.device) // P
+                mask = step[rows, None] >= step
+            y.append(F.scaled_dot_product_attention(q[:, :, rows], k[:, :, seen], v[:, :, seen], attn_mask=mask))
+        y = torch.cat(y, 2).transpose(1, 2)                            # (B,T*P,H,d)
+        return self.proj(y.flatten(2)).unflatten(1, (T, P))
 
     def project(self, x, rope):
         """x (B,S,C), rope: (cos, sin) of queries and of keys → q, k, v, each (B,H,S,d), q and k rotated."""

@@ -72,8 +72,10 @@ def test_causality(kind):
         assert not torch.allclose(after[:, t], before[:, t])
 
 
-def test_attention_is_that_of_a_block_causal_mask():
-    """Prefixes, one for each step, give what the dense mask of the published predictor gives."""
+@pytest.mark.parametrize('at_once', [1, 2 * (1 + N), T * (1 + N)])
+def test_attention_is_that_of_a_block_causal_mask(at_once, monkeypatch):
+    """Prefixes of one step, of two and of all give what the dense mask of the published predictor gives."""
+    monkeypatch.setattr(model, 'AT_ONCE', at_once)
     torch.manual_seed(0)
     attention = model.Attention(24, 2).double()
     x = torch.randn(B, T, 1 + N, 24, dtype=torch.float64)
