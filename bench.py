@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from configurator import Refusal, configure, read_config
 from hope import build
 from model import Sizes, autocast, jump_loss, pick_device, teacher_forcing_loss
+from support.running import keep_freed_memory
 from vjepa2 import VideoEncoder
 
 # what to compare
@@ -254,6 +255,7 @@ def compare_encoders(knobs):
 
 
 # ---- the run -----------------------------------------------------------------------------------------------------------
+keep_freed_memory()
 if only:
     path, T, jump = only.split(',')
     net = predictor_of(path, knobs)

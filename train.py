@@ -87,7 +87,7 @@ log_interval = 50        # steps between log lines [1..]
 device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
 dtype = 'auto'           # auto = bfloat16 where the device has it and the model gains by it [auto | float32 | bfloat16]
 compile = False          # torch.compile the predictor; pays off in long runs on a GPU
-checkpointing = False    # compute blocks again in the backward pass: a third slower, with a fraction of the memory
+checkpointing = False    # compute blocks again in the backward pass: slower by a third, takes less memory
 wandb = ''               # project name: also log to Weights & Biases
 settings = configure(globals())
 knobs = SimpleNamespace(**settings)
@@ -478,8 +478,8 @@ micro = batch_size // (accumulation * processes)
 inverse_micro = inverse_batch // processes
 inverse_share = slice(rank * inverse_micro, (rank + 1) * inverse_micro)
 # The clips of a step that are this process's, micro-batch by micro-batch.
-first = rank * accumulation
-parts = [slice(part * micro, (part + 1) * micro) for part in range(first, first + accumulation)]
+numbers = range(rank * accumulation, (rank + 1) * accumulation)
+parts = [slice(number * micro, (number + 1) * micro) for number in numbers]
 print0(f'{model}: {sum(p.numel() for p in predictor.parameters()):,} parameters, {T * (1 + N)} tokens per clip, '
        f'{len(train_clips):,} training clips, {device}{", bfloat16" if bfloat16 else ""}'
        + (f', {processes} processes' if processes > 1 else ''))
