@@ -87,6 +87,22 @@ def test_attention_is_that_of_a_block_causal_mask(at_once, monkeypatch):
     torch.testing.assert_close(attention(x, rope).flatten(1, 2), expected, rtol=0, atol=1e-12)
 
 
+def test_attention_stays_in_float32_on_a_cpu(monkeypatch):
+    """It is slower in bfloat16 there, and autocast would choose that."""
+    found = []
+
+    def noting(*args, **kwargs):
+        y = attention(*args, **kwargs)
+        found.append(y.dtype)
+        return y
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention', noting)
+    z, a = clips()
+    with model.autocast('cpu', 'bfloat16', 24):
+        predictor('vit').float()(z.float(), a.float())
+    assert found == [torch.float32] * 2
+
+
 @both
 def test_checkpointing_changes_no_gradient(kind):
     """A memory, which is passed as an argument, gets its gradient too."""
