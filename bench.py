@@ -36,7 +36,7 @@ vit = 'config/vit_full.py'     # config file of the ViT-AC
 hope = 'config/hope_full.py'   # config file of the AC-HOPE-ViT
 features = 1024          # D, feature size [1..]
 grid = 16                # patches per side [1..]
-steps = '8,16,32'        # T, time steps per clip in teacher forcing
+steps = '8,16'           # T, time steps per clip in teacher forcing
 batch = 1                # clips at once [1..]
 # how
 repeats = 3              # timed repetitions of each, after one to warm up [1..]
