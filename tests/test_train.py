@@ -120,11 +120,18 @@ def changed_copy(folder, **constants):
 
 def test_the_best_weights_are_kept_too(tiny, tmp_path):
     """At a rate that is far too high a middle step is the best, in a resumed run as in a whole one."""
-    args = [*TINY, f'--data={tiny}', '--model=vit', '--eval_interval=2', '--warmup=0', '--decay=0', '--learning_rate=10']
-    said = run('train.py', *args, f'--out={tmp_path}/whole.pt').stdout
-    rows = list(csv.DictReader(open(tmp_path / 'whole.csv', newline='')))
-    losses = {int(row['step']): float(row['val_jump']) for row in rows if row['val_jump']}
-    best_step = min(losses, key=losses.get)
+    wild = [*TINY, f'--data={tiny}', '--model=vit', '--eval_interval=2', '--warmup=0', '--decay=0', '--learning_rate=10']
+    # Which step is the best is chance: with one of these seeds it is not the last.
+    for seed in range(1, 9):
+        args = [*wild, f'--seed={seed}']
+        said = run('train.py', *args, f'--out={tmp_path}/whole.pt').stdout
+        rows = list(csv.DictReader(open(tmp_path / 'whole.csv', newline='')))
+        losses = {int(row['step']): float(row['val_jump']) for row in rows if row['val_jump']}
+        best_step = min(losses, key=losses.get)
+        if best_step < 6:
+            break
+        (tmp_path / 'whole.pt').unlink()
+        (tmp_path / 'whole_best.pt').unlink()
     assert best_step < 6
     predictor, best = load(str(tmp_path / 'whole_best.pt'))
     assert (best['step'], best['best']) == (best_step, losses[best_step]) and 'optimizer' not in best
