@@ -1,588 +1,480 @@
 """
 A→B→A: how a trained predictor adapts when the physics changes, and what it forgets.
 
-    python adapt.py --ckpt=out/hope.pt                       every method that this checkpoint can do
-    python adapt.py --ckpt=out/hope.pt,out/vit.pt            compared in one table
-    python adapt.py --ckpt=out/hope.pt --methods=all         with the controls that could refute the result
-    python adapt.py --ckpt=out/hope.pt --phases=A,B,A,B      any other stream of worlds
-    python adapt.py --ckpt=out/hope.pt --plan=True           and how well pushes are chosen with what was learned
-    python adapt.py config/report.py                         five seeds, twenty orders of the clips, with intervals
+    python adapt.py --ckpt=out/hope.pt                     every method that this checkpoint can do
+    python adapt.py --ckpt=out/hope.pt,out/vit.pt          compared in one table
+    python adapt.py --ckpt=out/hope.pt --methods=all       with the controls that could refute the result
+    python adapt.py --ckpt=out/hope.pt --phases=A,B,A,B    any other stream of worlds
+    python adapt.py --ckpt=out/hope.pt --plan              and how well pushes are chosen with what is learned
+    python adapt.py config/report.py                       five seeds, twenty orders of the clips, intervals
 
-The stream: clips of one world after the other, one clip at a time; nobody tells the model where a phase ends. Every clip
-is predicted and scored from its first step and action alone; only then is it shown, and the method may learn from it.
-Learning rates are tuned on other shifts (tune_on), never on those of the stream, with the same number of trials for every
-method. Writes table.txt, results.json, results.csv (the loss of every clip), compare.csv and pictures into `out`, which
-compare.py reads. An interrupted run keeps its finished rows there in unfinished.pt; the same command goes on.
+The stream: clips of one world after the other, one at a time; nobody tells the model where a phase ends.
+Every clip is predicted and scored from its first step and action alone; only then is it shown, and the
+method may learn from it. Learning rates are tuned on other shifts, never on those of the stream, with as
+many trials for every method. Each row of the table is a file in `out`; the same command, given again, runs
+what is missing.
 """
 import functools
+import json
+import multiprocessing
 import os
 import time
-from types import SimpleNamespace
+import zlib
+from collections import Counter, namedtuple
+from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from compare import compare_csv, format_table, grouped, in_words, on_the_edge, results_csv, results_json
-from compare import seeded, title
-from configurator import Refusal, configure, listed
-from data import median_scene, pictures
-from drawing import draw, draw_animation, draw_predictions, shown_clips
-from experiment import batches, build_experiment, check_clips, further_than_training, groups, labels_of, open_splits
-from experiment import phases_of, read_checkpoints, read_decoder, split_of, tuned_on
-from figures import add_figures
-from hope import CMSWriter
-from methods import METHODS, TTA, LNTTA, WrongWorld, check_methods
-from metres import fit_readout, readout_error
-from model import feature_loss, pick_device
-from planning import make_goals, milliseconds, plan_pushes, plan_with_simulator, reached
-from support.files import MALFORMED, claim, read_manifest, read_sealed, write_sealed, write_text
-from support.finished import FILES, check_memory_out, resume, run_key
-from support.running import keep_freed_memory, make_slide
-from support.terminal import duration, progress
+from configurator import configure, listed, refuse
+from data import Clips, folder_of, has_split, make_slide, read_meta
+from hope import load
+from methods import METHODS
+from model import feature_loss
+from support import planning
+from support.files import autocast, pick_device, write_atomically
 
 # what to run
 ckpt = 'out/hope.pt'     # checkpoint, or several separated by commas; several of a kind are seeds
+oracle = ''              # checkpoint fine-tuned on other clips of the shift: the bound; one, or one a seed
 data = 'slide'           # the data set whose splits make the stream
-phases = 'auto'          # worlds of the stream: A,B,A or A,B,A,B or A1,B,A2 or val,B,A2; auto = A,B,A as it is there
-clips = 200              # clips per phase [1..]
-streams = 1              # orders of the clips; with several, intervals are over them, too [1..]
-out = 'out/aba'          # folder for the results
-# the methods
-methods = ''             # run only these, separated by commas, as they are called in the table; '' = no controls, all = all
-oracle = ''              # checkpoint fine-tuned on other clips of the shift: the bound of gaps; one, or one for each seed
-memory_in = ''           # start HOPE's memory and CMS from this file instead of fresh
-memory_out = ''          # keep HOPE's memory and CMS, as they are at the end of the stream, in this file
-plan = False             # at the end of every phase, choose pushes that bring objects to goals
-# their learning rates
-tune_on = 'auto'         # domains X: streams A→X→A choose the rates; scaled = val, pushes scaled; auto = C or scaled
-tune_clips = 25          # clips per phase of the tuning streams [1..]
-ln_rate = 0.0            # LN-TTA; 0 = tuned, or with --tune_on= the default that was measured on C [0..]
-action_rate = 0.0        # action TTA, likewise [0..]
-full_rate = 0.0          # full TTA, likewise [0..]
-titan_share = 0.0        # Titan memory: share of its state that is kept for the next clip, likewise [0..1]
-cms_rate = 0.0           # CMS, likewise [0..]
-gain_rate = 0.0          # gain writer, likewise [0..]
-# what to measure
+phases = 'auto'          # worlds of the stream: A,B,A or A,B,A,B or val,B,A2; auto = what is there
+clips = 200              # clips per phase; fewer where there are fewer, as for the two options below [1..]
+tune_clips = 25          # clips per phase of the streams on which learning rates are tuned [1..]
 probe_clips = 200        # clips of the held-out probe set of each world, and goals of --plan [1..]
 probe_every = 100        # clips of the stream between two probes [1..]
+streams = 1              # orders of the clips; with several, intervals are over them, too [1..]
+plan = False             # at the end of every phase, choose pushes that bring objects to goals
+# the methods and their learning rates
+methods = ''             # as they are called in the table, separated by commas; '' = no controls, or all
+rates = ''               # learning rates that are given instead of tuned: LN-TTA=0.003,CMS=10
+tune_on = 'C'            # domains X of tuning streams A→X→A; without one, rates are the defaults
+# where
+out = 'out/aba'          # folder for the results
+processes = 0            # rows run side by side; 0 = one per core, on a GPU 1 [0..]
 device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
-dtype = 'auto'           # auto = bfloat16 where the device has it and the model gains by it [auto | float32 | bfloat16]
-settings = configure(globals()) if __name__ == '__main__' else {}
+dtype = 'auto'           # auto = bfloat16 where device and model gain by it [auto | float32 | bfloat16]
+config = configure(globals()) if __name__ == '__main__' else {}
+
+# LN-TTA's learning rate in V-JEPA 2 experiments before these: a row of its own, never tuned.
+PLAN_RATE = 1e-4
+MODELS = {'vit': 'ViT-AC', 'hope': 'HOPE'}
+
+# targets (K,): target steps of its jumps, 0-based; precision: see support.files.autocast; about: its file.
+Checkpoint = namedtuple('Checkpoint', 'path name seed predictor loss targets precision about')
 
 
-# ---- the stream ------------------------------------------------------------------------------------------------------
+def read_checkpoint(path, name, seed, config):
+    """The Checkpoint in a file, called by its model where it has no other name."""
+    predictor, about = load(path, config['device'])
+    steps = about['clip_steps']
+    targets = torch.arange(steps - about['jump_last'], steps, device=config['device'])
+    precision = autocast(config['device'], config['dtype'], predictor.sizes.width)
+    name = name or MODELS[predictor.sizes.model]
+    return Checkpoint(path, name, seed, predictor, about['loss'], targets, precision, about)
 
-def run_stream(method, streams, probes=None, probe_at=(), shown=(), readout=None, after=None, label=None):
+
+def read_checkpoints(config):
+    """Those of --ckpt and --oracle. Refuses what cannot be compared, or was trained on other data."""
+    named = [(path, '') for path in listed(config['ckpt'])]
+    named += [(path, 'oracle') for path in listed(config['oracle'])]
+    found, seeds = [], Counter()
+    for path, name in named:
+        if named.count((path, name)) > 1:
+            refuse(f'{path} is named twice; several checkpoints of a kind are seeds')
+        checkpoint = read_checkpoint(path, name, 0, config)
+        seeds[checkpoint.name] += 1
+        found.append(checkpoint._replace(seed=seeds[checkpoint.name]))
+    make_slide(config['data'])
+    here = read_meta(config['data'])['config']
+    for checkpoint in found:
+        path, there = checkpoint.path, checkpoint.about['data']
+        # How many clips there are, and which of them, makes no other world and no other features.
+        for key in sorted({*here, *there} - {'clips', 'test_clips', 'split', 'seed', 'zoom'}):
+            if here.get(key) != there.get(key):
+                refuse(f'{path} was trained on data with {key} = {there.get(key)}, and {config["data"]} has '
+                       f'{here.get(key)}; name the data set of the checkpoint with --data')
+        if not torch.equal(checkpoint.targets, found[0].targets):
+            refuse(f'{path} and {found[0].path} have other target steps, so their losses cannot be compared')
+    return found
+
+
+# ---- which clips are streamed, tuned on and probed: a clip is (split, index)
+# -----------------------------------
+
+def domain_of(phase):
+    """The world of a phase: its name without a number behind it (A2 is A); val is of A."""
+    return 'A' if phase == 'val' else phase.rstrip('0123456789') or phase
+
+
+def split_of(phase):
+    """The split with the clips of a phase, or of a shift that is tuned on."""
+    return 'val' if phase == 'val' else f'test_{phase}'
+
+
+def labels_of(phases):
+    """How the phases are called: ['A', 'B', 'A'] → ['A₁', 'B', 'A₂']; names that come once stay."""
+    labels = []
+    for i, phase in enumerate(phases):
+        visit = '₁₂₃₄₅₆₇₈₉'[phases[:i].count(phase)]
+        labels.append(phase + visit if phases.count(phase) > 1 else phase)
+    return labels
+
+
+def resolved(config):
+    """The config with phases and tune_on as lists, as the data set has them."""
+    phases = listed(config['phases'])
+    if phases == ['auto']:
+        phases = ['A', 'B', 'A'] if has_split(config['data'], 'test_A') else ['val', 'B', 'A2']
+    shifts = listed(config['tune_on'])
+    if shifts == ['C'] and ('C' in phases or not has_split(config['data'], 'test_C')):
+        print('no other shift to tune on (--tune_on): learning rates are the defaults')
+        shifts = []
+    if {'A', 'B', 'val', *phases} & set(shifts):
+        refuse(f'--tune_on={config["tune_on"]}: rates tuned on a domain under test prove nothing')
+    return {**config, 'phases': phases, 'tune_on': shifts}
+
+
+class Experiment:
+    """
+    What every method goes through, of a resolved config. No clip serves twice.
+
+    domains, labels: of each phase. shift: the first domain away from home. clips, probe_clips, tune_clips:
+    how many there are. streams: the clips of all phases, in each order. tuning: streams A→X→A. other: clips
+    of the first X. probes: {domain: clips}. probe_at: after how many clips they are scored. shown: which
+    clips of the first stream are drawn.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        phases, shifts = config['phases'], [split_of(shift) for shift in config['tune_on']]
+        self.labels = labels_of(phases)
+        self.domains = [domain_of(phase) for phase in phases]
+        away = next((i for i, domain in enumerate(self.domains) if domain != self.domains[0]), 0)
+        self.shift = self.domains[away]
+        streamed = [split_of(phase) for phase in phases]
+        self.splits = {split: Clips(config['data'], split) for split in {'train', 'val', *streamed, *shifts}}
+        probed = {domain_of(phase): split_of(phase) for phase in phases}
+        self.count(streamed, shifts, probed)
+        taken = Counter()
+
+        def take(split, count):
+            """The next clips of a split."""
+            taken[split] += count
+            return [(split, i) for i in range(taken[split] - count, taken[split])]
+        n, few = self.clips, self.tune_clips
+        self.streams = [sum((take(split, n) for split in streamed), [])]
+        used = Counter(taken)
+        home = take('val', 2 * few) if shifts else []
+        self.probes = {domain: take(split, self.probe_clips) for domain, split in probed.items()}
+        for number in range(2, config['streams'] + 1):
+            self.streams.append(self.draw(number, streamed, used, taken))
+        others = [[(split, i) for i in range(len(self.splits[split]))] for split in shifts]
+        self.tuning = [home[:few] + other[:2 * few] + home[few:] for other in others]
+        self.other = others[0][:25] if others else []
+        # Before the stream and at the end of each phase, too.
+        seen = range(n * len(phases) + 1)
+        self.probe_at = [i for i in seen if i % config['probe_every'] == 0 or i % n == 0]
+        # The first and the last clips of the first shift, and two from before it.
+        begin = n * away
+        shown = {*range(begin - 2, begin + min(12, n)), *range(begin + n - 5, begin + n)}
+        drawable = os.path.exists(os.path.join(folder_of(config['data']), 'decoder.npy'))
+        self.shown = sorted(i for i in shown if i >= 0 and drawable)
+        self.known = all('position' in split.physics for split in self.splits.values())
+
+    def count(self, streamed, shifts, probed):
+        """
+        How many clips there are for each phase, tuning and probes: as many as are asked for, if all fit.
+        """
+        name, counts = self.config['data'], {}
+        for option in 'clips', 'probe_clips', 'tune_clips':
+            counts[option] = self.config[option]
+        uses = [(split, 'clips') for split in streamed] + [(split, 'probe_clips') for split in probed.values()]
+        uses += 2 * bool(shifts) * [('val', 'tune_clips')]
+        for split, clips in self.splits.items():
+            options = [option for other, option in uses if other == split]
+            # Where there are too few, the largest number is lowered.
+            while sum(counts[option] for option in options) > len(clips):
+                counts[max(options, key=counts.get)] -= 1
+        for option, count in counts.items():
+            if not count:
+                refuse(f'data set {name} has too few clips for stream, tuning and probes')
+            if count < self.config[option]:
+                print(f'{option} = {count}: data set {name} has no more')
+        self.clips, self.probe_clips, self.tune_clips = counts.values()
+
+    def draw(self, number, streamed, used, taken):
+        """
+        Stream `number` (2, 3, ...), drawn from the clips of the first one and those that nothing else
+        takes.
+        """
+        orders = {}
+        for split in streamed:
+            pool = [*range(used[split]), *range(taken[split], len(self.splits[split]))]
+            random = np.random.default_rng([number, zlib.crc32(split.encode())])
+            orders[split] = iter(random.permutation(pool).tolist())
+        return [(split, next(orders[split])) for split in streamed for _ in range(self.clips)]
+
+    def read(self, clips):
+        """Clips [(split, index)] → z (n,T,N,D), a (n,T,A) on the device."""
+        pairs = [self.splits[split][index] for split, index in clips]
+        return tuple(torch.stack(parts).to(self.config['device']) for parts in zip(*pairs))
+
+    def positions(self, clips):
+        """Where the objects of clips are at each step, (n,T,2) metres on the device."""
+        found = [planning.positions(self.splits[split], [index]) for split, index in clips]
+        return torch.cat(found).to(self.config['device'])
+
+    @functools.cached_property
+    def readout(self):
+        """What reads the object's position from features, or None where positions are not known."""
+        return planning.fit_readout(self.splits['train'], self.config['device']) if self.known else None
+
+    @functools.cached_property
+    def goals(self):
+        """With --plan, {clips seen by the end of a phase: (its label, the goals there, the largest push)}."""
+        largest = float(np.linalg.norm(self.splits['train'].actions[:, 0], axis=-1).max())
+        goals = {}
+        for i, domain in enumerate(self.domains if self.config['plan'] else [], 1):
+            split, indices = self.probes[domain][0][0], [index for _, index in self.probes[domain]]
+            made = planning.make_goals(self.splits[split], domain, indices, self.config['device'])
+            goals[i * self.clips] = self.labels[i - 1], made, largest
+        return goals
+
+
+@functools.cache
+def experiment_of(config):
+    """The Experiment of a resolved config, as JSON text; every process makes it once."""
+    return Experiment(json.loads(config))
+
+
+# ---- the stream
+# ------------------------------------------------------------------------------------------------
+
+def run_stream(method, streams, experiment, measured=True):
     """
     Run one method over the clips of S streams at once, test-then-train: predict, score, look back, note.
 
-    method: an instance of a class of METHODS for S streams; streams: Clips, or whatever gives (z, a) for a slice; readout:
-    see metres.fit_readout; after: {clips: function of the method whose result is noted after so many clips}; the others:
-    see Experiment; label: a progress line is shown under it. Returns a dict: loss and metres (S,n), seconds per clip and
-    stream (n,), probes {domain: (S,len(probe_at))}, diagnostics [{...} per clip], shown {clip of the first stream:
-    predictions (K,N,D)}, after [...], state of the method at the end.
+    method: for S streams, of a class of METHODS. Returns a dict: loss S x n, seconds per clip and stream (n),
+    diagnostics [{name: number} per clip]; if measured also metres S x n, probes {domain: S x len(probe_at)},
+    planning, predicted (K,N,D) of the clips to be shown.
     """
-    probes, after = probes or {}, after or {}
-    notes = {'loss': [], 'metres': [], 'seconds': [], 'probes': {domain: [] for domain in probes}, 'diagnostics': [],
-             'shown': {}, 'after': []}
-    if 0 in probe_at:
-        score_probes(method, probes, notes)
-    numbers = range(len(streams[0]))
-    for i in progress(numbers, label) if label else numbers:
-        z, a = clip_of_each(streams, i)
+    notes = {name: [] for name in ('loss', 'metres', 'seconds', 'diagnostics', 'planning', 'predicted')}
+    notes['probes'] = {domain: [] for domain in experiment.probes}
+    quiet = bool(multiprocessing.parent_process()) or None
+    for i, clips in enumerate(tqdm(list(zip(*streams)), type(method).__name__, leave=False, disable=quiet)):
+        if measured:
+            measure(method, experiment, i, notes)
+        z, a = experiment.read(clips)
         started = time.perf_counter()
-        # Left after each clip: within, bfloat16 copies of weights are kept, and would hide what has been learned.
+        # Left after each clip: within, bfloat16 copies of weights are kept, and hide what has been learned.
         with method.precision:
             z_hat = method.predict(z[:, None], a[:, None])[:, 0]
             loss = feature_loss(z_hat, z[:, method.targets])
             # The clips have been scored. Only now are they shown.
             method.look_back(z, a)
-        notes['seconds'].append((time.perf_counter() - started) / len(streams))
+        # Copied to the CPU, which waits for a GPU.
         z_hat, loss = z_hat.detach().float(), loss.detach().float()
-        notes['loss'].append(loss)
-        surprise = loss / copy_loss(z, method.targets)
+        notes['loss'].append(loss.tolist())
+        notes['seconds'].append((time.perf_counter() - started) / len(streams))
+        # Relative to predicting step 1 again: what was not foreseen.
+        surprise = loss / feature_loss(z[:, :1], z[:, method.targets]).clamp(min=1e-12)
         notes['diagnostics'].append({'surprise': surprise.mean().item(), **method.diagnostics()})
-        if readout:
-            notes['metres'].append(misplaced(readout(z_hat), streams, i, method.targets))
-        if i in shown:
-            notes['shown'][i] = z_hat[0].half()
-        if i + 1 in probe_at:
-            score_probes(method, probes, notes)
-        if i + 1 in after:
-            notes['after'].append(after[i + 1](method))
-    notes['loss'] = by_stream(notes['loss'])
-    notes['metres'] = by_stream(notes['metres'])
-    notes['probes'] = {domain: by_stream(losses) for domain, losses in notes['probes'].items()}
-    return {**notes, 'state': method.state()}
+        if measured and experiment.readout:
+            off = experiment.readout(z_hat) - experiment.positions(clips)[:, method.targets]
+            notes['metres'].append(off.norm(dim=-1).mean(1).tolist())
+        if measured and i in experiment.shown:
+            notes['predicted'].append(z_hat[0].half().cpu().numpy())
+    if measured:
+        measure(method, experiment, len(streams[0]), notes)
+    # One list for each stream.
+    for name in 'loss', 'metres':
+        notes[name] = np.transpose(notes[name]).tolist()
+    notes['probes'] = {domain: np.transpose(losses).tolist() for domain, losses in notes['probes'].items()}
+    return notes
 
 
-def by_stream(values):
-    """Values (S,) of each of n clips → a list of n for each stream; None where there are none."""
-    return torch.stack(values, 1).tolist() if values else None
+def measure(method, experiment, seen, notes):
+    """Score the probes, and plan, where that is due after so many clips."""
+    if seen in experiment.probe_at:
+        for domain, clips in experiment.probes.items():
+            notes['probes'][domain].append(score(method, experiment, clips))
+    if seen in experiment.goals:
+        label, goals, largest = experiment.goals[seen]
+        distance, ms = planning.plan(method.jump, goals, largest)
+        notes['planning'].append({'phase': label, 'distance': distance.tolist(), 'ms': ms})
 
 
-def clip_of_each(streams, i):
-    """Clip i of each of S streams: z (S,T,N,D), a (S,T,A)."""
-    features, pushes = zip(*[stream[i:i + 1] for stream in streams])
-    return torch.cat(features), torch.cat(pushes)
-
-
-def copy_loss(z, targets):
-    """What predicting step 1 again loses on clips z (S,T,N,D): the loss relative to it is what was not foreseen, (S,)."""
-    return feature_loss(z[:, :1], z[:, targets]).clamp(min=1e-12)
-
-
-def misplaced(places, streams, i, targets):
-    """How far the objects of clip i of each stream are from `places` (S,K,2): the mean over target steps in metres, (S,)."""
-    true = torch.cat([stream.positions([i], targets) for stream in streams])
-    return (places - true).norm(dim=-1).mean(1)
-
-
-def score_probes(method, probes, notes):
-    """Note what each stream loses on each probe set by now."""
-    for domain, clips in probes.items():
-        scored = notes['probes'][domain]
-        # What does not learn scores the same for ever.
-        known = scored and not method.learns
-        scored.append(scored[-1] if known else score(method, clips))
-
-
-def score(method, clips):
-    """The mean loss of a probe set in each stream, (S,)."""
-    S = method.streams if method.learns else 1
+@torch.no_grad()
+def score(method, experiment, clips, at_once=16):
+    """The mean loss of a probe set in each stream, a list (S)."""
+    S = method.streams
     losses = []
-    for z, a in batches(clips, S):
-        with torch.no_grad(), method.precision:
+    for first in range(0, len(clips), at_once):
+        z, a = experiment.read(clips[first:first + at_once])
+        with method.precision:
             z_hat = method.predict(z.expand(S, *z.shape), a.expand(S, *a.shape))
             wanted = z[:, method.targets].expand(z_hat.shape)
-            losses.append(feature_loss(z_hat.flatten(0, 1), wanted.flatten(0, 1)).unflatten(0, (S, len(z))))
-    return torch.cat(losses, 1).float().mean(1).expand(method.streams)
+            loss = feature_loss(z_hat.flatten(0, 1), wanted.flatten(0, 1))
+        losses.append(loss.float().unflatten(0, (S, -1)))
+    return torch.cat(losses, 1).mean(1).tolist()
 
 
-def tune(checkpoint, name, streams):
-    """Mean loss over the streams of every rate of a method → {rate: loss}. All trials are run at once, as far as they fit."""
-    trials = [(rate, stream) for rate in METHODS[name].rates for stream in streams]
-    losses = {rate: [] for rate in METHODS[name].rates}
-    adapted = METHODS[name].adapts(checkpoint.predictor)
-    for together in groups([stream for _, stream in trials], adapted):
-        now, trials = trials[:len(together)], trials[len(together):]
-        rates = torch.tensor([rate for rate, _ in now])
-        method = METHODS[name](checkpoint, rates, streams=len(now))
-        done = run_stream(method, together, label=seeded(f'tuning {checkpoint.name} {name}', checkpoint.seed))
-        for (rate, _), loss in zip(now, done['loss']):
-            losses[rate] += loss
-    return {rate: float(np.mean(loss)) for rate, loss in losses.items()}
+# ---- rows
+# ------------------------------------------------------------------------------------------------------
+
+def row_of(checkpoint, method, rate=None, rate_from=''):
+    """What is known of a row of the table before it is run."""
+    model = checkpoint.name and f'{checkpoint.name} {checkpoint.seed}'
+    file = '_'.join(filter(None, [model, method, rate_from])).replace(' ', '_')
+    return {'file': file, 'path': checkpoint.path, 'model': checkpoint.name, 'seed': checkpoint.seed,
+            'method': method, 'rate': rate, 'rate_from': rate_from}
 
 
-def tuned_rate(checkpoint, name, streams, kept, unfinished):
-    """The best of a method's rates on the tuning streams. They are tried once: see run_rows for `kept`."""
-    key = seeded(f'{checkpoint.name} {name}', checkpoint.seed)
-    if key not in kept['tried']:
-        kept['tried'][key] = tune(checkpoint, name, streams)
-        write_sealed(unfinished, kept)
-    tried = kept['tried'][key]
-    best = min(tried, key=tried.get)
-    if on_the_edge(best, tried):
-        print(f'warning: {best:g}, the best rate of {key}, lies on the edge of what is tried')
-    return best
-
-
-# The learning rate of LN-TTA in the plan that these experiments began with: a row of its own, never tuned.
-PLAN_RATE = 1e-4
-
-
-def rows_of(checkpoint, chosen, given, tuning, other):
+def rows_of(checkpoint, config):
     """
-    The rows of a checkpoint in the order of the table → [(method, rate, where the rate is from)].
-
-    The last is '' (the method has no rate), 'given', 'tuned' (the rate is None until it is), 'default' or 'plan'.
-    chosen: the names of methods to run. given: {method: rate set by its knob, 0 where it is not}. tuning, other: whether
-    there are streams to tune on, and clips of another domain.
+    The rows of a checkpoint in the order of the table. Where their rates are from: '' (the method has
+    none), 'given', 'tuned' (it is None until then), 'default' or 'plan'.
     """
     if checkpoint.name == 'oracle':
-        return [('frozen', None, '')]
+        return [row_of(checkpoint, 'frozen')]
     sizes = checkpoint.predictor.sizes
+    given = dict(item.split('=') for item in listed(config['rates']))
+    asked = listed(config['methods'])
     rows = []
     for name, method in METHODS.items():
-        if name not in chosen or not method.fits(sizes) or (method is WrongWorld and not other):
+        wanted = name in asked or asked == ['all'] or not asked and not method.control
+        if not wanted or not method.fits(sizes) or method.needs_other and not config['tune_on']:
             continue
-        rate = given.get(name, 0) or method.default.get(sizes.model)
         if not method.rates:
-            rows.append((name, None, ''))
-        elif given.get(name):
-            rows.append((name, rate, 'given'))
-        elif tuning:
-            rows.append((name, None, 'tuned'))
-        elif rate:
-            rows.append((name, rate, 'default'))
-        if method is LNTTA and sizes.model == 'vit' and rate != PLAN_RATE:
-            rows.append((name, PLAN_RATE, 'plan'))
+            rows.append(row_of(checkpoint, name))
+        elif name in given:
+            rows.append(row_of(checkpoint, name, float(given[name]), 'given'))
+        elif config['tune_on']:
+            rows.append(row_of(checkpoint, name, None, 'tuned'))
+        else:
+            rows.append(row_of(checkpoint, name, method.default[sizes.model], 'default'))
+        if name == 'LN-TTA' and sizes.model == 'vit':
+            rows.append(row_of(checkpoint, name, PLAN_RATE, 'plan'))
     return rows
 
 
-def run_rows(plans, experiment, kept, unfinished, start=None, keep_state=False, readout=None, after=None):
-    """
-    Run the planned rows of checkpoints, [(checkpoint, its rows)], tuning where it is due → rows of the table.
-
-    kept: what is finished already (see resume), written to the file `unfinished` after every row. start: see Method;
-    readout, after: see run_stream.
-    """
-    rows = []
-    time_left = TimeLeft(plans, experiment)
-    for checkpoint, planned in plans:
-        parameters = sum(p.numel() for p in checkpoint.predictor.parameters())
-        print(f'{seeded(checkpoint.name, checkpoint.seed)}: {checkpoint.path}, {parameters:,} parameters, '
-              f'{checkpoint.step} steps of training', flush=True)
-        for name, rate, rate_from in planned:
-            if rate_from == 'tuned':
-                rate = tuned_rate(checkpoint, name, experiment.tuning, kept, unfinished)
-            method = METHODS[name]
-            kind = 'oracle' if checkpoint.name == 'oracle' else checkpoint.predictor.sizes.model
-            row = {'model': checkpoint.name, 'kind': kind, 'seed': checkpoint.seed, 'method': name, 'rate': rate,
-                   'rate_from': rate_from, 'tta': issubclass(method, TTA), 'carries': list(method.carries)}
-            key = seeded(title(row), checkpoint.seed)
-            new = key not in kept['finished']
-            if new:
-                result = run_row(checkpoint, row, experiment, start, readout, after)
-                if not keep_state:
-                    del result['state']
-                kept['finished'][key] = result
-                write_sealed(unfinished, kept)
-            time_left.row_done(name, rate_from, new)
-            rows.append({**row, **kept['finished'][key]})
-    return rows
-
-
-def run_row(checkpoint, row, experiment, start, readout, after):
-    """All streams of one row, as many at once as fit → what run_stream returns."""
+def run_streams(row, checkpoint, experiment, streams, measured=True):
+    """All streams of a row, as one batch or one after the other → as run_stream; times are of the first."""
+    method = METHODS[row['method']]
     parts = []
-    adapted = METHODS[row['method']].adapts(checkpoint.predictor)
-    for together in groups(experiment.streams, adapted):
-        method = METHODS[row['method']](checkpoint, row['rate'], start, experiment, len(together))
-        parts.append(run_stream(method, together, experiment.probes, experiment.probe_at, experiment.shown, readout, after,
-                                label=seeded(title(row), checkpoint.seed)))
+    for some in [streams] if method.batched else [[stream] for stream in streams]:
+        adapted = method(checkpoint, row['rate'], experiment, len(some))
+        parts.append(run_stream(adapted, some, experiment, measured))
     whole = parts[0]
     for part in parts[1:]:
         whole['loss'] += part['loss']
-        whole['metres'] = whole['metres'] and whole['metres'] + part['metres']
+        whole['metres'] += part['metres']
         for domain, losses in part['probes'].items():
             whole['probes'][domain] += losses
-    whole['planning'] = whole.pop('after') or None
     return whole
 
 
-class TimeLeft:
-    """The time that a run still takes, from the rows that it has run, their tuning included."""
-
-    def __init__(self, plans, experiment):
-        self.experiment = experiment
-        planned = [row for _, rows in plans for row in rows]
-        self.left = sum(self.work(name, rate_from) for name, _, rate_from in planned)
-        self.total = len(planned)
-        self.rows = self.worked = 0
-        self.started = time.time()
-
-    def work(self, name, rate_from):
-        """
-        Roughly what a row costs, in predicted clips: one that is learned from by gradients counts three times, and one
-        of the probes, which are predicted many at once, a quarter.
-        """
-        experiment = self.experiment
-        clips = sum(map(len, experiment.streams))
-        if rate_from == 'tuned':
-            clips += len(METHODS[name].rates) * sum(map(len, experiment.tuning))
-        if METHODS[name].rates:
-            clips *= 3
-        probed = len(experiment.streams) * len(experiment.probe_at) * sum(map(len, experiment.probes.values()))
-        return clips + probed / 4
-
-    def row_done(self, name, rate_from, new):
-        """Count a row, and say what is left; new: whether it was run just now."""
-        work = self.work(name, rate_from)
-        self.left -= work
-        self.rows += 1
-        if new:
-            self.worked += work
-        if self.left and self.worked:
-            seconds = (time.time() - self.started) / self.worked * self.left
-            print(f'row {self.rows} of {self.total} is done, about {duration(seconds)} left in all', flush=True)
+def run_row(config, row):
+    """Tune one row of the table, run it on all streams, write its file. config: resolved, as JSON text."""
+    experiment = experiment_of(config)
+    checkpoint = read_checkpoint(row['path'], row['model'], row['seed'], experiment.config)
+    tried = {}
+    for rate in METHODS[row['method']].rates if row['rate_from'] == 'tuned' else ():
+        trial = run_streams({**row, 'rate': rate}, checkpoint, experiment, experiment.tuning, measured=False)
+        tried[rate] = float(np.nan_to_num(np.mean(trial['loss']), nan=np.inf))
+    if tried:
+        row = {**row, 'rate': min(tried, key=tried.get)}
+    found = run_streams(row, checkpoint, experiment, experiment.streams)
+    predicted = found.pop('predicted')
+    if not row['model']:
+        # What predicts without a model learns nothing, and where the scene is blank there is no object.
+        found['probes'] = found['planning'] = predicted = {}
+        found['metres'] *= row['method'] != 'blank'
+    path = os.path.join(experiment.config['out'], row['file'])
+    if predicted:
+        arrays = {'numbers': experiment.shown, 'predicted': np.stack(predicted)}
+        write_atomically(f'{path}.npz', lambda f: np.savez_compressed(f, **arrays))
+    for name in 'metres', 'planning':
+        found[name] = found[name] or None
+    write_json(f'{path}.json', {**row, 'tried': tried or None, **found})
 
 
-def guesses(experiment, targets, empty, readout=None):
-    """
-    The rows of two predictions that know nothing of motion: the first step again, and an empty scene (N,D).
-
-    A method that only learns to erase the object scores like `blank`, so a method has to be better than that.
-    """
-    losses = {'copy': [], 'blank': []}
-    metres = []
-    for i in range(len(experiment.streams[0])):
-        z, _ = clip_of_each(experiment.streams, i)
-        losses['copy'].append(feature_loss(z[:, :1], z[:, targets]))
-        losses['blank'].append(feature_loss(empty, z[:, targets]))
-        if readout:
-            places = readout(z[:, :1]).expand(-1, len(targets), -1)
-            metres.append(misplaced(places, experiment.streams, i, targets))
-    found = {'copy': torch.stack(metres, 1).tolist() if readout else None, 'blank': None}
-    rows = []
-    for name, loss in losses.items():
-        rows.append({'model': '', 'kind': '', 'seed': 1, 'method': name, 'rate': None, 'rate_from': '', 'tta': False,
-                     'carries': [], 'loss': torch.stack(loss, 1).tolist(), 'metres': found[name], 'seconds': [0.0],
-                     'probes': {}, 'diagnostics': [], 'shown': {}, 'planning': None, 'state': {'memory': None}})
-    return rows
-
-
-# ---- planning with what was learned ----------------------------------------------------------------------------------
-
-def planners(experiment, phases, train, where):
-    """
-    For run_stream: {clips: function of a method} that plan at the end of every phase, in its world, for the clips of its
-    probes; and what the true simulator reaches. Raises Refusal where the physics is not known.
-    """
-    largest = float(np.linalg.norm(train.actions[:, 0], axis=-1).max())
-    after, simulated = {}, []
-    for number, (label, domain) in enumerate(zip(labels_of(phases), experiment.domains), 1):
-        split, indices = experiment.probes[domain].source()
-        goals = make_goals(split, domain, indices, where)
-        after[number * experiment.clips] = functools.partial(plan_phase, label, goals, largest)
-        distance = reached(goals, plan_with_simulator(goals, largest))
-        simulated.append({'phase': label, 'distance': distance.tolist(), 'ms': None})
-    return after, simulated
-
-
-def plan_phase(label, goals, largest, method):
-    """Plan for all goals with a method → {'phase', 'distance' of each goal in metres, 'ms' of one plan alone}."""
-    def predict(z, push):
-        return method.jump(z, push[:, None])
-    distance = reached(goals, plan_pushes(predict, goals, largest))
-    return {'phase': label, 'distance': distance.tolist(), 'ms': milliseconds(predict, goals, largest)}
-
-
-# ---- memories to start from ------------------------------------------------------------------------------------------
-
-def read_memory(path, checkpoint, clip, where):
-    """
-    What an earlier run put into its --memory_out: sizes, memory and CMS. clip: any one clip (z, a).
-
-    Raises Refusal unless it fits the checkpoint.
-    """
-    start = read_sealed(path, where)
-    try:
-        if start['sizes'] != vars(checkpoint.predictor.sizes):
-            raise Refusal(f'--memory_in={path}: the memory of another predictor than {checkpoint.path}')
-        pairs = []
-        if start['memory']:
-            with torch.no_grad():
-                _, memory = checkpoint.predictor(*clip)
-            if len(start['memory']) > len(memory):
-                raise ValueError('more memories than the predictor has')
-            pairs += zip(start['memory'], memory)
-        if start['cms']:
-            for name, change in CMSWriter(checkpoint.predictor, 0.0).changes.items():
-                pairs += [(start['cms']['changes'][name], change), (start['cms']['sums'][name], change)]
-            if type(start['cms']['ticks']) is not int:
-                raise ValueError('ticks is not a number')
-        if not all(kept.shape == fresh.shape and kept.isfinite().all() for kept, fresh in pairs):
-            raise ValueError('not finite, or of another shape')
-    except MALFORMED as error:
-        raise Refusal(f'--memory_in={path}: not what --memory_out wrote ({" ".join(str(error).split())[:200]})') from None
-    return start
-
-
-def keep_memory(path, checkpoints, rows, key):
-    """Write the state of the last row that has a memory, for read_memory."""
-    row = [row for row in rows if row['state']['memory'] is not None][-1]
-    same = [c for c in checkpoints if (c.name, c.seed) == (row['model'], row['seed'])]
-    predictor = same[0].predictor
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    write_sealed(path, {'sizes': vars(predictor.sizes), 'key': key, **row['state']})
-
-
-# ---- the run ---------------------------------------------------------------------------------------------------------
-
-def chosen_methods(text):
-    """The methods that --methods names: '' → all but the controls, 'all' → all."""
-    if text == 'all':
-        return list(METHODS)
-    return listed(text) or [name for name, method in METHODS.items() if not method.control]
-
-
-def check_settings(knobs, table):
-    """Raises Refusal for knobs that cannot be run with a table of methods {name: class}; nothing is read or written."""
-    check_methods(table)
-    if knobs.methods != 'all' and set(listed(knobs.methods)) - set(table):
-        raise Refusal(f'--methods={knobs.methods}: allowed are {", ".join(table)}, or all')
-    if not knobs.out:
-        raise Refusal('--out=: must name a folder for the results')
-    for name in ('memory_in', 'memory_out', 'plan'):
-        if getattr(knobs, name) and knobs.streams > 1:
-            raise Refusal(f'--{name}={getattr(knobs, name)}: goes with one stream; leave --streams={knobs.streams} out')
-    if knobs.memory_out:
-        results = [os.path.join(knobs.out, file) for file in FILES]
-        for path in [*listed(knobs.ckpt), *listed(knobs.oracle), *listed(knobs.memory_in), *results]:
-            if os.path.realpath(path) == os.path.realpath(knobs.memory_out):
-                raise Refusal(f'--memory_out={knobs.memory_out}: is {path}, which this run needs; name another file')
-
-
-def check_plans(knobs, plans):
-    """Raises Refusal for a method that --methods names and that no row runs, or where none has a memory to keep."""
-    plans = [(checkpoint, rows) for checkpoint, rows in plans if checkpoint.name != 'oracle']
-    planned = {name for _, rows in plans for name, *_ in rows}
-    asked = list(METHODS) if knobs.methods == 'all' else listed(knobs.methods)
-    for name in asked:
-        if name in planned:
-            continue
-        fits = any(METHODS[name].fits(checkpoint.predictor.sizes) for checkpoint, _ in plans)
-        why = 'needs another domain, named by --tune_on' if fits else f'can adapt none of {knobs.ckpt}'
-        if knobs.methods != 'all':
-            raise Refusal(f'--methods={knobs.methods}: {name} {why}')
-        print(f'left out: {name}, which {why}')
-    for name, method in METHODS.items():
-        if method.knob and getattr(knobs, method.knob) and name not in planned:
-            raise Refusal(f'--{method.knob}={getattr(knobs, method.knob):g}: {name} is not among the methods of this run')
-    if knobs.memory_out and not any('memory' in METHODS[name].carries for name in planned):
-        raise Refusal(f'--memory_out={knobs.memory_out}: none of --methods={knobs.methods} of {knobs.ckpt} has a memory '
-                      'to keep')
-
-
-def write_results(folder, results, experiment, decoder, manifest):
-    """Write tables and pictures → the names of the files that were written."""
-    groups = grouped([results])
-    table = format_table([results], groups)
-    print('\n' + table)
-    write_text(os.path.join(folder, 'table.txt'), table)
-    write_text(os.path.join(folder, 'results.json'), results_json(results))
-    write_text(os.path.join(folder, 'results.csv'), results_csv(results))
-    write_text(os.path.join(folder, 'compare.csv'), compare_csv(groups))
-    written = ['table.txt', 'results.json', 'results.csv', 'compare.csv']
-    try:
-        draw(os.path.join(folder, 'results.png'), [results], groups)
-        draw(os.path.join(folder, 'results.pdf'), [results], groups)
-        written += ['results.png', 'results.pdf']
-        if decoder is not None:
-            written += draw_shown(folder, results, groups, experiment, decoder, manifest)
-    except ImportError:
-        print(f'no pictures: pip install matplotlib, then python compare.py {folder} draws the stream')
-    if decoder is None:
-        print('no predictions.png: features that were imported without pictures cannot be turned back into pictures')
-    return written
-
-
-def draw_shown(folder, results, groups, experiment, decoder, manifest):
-    """Draw the clips whose predictions were kept → the names of the files that were written."""
-    def decode(z):
-        """Features (m,k,N,D) → pictures (m,k,H,W,3)."""
-        seen = pictures(z.cpu().float().flatten(0, 1), decoder, manifest['grid'], manifest['patch'])
-        return seen.unflatten(0, z.shape[:2]).numpy()
-    shown = shown_clips(results, groups, experiment.streams[0], decode)
-    written = []
-    if shown:
-        draw_predictions(os.path.join(folder, 'predictions.png'), shown)
-        written.append('predictions.png')
-        if draw_animation(os.path.join(folder, 'switch.gif'), shown):
-            written.append('switch.gif')
-    return written
-
-
-def prepared(knobs):
-    """
-    Read and check everything that a run needs, before its first minute of work → a namespace of it; nothing is written.
-
-    Its `kept` is what an earlier run has left, see resume().
-    """
-    check_settings(knobs, METHODS)
-    where = pick_device(knobs.device)
-    checkpoints = read_checkpoints(knobs.ckpt, knobs.oracle, where, knobs.dtype)
-    make_slide(knobs.data)
-    manifest = read_manifest(knobs.data)
-    phases = phases_of(knobs.phases, manifest['splits'])
-    shifts = tuned_on(knobs.tune_on, phases, manifest['splits'])
-    domains = [split_of(shift) for shift in shifts if shift != 'scaled']
-    wanted = dict.fromkeys(['train', *map(split_of, phases), *domains])
-    if shifts:
-        wanted['val'] = None
-    splits = open_splits(knobs.data, wanted, manifest)
-    check_clips(checkpoints, splits, knobs.data)
-    experiment = build_experiment(knobs, phases, shifts, splits, where)
-    given = {name: getattr(knobs, method.knob) for name, method in METHODS.items() if method.knob}
-    chosen = chosen_methods(knobs.methods)
-    plans = []
-    for checkpoint in checkpoints:
-        plans.append((checkpoint, rows_of(checkpoint, chosen, given, bool(shifts), experiment.other)))
-    check_plans(knobs, plans)
-    after, simulated = planners(experiment, phases, splits['train'], where) if knobs.plan else ({}, None)
-    resolved = {**vars(knobs), 'phases': ','.join(phases), 'tune_on': ','.join(shifts), 'device': where}
-    files = {name: listed(getattr(knobs, name)) for name in ('ckpt', 'oracle', 'memory_in')}
-    start = None
-    if knobs.memory_in:
-        start = read_memory(knobs.memory_in, checkpoints[0], experiment.streams[0][:1], where)
-    key = run_key(resolved, files, manifest['checksum'])
-    if knobs.memory_out:
-        check_memory_out(knobs.memory_out, key)
-    decoder = read_decoder(knobs.data, manifest)
-    kept = resume(knobs.out, key, where)
-    return SimpleNamespace(where=where, checkpoints=checkpoints, manifest=manifest, phases=phases, shifts=shifts,
-                           splits=splits, experiment=experiment, plans=plans, after=after, simulated=simulated,
-                           start=start, key=key, decoder=decoder, kept=kept)
-
-
-def main(knobs):
-    """Run every method of every checkpoint over the phases and write what comes out."""
-    ready = prepared(knobs)
-    if ready.kept is None:
-        with open(os.path.join(knobs.out, 'table.txt'), encoding='utf-8') as f:
-            print(f.read())
-        print(f'nothing to do: {knobs.out} holds the results of this very run')
+def run_rows(config, rows):
+    """Run the rows that have no file yet, side by side in processes."""
+    rows = [row for row in rows if not os.path.exists(os.path.join(config['out'], f'{row["file"]}.json'))]
+    processes = config['processes'] or (os.cpu_count() if config['device'] == 'cpu' else 1)
+    text = json.dumps(config)
+    if processes == 1:
+        for row in tqdm(rows, 'rows', disable=None):
+            run_row(text, row)
         return
-    os.makedirs(knobs.out, exist_ok=True)
-    claim(knobs.out, *(os.path.join(knobs.out, file) for file in FILES))
-    phases, experiment, kept = ready.phases, ready.experiment, ready.kept
-    tuning = f'tuned on {in_words(ready.shifts)}' if ready.shifts else 'not tuned'
-    orders = f', in {knobs.streams} orders' if knobs.streams > 1 else ''
-    print(f'phases {", ".join(phases)}, {knobs.clips} clips each{orders}; probes of {", ".join(experiment.probes)}; '
-          f'rates {tuning}')
-    if kept['finished']:
-        print(f'going on after {len(kept["finished"])} finished rows')
+    context = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
+        running = [pool.submit(run_row, text, row) for row in rows]
+        for done in tqdm(as_completed(running), 'rows', len(rows), disable=None):
+            done.result()
 
-    unfinished = os.path.join(knobs.out, 'unfinished.pt')
-    first = ready.checkpoints[0]
-    train = ready.splits['train']
-    readout = None
-    if train.physics and all(stream.has_positions for stream in experiment.streams):
-        readout = fit_readout(train, ready.where)
-    rows = guesses(experiment, first.targets, median_scene(train).to(ready.where), readout)
-    rows += run_rows(ready.plans, experiment, kept, unfinished, ready.start, bool(knobs.memory_out), readout, ready.after)
-    if knobs.memory_out:
-        keep_memory(knobs.memory_out, ready.checkpoints, rows, ready.key)
-    results = {
-        'settings': vars(knobs),
-        'key': ready.key,
-        'phases': phases,
-        'labels': labels_of(phases),
-        'domains': experiment.domains,
-        'clips': knobs.clips,
-        'streams': knobs.streams,
-        'loss': first.loss,
-        'target_steps': (first.targets + 1).tolist(),
-        'tuned_on': ready.shifts,
-        'tuning': {name: {str(rate): loss for rate, loss in losses.items()} for name, losses in kept['tried'].items()},
-        'beyond': further_than_training(train, experiment.streams),
-        'probe_at': experiment.probe_at,
-        'readout': None,
-        'simulator': ready.simulated,
-        'checkpoints': [{'name': c.name, 'seed': c.seed, 'path': c.path, 'steps': c.step} for c in ready.checkpoints],
-        'rows': rows,
+
+def write_json(path, content):
+    """Write a JSON file, all of it or nothing."""
+    write_atomically(path, lambda f: f.write(json.dumps(content, indent=1).encode()))
+
+
+def describe(experiment, checkpoints, rows):
+    """What run.json says."""
+    about = {name: getattr(experiment, name) for name in ('config', 'labels', 'domains', 'clips', 'probe_at')}
+    about |= {
+        'phases': experiment.config['phases'],
+        'streams': len(experiment.streams),
+        'tuned_on': experiment.config['tune_on'],
+        'shown': [experiment.streams[0][i] for i in experiment.shown],
+        'loss': ' and '.join(sorted({checkpoint.loss for checkpoint in checkpoints})),
+        'target_steps': (checkpoints[0].targets + 1).tolist(),
+        'rows': [f'{row["file"]}.json' for row in rows],
+        'simulator': [],
     }
-    if readout:
-        errors = {domain: readout_error(readout, *clips.source()) for domain, clips in experiment.probes.items()}
-        results['readout'] = errors
-    add_figures(results)
-    written = write_results(knobs.out, results, experiment, ready.decoder, ready.manifest)
-    if os.path.exists(unfinished):
-        os.unlink(unfinished)
-    print(f'results: {os.path.join(knobs.out, written[0])}, {", ".join(written[1:])}')
+    for label, goals, largest in experiment.goals.values():
+        distance = planning.reached(goals, planning.plan_with_simulator(goals, largest))
+        about['simulator'].append({'phase': label, 'distance': distance.tolist(), 'ms': None})
+    return about
+
+
+def refuse_another(path, config):
+    """Refuses a run.json of another command, naming the first option that differs. Methods may be added."""
+    if not os.path.exists(path):
+        return
+    with open(path, encoding='utf-8') as f:
+        there = json.load(f)['config']
+    for key, value in json.loads(json.dumps(config)).items():
+        if key not in ('methods', 'processes', 'out') and there.get(key) != value:
+            refuse(f'{path} is of another run: {key} = {there.get(key)}, not {value}; name another --out')
+
+
+def main(config):
+    """Run every method of every checkpoint over the phases, and have report.py write what comes out."""
+    assert not config['plan'] or config['streams'] == 1, '--plan goes with one stream; leave --streams out'
+    config = {**config, 'device': pick_device(config['device'])}
+    checkpoints = read_checkpoints(config)
+    config = resolved(config)
+    nobody = checkpoints[0]._replace(name='')
+    rows = [row_of(nobody, 'copy'), row_of(nobody, 'blank')]
+    for checkpoint in checkpoints:
+        rows += rows_of(checkpoint, config)
+    unknown = {*listed(config['methods'])} - {'all', *(row['method'] for row in rows)}
+    given = {item.split('=')[0] for item in listed(config['rates'])}
+    for name in sorted(unknown | given - {row['method'] for row in rows if row['rate_from'] == 'given'}):
+        refuse(f'{name} is no method, or can adapt none of {config["ckpt"]}; there are {", ".join(METHODS)}')
+    config['checkpoints'] = [[c.path, c.about['step'], c.about['best']] for c in checkpoints]
+    run = os.path.join(config['out'], 'run.json')
+    refuse_another(run, config)
+    write_json(run, describe(experiment_of(json.dumps(config)), checkpoints, rows))
+    run_rows(config, rows)
+    # Not by the processes of rows, which need no pandas and no matplotlib.
+    import report
+    report.write([config['out']], config['out'])
 
 
 if __name__ == '__main__':
-    keep_freed_memory()
-    main(SimpleNamespace(**settings))
+    main(config)

@@ -1,8 +1,7 @@
-# Fine-tunes the official V-JEPA 2-AC predictor (305 M parameters) on own clips by its published losses, teacher forcing and
-# a rollout over two steps. Needs vjepa2-ac-vitg.pt (its `predictor`; `target_encoder` is the encoder of the features),
-# a GPU with 40 GB or more (not tried on one yet), and features of ViT-g:
-#   python prepare.py --name=mine_vitg --source=clips --encoder=vitg --weights=vjepa2-ac-vitg.pt
-# Clips with states: --states=True. Clips of several pushes: --action_memory=False.
+# Fine-tunes the official V-JEPA 2-AC predictor (305 M parameters) on own clips by its published losses:
+# teacher forcing and a rollout of two steps. Needs vjepa2-ac-vitg.pt, a GPU of 40 GB (not tried on one yet),
+# features of ViT-g: python prepare.py --name=mine_vitg --source=clips --encoder=vitg
+# Clips with states: --states. Clips of several pushes: --action_memory=False.
 model = 'vit'
 init_from = 'vjepa2-ac-vitg.pt'
 rope = 'vjepa2'
@@ -13,7 +12,7 @@ mlp_hidden = 4096
 data = 'mine_vitg'
 loss = 'rollout'
 rollout_steps = 2
-# The published loss is the plain sum of the two terms throughout. Here the weights must add up to one, which halves the
+# The published loss is the plain sum of the two terms. Here their weights add up to one, which halves the
 # gradient. AdamW's steps do not depend on its scale, and grad_clip is half of the published 1.01.
 lambda_start = 0.5
 lambda_end = 0.5

@@ -1,5 +1,6 @@
-# AC-HOPE-ViT at the size of config/vit_full.py (42 M parameters against 44): 12 blocks, 384 wide, 16 heads, no attention.
-# Needs a GPU (not tried on one yet), and data: python prepare.py --name=slide256 --size=256 --dim=1024 --clips=5000
+# AC-HOPE-ViT at the size of config/vit_full.py (42 M parameters for 44): 12 blocks, 384 wide, no attention.
+# Needs a GPU (not tried on one yet) and data:
+#   python prepare.py --name=slide256 --size=256 --dim=1024 --clips=5000
 model = 'hope'
 mixer = 'titan'
 data = 'slide256'

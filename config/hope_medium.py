@@ -1,6 +1,6 @@
-# AC-HOPE-ViT between the laptop and full size: 5.4 M parameters, for own clips of 8 steps x 256 patches x 1024 (ViT-L/16).
+# AC-HOPE-ViT between laptop and full size: 5.4 M parameters, for own clips of 8 steps x 256 patches x 1024.
 #   python prepare.py --name=mine --source=clips --split=train:17000-21999,B:22000-22999,A2:23000-23999
-# A night on a workstation: 1,000 steps take 50 minutes on two cores of an AMD EPYC 9004 (3 s a step); 3 GB of memory.
+# A night on a workstation: 1,000 steps take 50 minutes on two cores of an AMD EPYC 9004, and 3 GB of memory.
 # Not trained to the end yet, and not tried on a GPU, which needs no accumulation: --accumulation=1.
 model = 'hope'
 # Attention over 2,056 tokens is what takes most of the time on a CPU.

@@ -1,5 +1,5 @@
-# The oracle: the trained ViT-AC fine-tuned on other clips of B. It is the bound for methods that do not know B beforehand.
-# Needs out/vit.pt (config/vit_jump.py); takes 2 minutes on two CPU cores. Its `val` line is on A, where it gets worse.
+# The oracle: the trained ViT-AC fine-tuned on other clips of B, the bound for methods that do not know B.
+# Needs out/vit.pt (config/vit_jump.py), takes 2 minutes on two CPU cores. `val` is of A, where it gets worse.
 model = 'vit'
 init_from = 'out/vit.pt'
 split = 'fit_B'

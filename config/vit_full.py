@@ -1,5 +1,6 @@
-# ViT-AC at full size: 24 layers, 384 wide, 16 heads, 44 M parameters, on 8 steps x 256 patches x 1024 features.
-# Needs a GPU (not tried on one yet), and data: python prepare.py --name=slide256 --size=256 --dim=1024 --clips=5000
+# ViT-AC at full size: 24 layers, 384 wide, 44 M parameters, on 8 steps x 256 patches x 1024 features.
+# Needs a GPU (not tried on one yet) and data:
+#   python prepare.py --name=slide256 --size=256 --dim=1024 --clips=5000
 model = 'vit'
 data = 'slide256'
 depth = 24

@@ -1,6 +1,7 @@
 # ViT-AC on the laptop set, 0.52 M parameters: the baseline of config/hope_jump.py, trained on the same clips,
 # with the same action memory (adapt.py's TTA methods do not use it).
-# Needs two CPU cores and 1 GB of memory.
+# Needs two CPU cores and 1 GB of memory, takes about 4 minutes there. With --max_iters=4000 expect a loss of
+# 0.014 in A, where HOPE has 0.009.
 model = 'vit'
 depth = 4
 width = 96

@@ -1,31 +1,59 @@
-"""planning.py: choosing the push that brings the object to a goal picture."""
+"""support/planning.py: the object's position read out of features, and pushes that reach a goal."""
 import numpy as np
 import pytest
 import torch
 
-import planning
-from configurator import Refusal
-from data import DOMAINS, open_split
-from planning import make_goals, milliseconds, plan_pushes, plan_with_simulator, pushed, reached
+from data import DOMAINS, WORLD, Clips
+from support import planning
+from support.planning import make_goals, plan_pushes, plan_with_simulator, pushed, reached
+
+
+class Bright:
+    """In place of Clips: one patch of 4 x 4 is bright and tells where in it the object is."""
+
+    meta = {'shape': [2, 16, 3]}
+
+    def __init__(self, clips, seed):
+        rng = np.random.default_rng(seed)
+        self.physics = {'position': rng.uniform(0, WORLD, (clips, 4, 2))}
+
+    def __len__(self):
+        return len(self.physics['position'])
+
+    def __getitem__(self, indices):
+        # Features of a step belong to its last frame.
+        place = torch.tensor(self.physics['position'][indices][:, 1::2] / WORLD * 4).float()
+        column, row = place.long().clamp(max=3).unbind(-1)
+        z = torch.zeros(*place.shape[:2], 16, 3)
+        shown = torch.cat([place % 1, torch.ones(*place.shape[:2], 1)], -1)
+        z.scatter_(2, (4 * row + column)[..., None, None].expand(-1, -1, 1, 3), shown[:, :, None])
+        return z, None
+
+
+def test_the_readout_reads_the_position_of_the_last_frame_of_each_step():
+    state = torch.random.get_rng_state()
+    readout = planning.fit_readout(Bright(1000, 1), 'cpu')
+    assert torch.equal(torch.random.get_rng_state(), state)
+    other = Bright(200, 2)
+    z, _ = other[np.arange(200)]
+    off = readout(z) - planning.positions(other, range(200))
+    assert off.norm(dim=-1).mean() < 0.04
+    assert torch.equal(planning.positions(other, [7])[0], torch.tensor(other.physics['position'][7, 1::2]).float())
 
 
 @pytest.fixture(scope='module')
-def goals(tiny):
-    return {domain: make_goals(open_split(tiny, f'test_{domain}'), domain, range(6), 'cpu')
-            for domain in ('A', 'B', 'turned')}
-
-
-def largest(tiny):
-    return np.linalg.norm(open_split(tiny, 'train').actions[:, 0], axis=1).max()
+def clips(tiny):
+    return {domain: Clips(tiny, f'test_{domain}') for domain in ('A', 'B', 'turned')}
 
 
 @pytest.mark.parametrize('domain', ['A', 'B', 'turned'])
-def test_the_true_push_reaches_the_goal(tiny, goals, domain):
-    split = open_split(tiny, f'test_{domain}')
-    assert goals[domain].z.shape == (6, 1, 4, 24) and goals[domain].target.shape == (6, 4, 24)
-    assert torch.equal(goals[domain].target, split[range(6)][0][:, -1])
-    assert reached(goals[domain], split.actions[:6, 0]).max() < 1e-6
-    assert reached(goals[domain], -split.actions[:6, 0]).min() > 0.01
+def test_the_true_push_and_the_simulators_reach_the_goal(clips, domain):
+    split = clips[domain]
+    goals = make_goals(split, domain, range(6), 'cpu')
+    assert goals.z.shape == (6, 1, 4, 24) and torch.equal(goals.target, split[range(6)][0][:, -1])
+    assert reached(goals, split.actions[:6, 0]).max() < 1e-6
+    assert reached(goals, -split.actions[:6, 0]).min() > 0.01
+    assert reached(goals, plan_with_simulator(goals, 0.8)).max() < 0.02
 
 
 def test_how_far_pushes_bring_an_object():
@@ -35,85 +63,36 @@ def test_how_far_pushes_bring_an_object():
     # At rest after v / (mu g) = 0.425 s, at v^2 / (2 mu g).
     rest = pushed(start, np.array([[0.5, 0]]), physics, seconds=10)
     assert rest == pytest.approx(start + [[0.25 / (2 * 0.12 * 9.81), 0]])
-    # An array of pushes for each object, and physics of its own.
-    own = physics._replace(mu=np.array([[0.1], [0.2]]), mass=np.array([[1.0], [2.0]]))
-    ends = pushed(np.zeros((2, 2)), np.array([[0.3, 0.4], [0.3, 0.4]]), own, seconds=0.1)
-    assert ends[0] == pytest.approx((0.05 - 0.5 * 0.981 * 0.01) * np.array([0.6, 0.8]))
-    assert ends[1] == pytest.approx((0.025 - 0.5 * 1.962 * 0.01) * np.array([0.6, 0.8]))
-
-
-@pytest.mark.parametrize('domain', ['A', 'B', 'turned'])
-def test_with_the_simulator_every_goal_is_reached(tiny, goals, domain):
-    pushes = plan_with_simulator(goals[domain], largest(tiny))
-    assert pushes.shape == (6, 2)
-    assert reached(goals[domain], pushes).max() < 0.02
 
 
 def where_pushed(goals, wrong=1.0):
-    """A predictor whose features are the position, and goals to match; it takes pushes for `wrong` times as hard."""
+    """A predictor whose features are the position, and goals to match; pushes count `wrong` times as hard."""
     matching = goals._replace(z=torch.tensor(goals.start)[:, None, None].float(),
                               target=torch.tensor(goals.end)[:, None].float())
     physics = goals.physics._replace(mu=goals.physics.mu[:1], mass=goals.physics.mass[:1])
 
     def predict(z, push):
+        assert push.norm(dim=-1).max() <= 0.8 + 1e-6 and not torch.is_grad_enabled()
         return torch.tensor(pushed(z[:, 0, 0].numpy(), wrong * push.numpy(), physics)).float()[:, None]
     return predict, matching
 
 
-def test_a_perfect_predictor_plans_as_well_as_the_simulator_and_a_wrong_one_misses(tiny, goals, monkeypatch):
-    predict, matching = where_pushed(goals['B'])
-    metres = reached(matching, plan_pushes(predict, matching, 0.8))
-    assert metres.max() < 0.02
-    # In batches of any size, and each time alike.
-    monkeypatch.setattr(planning, 'AT_ONCE', 1)
-    assert reached(matching, plan_pushes(predict, matching, 0.8)) == pytest.approx(metres, abs=1e-6)
-    predict, matching = where_pushed(goals['B'], wrong=0.5)
-    assert reached(matching, plan_pushes(predict, matching, 0.8)).mean() > 0.02
-
-
-def test_no_push_is_larger_than_allowed(goals):
-    predict, matching = where_pushed(goals['B'])
-    asked = []
-
-    def noted(z, push):
-        asked.append(push.norm(dim=-1).max().item())
-        assert not torch.is_grad_enabled()
-        return predict(z, push)
-    pushes = plan_pushes(noted, matching, 0.1)
-    assert max(asked) <= 0.1 + 1e-6
-    assert np.linalg.norm(pushes, axis=1).max() <= 0.1 + 1e-6
-
-
-def test_planning_leaves_the_random_state_alone_and_is_timed_for_one_goal(goals):
-    predict, matching = where_pushed(goals['A'])
-    sizes = []
-
-    def noted(z, push):
-        sizes.append(len(z))
-        return predict(z, push)
-    before = torch.random.get_rng_state()
-    assert milliseconds(noted, matching, 0.8) > 0
-    assert set(sizes) == {planning.FIRST, planning.CANDIDATES}
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-def test_clips_that_were_not_simulated_are_refused(tiny):
-    split = open_split(tiny, 'test_B')
-    with pytest.raises(Refusal, match='was not simulated'):
-        make_goals(split, 'no such domain', range(2), 'cpu')
-    split.physics = {}
-    with pytest.raises(Refusal, match='was not simulated'):
-        make_goals(split, 'B', range(2), 'cpu')
+def test_a_perfect_predictor_plans_as_well_as_the_simulator_and_a_wrong_one_misses(clips):
+    predict, goals = where_pushed(make_goals(clips['B'], 'B', range(6), 'cpu'))
+    pushes = plan_pushes(predict, goals, 0.8)
+    assert reached(goals, pushes).max() < 0.02 and np.linalg.norm(pushes, axis=1).max() <= 0.8 + 1e-6
+    off, ms = planning.plan(predict, goals, 0.8)
+    assert np.array_equal(off, reached(goals, pushes)) and ms > 0
+    predict, goals = where_pushed(goals, wrong=0.5)
+    assert reached(goals, plan_pushes(predict, goals, 0.8)).mean() > 0.02
 
 
 def test_a_goal_is_found_that_few_candidates_come_near():
-    """As with features: far from the goal, where the object covers no part of it, one push is as good as another."""
-    generator = torch.Generator().manual_seed(2)
-    angle = 2 * torch.pi * torch.rand(100, generator=generator)
+    """As with features: far from the goal, where the object covers no part of it, all pushes are alike."""
+    angle = 2 * torch.pi * torch.rand(100, generator=torch.Generator().manual_seed(2))
     goal = 0.7 * torch.stack([angle.cos(), angle.sin()], -1)[:, None]
 
     def cost(tried):
         return (tried - goal).norm(dim=-1).clamp(max=0.15)
-    found = planning.cross_entropy(cost, 100, 0.8)
-    off = (found - goal[:, 0]).norm(dim=-1)
+    off = (planning.cross_entropy(cost, 100, 0.8) - goal[:, 0]).norm(dim=-1)
     assert (off < 0.05).float().mean() >= 0.95

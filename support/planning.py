@@ -1,0 +1,172 @@
+"""
+The object's position, read out of features, and what a world model is for: pushes that reach a goal picture.
+
+    readout = fit_readout(Clips('slide', 'train'), 'cpu')     # features z (...,N,D) → (...,2) metres
+    goals = make_goals(Clips('slide', 'test_B'), 'B', range(200), 'cpu')
+    metres, ms = plan(predict, goals, largest)                # predict: z (b,1,N,D), push (b,2) → (b,N,D)
+
+The read-out is fitted to true features of training clips of A alone. (A linear one is 8 cm off.) Start and goal are
+the first and the last picture of a held-out clip, and their features are all that the planner sees. It chooses the
+push whose predicted last step is nearest to the goal's in L1: one jump for each candidate, no rollout. Then the
+physics of the domain pushes the object, until the clip ends.
+"""
+import math
+import time
+import typing
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from data import DOMAINS, FPS, FRAMES, TUBELET, WORLD, Physics, batch_indices, displacement, turn
+from model import feature_loss
+
+SEED = 1
+# The read-out: how many numbers of a picture are read, in all its patches together, and how it is fitted.
+KEPT = 2048
+STEPS, BATCH, RATE = 1500, 16, 3e-3
+# The planner. The first round has so many candidates that one comes near any goal: where the object covers no
+# part of the goal's, the features do not say which push is better. Later rounds look around the best few.
+FIRST, CANDIDATES, ELITES, ROUNDS = 128, 16, 3, 5
+SECONDS = (FRAMES - TUBELET) / FPS       # from the push to the last frame of a clip
+
+
+class Readout(nn.Module):
+    """Features → position in metres: a linear map that all patches share, then an MLP over all of them."""
+
+    def __init__(self, patches, dim):
+        super().__init__()
+        kept = min(dim, max(1, KEPT // patches))
+        self.patch = nn.Linear(dim, kept)
+        self.picture = nn.Sequential(nn.Linear(patches * kept, 128), nn.GELU(),
+                                     nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 2))
+
+    def forward(self, z):
+        """z (...,N,D) layer-normed → (...,2) metres, from the upper left corner to the right and down."""
+        return (self.picture(self.patch(z.float()).flatten(-2)) + 1) * (WORLD / 2)
+
+
+def positions(clips, indices):
+    """Where the objects of data.Clips are at the last frame of each time step → (n,T,2) metres."""
+    position = clips.physics['position'][indices]
+    return torch.from_numpy(position[:, TUBELET - 1::TUBELET]).float()
+
+
+def fit_readout(clips, device):
+    """The Readout of data.Clips, fitted by L1 to true features. It depends on the clips alone."""
+    T, N, D = clips.meta['shape']
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        readout = Readout(N, D).to(device)
+    optimizer = torch.optim.AdamW(readout.parameters(), lr=RATE)
+    steps = min(STEPS, len(clips))
+    for i in range(steps):
+        optimizer.param_groups[0]['lr'] = RATE * (1 - i / steps)
+        indices = batch_indices(len(clips), BATCH, SEED, i)
+        z, _ = clips[indices]
+        loss = (readout(z.to(device)) - positions(clips, indices).to(device)).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return readout.requires_grad_(False)
+
+
+class Goals(typing.NamedTuple):
+    """G goals: what the planner sees, and what only the simulator knows."""
+
+    z: torch.Tensor              # features of the start, (G,1,N,D)
+    target: torch.Tensor         # features of the goal, (G,N,D)
+    start: np.ndarray            # positions in metres, (G,2)
+    end: np.ndarray
+    physics: Physics             # its mu and mass are (G,1)
+
+
+def make_goals(clips, domain, indices, device):
+    """The Goals of some data.Clips, which show this domain of data.DOMAINS, on a device."""
+    simulated = 'mu' in clips.physics and domain in DOMAINS
+    assert simulated, f'planning: {clips.name} was not simulated, so no push can be tried there'
+    indices = np.asarray(indices)
+    z = clips[indices][0].to(device)
+    mu, mass = (clips.physics[name][indices, None] for name in ('mu', 'mass'))
+    position = clips.physics['position'][indices]
+    physics = Physics(mu, mass, DOMAINS[domain].camera)
+    return Goals(z[:, :1], z[:, -1], position[:, 0], position[:, -1], physics)
+
+
+def pushed(start, pushes, physics, seconds=SECONDS):
+    """Where objects at `start` (...,2), in metres, are `seconds` after pushes (...,2) in N·s → (...,2)."""
+    size = np.linalg.norm(pushes, axis=-1, keepdims=True)
+    heading = turn(pushes, physics.camera) / np.maximum(size, 1e-12)
+    return start + displacement(size, physics, seconds) * heading
+
+
+def reached(goals, pushes):
+    """How far from its goal each push (G,2) in N·s brings the object by the end of the clip → (G,) metres."""
+    return np.linalg.norm(pushed(goals.start, pushes, goals.physics) - goals.end, axis=-1)
+
+
+def spread(largest):
+    """Pushes (FIRST,2), spread evenly over all of at most `largest`, as seeds are in a sunflower."""
+    k = torch.arange(FIRST, dtype=torch.float64)
+    size = largest * ((k + 0.5) / FIRST).sqrt()
+    angle = k * math.pi * (3 - math.sqrt(5))
+    return torch.stack([size * angle.cos(), size * angle.sin()], -1)
+
+
+def cross_entropy(cost, goals, largest):
+    """
+    Pushes (goals,2) of low cost, none larger than `largest`, by the cross-entropy method (Rubinstein, 1999).
+
+    cost: pushes (goals,k,2) → (goals,k). All goals and all calls share the same random numbers.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    tried = spread(largest).expand(goals, FIRST, 2)
+    for _ in range(ROUNDS):
+        best = cost(tried).topk(ELITES, dim=1, largest=False).indices  # (goals,ELITES)
+        elites = tried.gather(1, best[..., None].expand(-1, -1, 2))    # (goals,ELITES,2)
+        mean = elites.mean(1, keepdim=True)
+        std = elites.std(1, keepdim=True)
+        noise = torch.randn(CANDIDATES - ELITES, 2, generator=generator, dtype=torch.float64)
+        drawn = mean + std * noise
+        # A push that is too large is shortened.
+        size = drawn.norm(dim=-1, keepdim=True)
+        drawn = drawn * (largest / size.clamp(min=largest))
+        # Elites stay: where only one of them is near the goal, the Gaussian around their mean may miss it.
+        tried = torch.cat([elites, drawn], 1)
+    return mean[:, 0]
+
+
+@torch.no_grad()
+def plan_pushes(predict, goals, largest):
+    """
+    For each goal the push, of at most `largest` N·s, whose predicted last step is nearest in L1 → (G,2).
+
+    predict: features of the start (b,1,N,D) and pushes (b,2) → features of the last step (b,N,D).
+    """
+    def cost(tried):
+        """The loss of candidates (G,k,2) → (G,k), one goal after the other."""
+        losses = []
+        for z, target, pushes in zip(goals.z, goals.target, tried.float().to(goals.z.device)):
+            losses.append(feature_loss(predict(z.expand(len(pushes), 1, -1, -1), pushes), target))
+        return torch.stack(losses).cpu()
+    return cross_entropy(cost, len(goals.z), largest).numpy()
+
+
+def plan_with_simulator(goals, largest):
+    """plan_pushes with the physics as predictor and metres as loss → (G,2): what the planner can do."""
+    mu, mass, camera = goals.physics
+    physics = Physics(mu[:, None], mass[:, None], camera)              # (G,1,1): the same for all candidates
+
+    def cost(tried):
+        """How far from the goal candidates (G,k,2) come → (G,k)."""
+        end = pushed(goals.start[:, None], tried.numpy(), physics)
+        return torch.from_numpy(np.linalg.norm(end - goals.end[:, None], axis=-1))
+    return cross_entropy(cost, len(goals.start), largest).numpy()
+
+
+def plan(predict, goals, largest):
+    """plan_pushes → how far from its goal each push brings the object (G,) in metres, milliseconds of a plan."""
+    started = time.perf_counter()
+    pushes = plan_pushes(predict, goals, largest)
+    seconds = time.perf_counter() - started
+    return reached(goals, pushes), 1000 * seconds / len(pushes)
