@@ -8,20 +8,19 @@ A→B→A: how a trained predictor adapts when the physics changes, and what it 
     python adapt.py --ckpt=out/hope.pt --plan              and how well pushes are chosen with what is learned
     python adapt.py config/report.py                       five seeds, twenty orders of the clips, intervals
 
-The stream: clips of one world after the other, one at a time; nobody tells the model where a phase ends.
-Every clip is predicted and scored from its first step and action alone; only then is it shown, and the
-method may learn from it. Learning rates are tuned on other shifts, never on those of the stream, with as
-many trials for every method. Each row of the table is a file in `out`; the same command, given again, runs
-what is missing.
+Clips of one world after the other; nobody tells the model where a phase ends. Each is predicted and scored
+from its first step and action alone; only then is it shown, and the method may learn from it. Each row of
+the table is a file in `out`; the same command, given again, runs what is missing.
 """
+import copy
 import functools
 import json
 import multiprocessing
 import os
 import time
 import zlib
-from collections import Counter, namedtuple
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import namedtuple
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
@@ -35,7 +34,6 @@ from model import feature_loss
 from support import planning
 from support.files import autocast, pick_device, write_atomically
 
-# what to run
 ckpt = 'out/hope.pt'     # checkpoint, or several separated by commas; several of a kind are seeds
 oracle = ''              # checkpoint fine-tuned on other clips of the shift: the bound; one, or one a seed
 data = 'slide'           # the data set whose splits make the stream
@@ -46,46 +44,41 @@ probe_clips = 200        # clips of the held-out probe set of each world, and go
 probe_every = 100        # clips of the stream between two probes [1..]
 streams = 1              # orders of the clips; with several, intervals are over them, too [1..]
 plan = False             # at the end of every phase, choose pushes that bring objects to goals
-# the methods and their learning rates
 methods = ''             # as they are called in the table, separated by commas; '' = no controls, or all
 rates = ''               # learning rates that are given instead of tuned: LN-TTA=0.003,CMS=10
 tune_on = 'C'            # domains X of tuning streams A→X→A; without one, rates are the defaults
-# where
 out = 'out/aba'          # folder for the results
 processes = 0            # rows run side by side; 0 = one per core, on a GPU 1 [0..]
 device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
 dtype = 'auto'           # auto = bfloat16 where device and model gain by it [auto | float32 | bfloat16]
 config = configure(globals()) if __name__ == '__main__' else {}
 
-# LN-TTA's learning rate in V-JEPA 2 experiments before these: a row of its own, never tuned.
-PLAN_RATE = 1e-4
+PLAN_RATE = 1e-4         # LN-TTA's in V-JEPA 2 experiments before these: a row of its own, never tuned
 MODELS = {'vit': 'ViT-AC', 'hope': 'HOPE'}
-
 # targets (K,): target steps of its jumps, 0-based; precision: see support.files.autocast; about: its file.
 Checkpoint = namedtuple('Checkpoint', 'path name seed predictor loss targets precision about')
 
 
-def read_checkpoint(path, name, seed, config):
-    """The Checkpoint in a file, called by its model where it has no other name."""
+def read_checkpoint(path, config):
+    """The Checkpoint in a file."""
     predictor, about = load(path, config['device'])
+    name = 'oracle' if path in listed(config['oracle']) else MODELS[predictor.sizes.model]
     steps = about['clip_steps']
     targets = torch.arange(steps - about['jump_last'], steps, device=config['device'])
     precision = autocast(config['device'], config['dtype'], predictor.sizes.width)
-    name = name or MODELS[predictor.sizes.model]
-    return Checkpoint(path, name, seed, predictor, about['loss'], targets, precision, about)
+    return Checkpoint(path, name, 1, predictor, about['loss'], targets, precision, about)
 
 
 def read_checkpoints(config):
     """Those of --ckpt and --oracle. Refuses what cannot be compared, or was trained on other data."""
-    named = [(path, '') for path in listed(config['ckpt'])]
-    named += [(path, 'oracle') for path in listed(config['oracle'])]
-    found, seeds = [], Counter()
-    for path, name in named:
-        if named.count((path, name)) > 1:
+    paths = listed(config['ckpt']) + listed(config['oracle'])
+    found = []
+    for path in paths:
+        if paths.count(path) > 1:
             refuse(f'{path} is named twice; several checkpoints of a kind are seeds')
-        checkpoint = read_checkpoint(path, name, 0, config)
-        seeds[checkpoint.name] += 1
-        found.append(checkpoint._replace(seed=seeds[checkpoint.name]))
+        checkpoint = read_checkpoint(path, config)
+        seed = 1 + sum(other.name == checkpoint.name for other in found)
+        found.append(checkpoint._replace(seed=seed))
     make_slide(config['data'])
     here = read_meta(config['data'])['config']
     for checkpoint in found:
@@ -96,12 +89,11 @@ def read_checkpoints(config):
                 refuse(f'{path} was trained on data with {key} = {there.get(key)}, and {config["data"]} has '
                        f'{here.get(key)}; name the data set of the checkpoint with --data')
         if not torch.equal(checkpoint.targets, found[0].targets):
-            refuse(f'{path} and {found[0].path} have other target steps, so their losses cannot be compared')
+            refuse(f'{path} and {paths[0]} have other target steps, so their losses cannot be compared')
     return found
 
 
-# ---- which clips are streamed, tuned on and probed: a clip is (split, index)
-# -----------------------------------
+# ---- which clips are streamed, tuned on and probed: a clip is (split, index) -------------------------------
 
 def domain_of(phase):
     """The world of a phase: its name without a number behind it (A2 is A); val is of A."""
@@ -115,35 +107,32 @@ def split_of(phase):
 
 def labels_of(phases):
     """How the phases are called: ['A', 'B', 'A'] → ['A₁', 'B', 'A₂']; names that come once stay."""
-    labels = []
-    for i, phase in enumerate(phases):
-        visit = '₁₂₃₄₅₆₇₈₉'[phases[:i].count(phase)]
-        labels.append(phase + visit if phases.count(phase) > 1 else phase)
-    return labels
+    visits = [phases[:i].count(phase) for i, phase in enumerate(phases)]
+    several = [phases.count(phase) > 1 for phase in phases]
+    return [phase + several * '₁₂₃₄₅₆₇₈₉'[visit] for phase, several, visit in zip(phases, several, visits)]
 
 
 def resolved(config):
-    """The config with phases and tune_on as lists, as the data set has them."""
-    phases = listed(config['phases'])
-    if phases == ['auto']:
-        phases = ['A', 'B', 'A'] if has_split(config['data'], 'test_A') else ['val', 'B', 'A2']
-    shifts = listed(config['tune_on'])
-    if shifts == ['C'] and ('C' in phases or not has_split(config['data'], 'test_C')):
+    """The config with its lists as lists, and the phases and shifts that the data set has."""
+    lists = {option: listed(config[option]) for option in ('phases', 'tune_on', 'methods')}
+    if lists['phases'] == ['auto']:
+        own = not has_split(config['data'], 'test_A')
+        lists['phases'] = ['val', 'B', 'A2'] if own else ['A', 'B', 'A']
+    if lists['tune_on'] == ['C'] and ('C' in lists['phases'] or not has_split(config['data'], 'test_C')):
         print('no other shift to tune on (--tune_on): learning rates are the defaults')
-        shifts = []
-    if {'A', 'B', 'val', *phases} & set(shifts):
+        lists['tune_on'] = []
+    if {'A', 'B', 'val', *lists['phases']} & {*lists['tune_on']}:
         refuse(f'--tune_on={config["tune_on"]}: rates tuned on a domain under test prove nothing')
-    return {**config, 'phases': phases, 'tune_on': shifts}
+    return {**config, **lists, 'rates': dict(item.split('=') for item in listed(config['rates']))}
 
 
 class Experiment:
     """
     What every method goes through, of a resolved config. No clip serves twice.
 
-    domains, labels: of each phase. shift: the first domain away from home. clips, probe_clips, tune_clips:
-    how many there are. streams: the clips of all phases, in each order. tuning: streams A→X→A. other: clips
-    of the first X. probes: {domain: clips}. probe_at: after how many clips they are scored. shown: which
-    clips of the first stream are drawn.
+    streams: clips (split, index) of all phases, in each order. tuning: streams A→X→A. other: of the first X.
+    probes: {domain: (split, indices)}, scored after probe_at clips. shown: the numbers of clips to be drawn.
+    goals, with --plan: {clips seen by the end of a phase: (its label, planning.Goals)}, pushes up to largest.
     """
 
     def __init__(self, config):
@@ -151,178 +140,127 @@ class Experiment:
         phases, shifts = config['phases'], [split_of(shift) for shift in config['tune_on']]
         self.labels = labels_of(phases)
         self.domains = [domain_of(phase) for phase in phases]
-        away = next((i for i, domain in enumerate(self.domains) if domain != self.domains[0]), 0)
-        self.shift = self.domains[away]
         streamed = [split_of(phase) for phase in phases]
+        probed = dict(zip(self.domains, streamed))
         self.splits = {split: Clips(config['data'], split) for split in {'train', 'val', *streamed, *shifts}}
-        probed = {domain_of(phase): split_of(phase) for phase in phases}
-        self.count(streamed, shifts, probed)
-        taken = Counter()
+        tuned = ['val', 'val'] if shifts else []
+        self.count({'clips': streamed, 'probe_clips': [*probed.values()], 'tune_clips': tuned})
+        n, few = self.clips, self.tune_clips
+        free = {split: list(range(len(clips))) for split, clips in self.splits.items()}
 
         def take(split, count):
-            """The next clips of a split."""
-            taken[split] += count
-            return [(split, i) for i in range(taken[split] - count, taken[split])]
-        n, few = self.clips, self.tune_clips
-        self.streams = [sum((take(split, n) for split in streamed), [])]
-        used = Counter(taken)
-        home = take('val', 2 * few) if shifts else []
-        self.probes = {domain: take(split, self.probe_clips) for domain, split in probed.items()}
-        for number in range(2, config['streams'] + 1):
-            self.streams.append(self.draw(number, streamed, used, taken))
-        others = [[(split, i) for i in range(len(self.splits[split]))] for split in shifts]
+            taken, free[split] = free[split][:count], free[split][count:]
+            return taken
+        first = [(split, i) for split in streamed for i in take(split, n)]
+        home = [(split, i) for split in tuned for i in take(split, few)]
+        others = [[(split, i) for i in free[split]] for split in shifts]
         self.tuning = [home[:few] + other[:2 * few] + home[few:] for other in others]
         self.other = others[0][:25] if others else []
-        # Before the stream and at the end of each phase, too.
-        seen = range(n * len(phases) + 1)
+        self.probes = {domain: (split, take(split, self.probe_clips)) for domain, split in probed.items()}
+        self.streams = [first]
+        for number in range(2, config['streams'] + 1):
+            orders = {}
+            for split in streamed:
+                pool = [i for other, i in first if other == split] + free[split]
+                random = np.random.default_rng([number, zlib.crc32(split.encode())])
+                orders[split] = iter(random.permutation(pool).tolist())
+            self.streams.append([(split, next(orders[split])) for split, _ in first])
+        seen = range(len(first) + 1)
         self.probe_at = [i for i in seen if i % config['probe_every'] == 0 or i % n == 0]
+        self.largest = float(np.linalg.norm(self.splits['train'].actions[:, 0], axis=-1).max())
+        self.goals = {}
+        for i, domain in enumerate(self.domains if config['plan'] else []):
+            split, indices = self.probes[domain]
+            goals = planning.make_goals(self.splits[split], domain, indices, config['device'])
+            self.goals[(i + 1) * n] = self.labels[i], goals
         # The first and the last clips of the first shift, and two from before it.
-        begin = n * away
-        shown = {*range(begin - 2, begin + min(12, n)), *range(begin + n - 5, begin + n)}
+        begin = n * next((i for i, domain in enumerate(self.domains) if domain != self.domains[0]), 0)
         drawable = os.path.exists(os.path.join(folder_of(config['data']), 'decoder.npy'))
-        self.shown = sorted(i for i in shown if i >= 0 and drawable)
-        self.known = all('position' in split.physics for split in self.splits.values())
+        near = [*range(-2, min(12, n)), *range(max(12, n - 5), n)]
+        self.shown = [begin + i for i in near if drawable and begin + i >= 0]
 
-    def count(self, streamed, shifts, probed):
-        """
-        How many clips there are for each phase, tuning and probes: as many as are asked for, if all fit.
-        """
-        name, counts = self.config['data'], {}
-        for option in 'clips', 'probe_clips', 'tune_clips':
-            counts[option] = self.config[option]
-        uses = [(split, 'clips') for split in streamed] + [(split, 'probe_clips') for split in probed.values()]
-        uses += 2 * bool(shifts) * [('val', 'tune_clips')]
+    def count(self, uses):
+        """Set how many clips there are for uses {option: splits}: as many as are asked for, if all fit."""
+        counts = {option: self.config[option] for option in uses}
         for split, clips in self.splits.items():
-            options = [option for other, option in uses if other == split]
+            options = [option for option, splits in uses.items() for other in splits if other == split]
             # Where there are too few, the largest number is lowered.
             while sum(counts[option] for option in options) > len(clips):
                 counts[max(options, key=counts.get)] -= 1
         for option, count in counts.items():
             if not count:
-                refuse(f'data set {name} has too few clips for stream, tuning and probes')
+                refuse(f'data set {self.config["data"]} has too few clips for stream, tuning and probes')
             if count < self.config[option]:
-                print(f'{option} = {count}: data set {name} has no more')
+                print(f'{option} = {count}: data set {self.config["data"]} has no more')
         self.clips, self.probe_clips, self.tune_clips = counts.values()
 
-    def draw(self, number, streamed, used, taken):
-        """
-        Stream `number` (2, 3, ...), drawn from the clips of the first one and those that nothing else
-        takes.
-        """
-        orders = {}
-        for split in streamed:
-            pool = [*range(used[split]), *range(taken[split], len(self.splits[split]))]
-            random = np.random.default_rng([number, zlib.crc32(split.encode())])
-            orders[split] = iter(random.permutation(pool).tolist())
-        return [(split, next(orders[split])) for split in streamed for _ in range(self.clips)]
+    def bare(self, readout=None):
+        """The same without probes, goals and clips to be drawn."""
+        bare = copy.copy(self)
+        bare.probes, bare.goals, bare.shown, bare.readout = {}, {}, [], readout
+        return bare
 
-    def read(self, clips):
-        """Clips [(split, index)] → z (n,T,N,D), a (n,T,A) on the device."""
-        pairs = [self.splits[split][index] for split, index in clips]
-        return tuple(torch.stack(parts).to(self.config['device']) for parts in zip(*pairs))
-
-    def positions(self, clips):
-        """Where the objects of clips are at each step, (n,T,2) metres on the device."""
-        found = [planning.positions(self.splits[split], [index]) for split, index in clips]
-        return torch.cat(found).to(self.config['device'])
+    def read(self, split, indices):
+        """Clips → z (n,T,N,D), a (n,T,A) on the device."""
+        z, a = self.splits[split][indices]
+        return z.to(self.config['device']), a.to(self.config['device'])
 
     @functools.cached_property
     def readout(self):
         """What reads the object's position from features, or None where positions are not known."""
-        return planning.fit_readout(self.splits['train'], self.config['device']) if self.known else None
-
-    @functools.cached_property
-    def goals(self):
-        """With --plan, {clips seen by the end of a phase: (its label, the goals there, the largest push)}."""
-        largest = float(np.linalg.norm(self.splits['train'].actions[:, 0], axis=-1).max())
-        goals = {}
-        for i, domain in enumerate(self.domains if self.config['plan'] else [], 1):
-            split, indices = self.probes[domain][0][0], [index for _, index in self.probes[domain]]
-            made = planning.make_goals(self.splits[split], domain, indices, self.config['device'])
-            goals[i * self.clips] = self.labels[i - 1], made, largest
-        return goals
+        if all('position' in split.physics for split in self.splits.values()):
+            return planning.fit_readout(self.splits['train'], self.config['device'])
 
 
-@functools.cache
-def experiment_of(config):
-    """The Experiment of a resolved config, as JSON text; every process makes it once."""
-    return Experiment(json.loads(config))
+# Every process makes the Experiment of a resolved config, as JSON text, once.
+experiment_of = functools.cache(lambda config: Experiment(json.loads(config)))
 
 
-# ---- the stream
-# ------------------------------------------------------------------------------------------------
+# ---- the stream --------------------------------------------------------------------------------------------
 
-def run_stream(method, streams, experiment, measured=True):
+def run_stream(method, streams):
     """
-    Run one method over the clips of S streams at once, test-then-train: predict, score, look back, note.
+    Run a method over the clips of S streams at once, test-then-train: predict, score, look back.
 
-    method: for S streams, of a class of METHODS. Returns a dict: loss S x n, seconds per clip and stream (n),
-    diagnostics [{name: number} per clip]; if measured also metres S x n, probes {domain: S x len(probe_at)},
-    planning, predicted (K,N,D) of the clips to be shown.
+    Returns loss and metres (S values of each clip), seconds, diagnostics, and what the Experiment asks for:
+    probes {domain: S losses each time}, planning and predicted (K,N,D) of the first stream.
     """
+    experiment = method.experiment
     notes = {name: [] for name in ('loss', 'metres', 'seconds', 'diagnostics', 'planning', 'predicted')}
     notes['probes'] = {domain: [] for domain in experiment.probes}
-    quiet = bool(multiprocessing.parent_process()) or None
-    for i, clips in enumerate(tqdm(list(zip(*streams)), type(method).__name__, leave=False, disable=quiet)):
-        if measured:
-            measure(method, experiment, i, notes)
-        z, a = experiment.read(clips)
+    for i, clips in enumerate([*zip(*streams), None]):
+        if i in experiment.probe_at:
+            for domain, probes in experiment.probes.items():
+                notes['probes'][domain].append(method.score(*probes))
+        if i in experiment.goals:
+            label, goals = experiment.goals[i]
+            distance, ms = planning.plan(method.jump, goals, experiment.largest)
+            notes['planning'].append({'phase': label, 'distance': distance.tolist(), 'ms': ms})
+        if clips is None:
+            return notes
+        z, a = map(torch.cat, zip(*[experiment.read(split, [index]) for split, index in clips]))
         started = time.perf_counter()
         # Left after each clip: within, bfloat16 copies of weights are kept, and hide what has been learned.
         with method.precision:
-            z_hat = method.predict(z[:, None], a[:, None])[:, 0]
+            z_hat = method.predict(z, a)
             loss = feature_loss(z_hat, z[:, method.targets])
             # The clips have been scored. Only now are they shown.
             method.look_back(z, a)
-        # Copied to the CPU, which waits for a GPU.
-        z_hat, loss = z_hat.detach().float(), loss.detach().float()
-        notes['loss'].append(loss.tolist())
-        notes['seconds'].append((time.perf_counter() - started) / len(streams))
+        notes['loss'].append(loss.tolist())     # waits for a GPU
+        notes['seconds'].append((time.perf_counter() - started) / len(clips))
         # Relative to predicting step 1 again: what was not foreseen.
         surprise = loss / feature_loss(z[:, :1], z[:, method.targets]).clamp(min=1e-12)
         notes['diagnostics'].append({'surprise': surprise.mean().item(), **method.diagnostics()})
-        if measured and experiment.readout:
-            off = experiment.readout(z_hat) - experiment.positions(clips)[:, method.targets]
+        z_hat = z_hat.detach().float()
+        if experiment.readout:
+            places = [planning.positions(experiment.splits[split], [index]) for split, index in clips]
+            off = experiment.readout(z_hat) - torch.cat(places).to(z.device)[:, method.targets]
             notes['metres'].append(off.norm(dim=-1).mean(1).tolist())
-        if measured and i in experiment.shown:
+        if i in experiment.shown:
             notes['predicted'].append(z_hat[0].half().cpu().numpy())
-    if measured:
-        measure(method, experiment, len(streams[0]), notes)
-    # One list for each stream.
-    for name in 'loss', 'metres':
-        notes[name] = np.transpose(notes[name]).tolist()
-    notes['probes'] = {domain: np.transpose(losses).tolist() for domain, losses in notes['probes'].items()}
-    return notes
 
 
-def measure(method, experiment, seen, notes):
-    """Score the probes, and plan, where that is due after so many clips."""
-    if seen in experiment.probe_at:
-        for domain, clips in experiment.probes.items():
-            notes['probes'][domain].append(score(method, experiment, clips))
-    if seen in experiment.goals:
-        label, goals, largest = experiment.goals[seen]
-        distance, ms = planning.plan(method.jump, goals, largest)
-        notes['planning'].append({'phase': label, 'distance': distance.tolist(), 'ms': ms})
-
-
-@torch.no_grad()
-def score(method, experiment, clips, at_once=16):
-    """The mean loss of a probe set in each stream, a list (S)."""
-    S = method.streams
-    losses = []
-    for first in range(0, len(clips), at_once):
-        z, a = experiment.read(clips[first:first + at_once])
-        with method.precision:
-            z_hat = method.predict(z.expand(S, *z.shape), a.expand(S, *a.shape))
-            wanted = z[:, method.targets].expand(z_hat.shape)
-            loss = feature_loss(z_hat.flatten(0, 1), wanted.flatten(0, 1))
-        losses.append(loss.float().unflatten(0, (S, -1)))
-    return torch.cat(losses, 1).mean(1).tolist()
-
-
-# ---- rows
-# ------------------------------------------------------------------------------------------------------
+# ---- rows --------------------------------------------------------------------------------------------------
 
 def row_of(checkpoint, method, rate=None, rate_from=''):
     """What is known of a row of the table before it is run."""
@@ -333,123 +271,77 @@ def row_of(checkpoint, method, rate=None, rate_from=''):
 
 
 def rows_of(checkpoint, config):
-    """
-    The rows of a checkpoint in the order of the table. Where their rates are from: '' (the method has
-    none), 'given', 'tuned' (it is None until then), 'default' or 'plan'.
-    """
+    """The rows of a checkpoint. Where rates are from: '' (there is none), given, tuned, default or plan."""
     if checkpoint.name == 'oracle':
         return [row_of(checkpoint, 'frozen')]
     sizes = checkpoint.predictor.sizes
-    given = dict(item.split('=') for item in listed(config['rates']))
-    asked = listed(config['methods'])
+    given, asked = config['rates'], config['methods']
     rows = []
     for name, method in METHODS.items():
         wanted = name in asked or asked == ['all'] or not asked and not method.control
-        if not wanted or not method.fits(sizes) or method.needs_other and not config['tune_on']:
+        # The wrong world is the first that is tuned on.
+        possible = method.fits(sizes) and (name != 'wrong world' or config['tune_on'])
+        if not wanted or not possible:
             continue
         if not method.rates:
             rows.append(row_of(checkpoint, name))
         elif name in given:
             rows.append(row_of(checkpoint, name, float(given[name]), 'given'))
-        elif config['tune_on']:
-            rows.append(row_of(checkpoint, name, None, 'tuned'))
         else:
-            rows.append(row_of(checkpoint, name, method.default[sizes.model], 'default'))
+            rate_from = 'tuned' if config['tune_on'] else 'default'
+            rows.append(row_of(checkpoint, name, method.default[sizes.model], rate_from))
         if name == 'LN-TTA' and sizes.model == 'vit':
             rows.append(row_of(checkpoint, name, PLAN_RATE, 'plan'))
     return rows
 
 
-def run_streams(row, checkpoint, experiment, streams, measured=True):
-    """All streams of a row, as one batch or one after the other → as run_stream; times are of the first."""
-    method = METHODS[row['method']]
-    parts = []
-    for some in [streams] if method.batched else [[stream] for stream in streams]:
-        adapted = method(checkpoint, row['rate'], experiment, len(some))
-        parts.append(run_stream(adapted, some, experiment, measured))
-    whole = parts[0]
-    for part in parts[1:]:
-        whole['loss'] += part['loss']
-        whole['metres'] += part['metres']
-        for domain, losses in part['probes'].items():
-            whole['probes'][domain] += losses
-    return whole
-
-
 def run_row(config, row):
     """Tune one row of the table, run it on all streams, write its file. config: resolved, as JSON text."""
     experiment = experiment_of(config)
-    checkpoint = read_checkpoint(row['path'], row['model'], row['seed'], experiment.config)
+    checkpoint = read_checkpoint(row['path'], experiment.config)
+    method = METHODS[row['method']]
     tried = {}
-    for rate in METHODS[row['method']].rates if row['rate_from'] == 'tuned' else ():
-        trial = run_streams({**row, 'rate': rate}, checkpoint, experiment, experiment.tuning, measured=False)
-        tried[rate] = float(np.nan_to_num(np.mean(trial['loss']), nan=np.inf))
-    if tried:
-        row = {**row, 'rate': min(tried, key=tried.get)}
-    found = run_streams(row, checkpoint, experiment, experiment.streams)
-    predicted = found.pop('predicted')
+    if row['rate_from'] == 'tuned':
+        bare = experiment.bare()
+        for rate in method.rates:
+            losses = [run_stream(method(checkpoint, rate, bare), [stream])['loss'] for stream in bare.tuning]
+            tried[rate] = float(np.nan_to_num(np.mean(losses), nan=np.inf))
+        row['rate'] = min(tried, key=tried.get)
     if not row['model']:
-        # What predicts without a model learns nothing, and where the scene is blank there is no object.
-        found['probes'] = found['planning'] = predicted = {}
-        found['metres'] *= row['method'] != 'blank'
+        # Without a model nothing is learned, and where the scene is blank there is no object.
+        experiment = experiment.bare(experiment.readout if row['method'] == 'copy' else None)
+    found = []
+    for streams in [experiment.streams] if method.batched else [[stream] for stream in experiment.streams]:
+        adapted = method(checkpoint, row['rate'], experiment, len(streams))
+        found.append(run_stream(adapted, streams))
+    # Times, diagnostics, plans and predictions are those of the first.
+    row |= {'tried': tried, **found[0]}
+    predicted = row.pop('predicted')
+
+    def together(values):     # lists (clips, streams) → a list for each stream
+        return np.concatenate(values, 1).T.tolist()
+    row['loss'] = together([notes['loss'] for notes in found])
+    row['metres'] = together([notes['metres'] for notes in found]) if experiment.readout else None
+    for domain in experiment.probes:
+        row['probes'][domain] = together([notes['probes'][domain] for notes in found])
     path = os.path.join(experiment.config['out'], row['file'])
     if predicted:
         arrays = {'numbers': experiment.shown, 'predicted': np.stack(predicted)}
         write_atomically(f'{path}.npz', lambda f: np.savez_compressed(f, **arrays))
-    for name in 'metres', 'planning':
-        found[name] = found[name] or None
-    write_json(f'{path}.json', {**row, 'tried': tried or None, **found})
+    write_atomically(f'{path}.json', lambda f: f.write(json.dumps(row, indent=1).encode()))
 
 
 def run_rows(config, rows):
     """Run the rows that have no file yet, side by side in processes."""
     rows = [row for row in rows if not os.path.exists(os.path.join(config['out'], f'{row["file"]}.json'))]
     processes = config['processes'] or (os.cpu_count() if config['device'] == 'cpu' else 1)
-    text = json.dumps(config)
+    work = functools.partial(run_row, json.dumps(config)), rows
     if processes == 1:
-        for row in tqdm(rows, 'rows', disable=None):
-            run_row(text, row)
+        list(tqdm(map(*work), 'rows', len(rows), disable=None))
         return
     context = multiprocessing.get_context('spawn')
     with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
-        running = [pool.submit(run_row, text, row) for row in rows]
-        for done in tqdm(as_completed(running), 'rows', len(rows), disable=None):
-            done.result()
-
-
-def write_json(path, content):
-    """Write a JSON file, all of it or nothing."""
-    write_atomically(path, lambda f: f.write(json.dumps(content, indent=1).encode()))
-
-
-def describe(experiment, checkpoints, rows):
-    """What run.json says."""
-    about = {name: getattr(experiment, name) for name in ('config', 'labels', 'domains', 'clips', 'probe_at')}
-    about |= {
-        'phases': experiment.config['phases'],
-        'streams': len(experiment.streams),
-        'tuned_on': experiment.config['tune_on'],
-        'shown': [experiment.streams[0][i] for i in experiment.shown],
-        'loss': ' and '.join(sorted({checkpoint.loss for checkpoint in checkpoints})),
-        'target_steps': (checkpoints[0].targets + 1).tolist(),
-        'rows': [f'{row["file"]}.json' for row in rows],
-        'simulator': [],
-    }
-    for label, goals, largest in experiment.goals.values():
-        distance = planning.reached(goals, planning.plan_with_simulator(goals, largest))
-        about['simulator'].append({'phase': label, 'distance': distance.tolist(), 'ms': None})
-    return about
-
-
-def refuse_another(path, config):
-    """Refuses a run.json of another command, naming the first option that differs. Methods may be added."""
-    if not os.path.exists(path):
-        return
-    with open(path, encoding='utf-8') as f:
-        there = json.load(f)['config']
-    for key, value in json.loads(json.dumps(config)).items():
-        if key not in ('methods', 'processes', 'out') and there.get(key) != value:
-            refuse(f'{path} is of another run: {key} = {there.get(key)}, not {value}; name another --out')
+        list(tqdm(pool.map(*work), 'rows', len(rows), disable=None))
 
 
 def main(config):
@@ -462,14 +354,35 @@ def main(config):
     rows = [row_of(nobody, 'copy'), row_of(nobody, 'blank')]
     for checkpoint in checkpoints:
         rows += rows_of(checkpoint, config)
-    unknown = {*listed(config['methods'])} - {'all', *(row['method'] for row in rows)}
-    given = {item.split('=')[0] for item in listed(config['rates'])}
-    for name in sorted(unknown | given - {row['method'] for row in rows if row['rate_from'] == 'given'}):
+    unknown = {*config['methods']} - {'all', *(row['method'] for row in rows)}
+    unused = {*config['rates']} - {row['method'] for row in rows if row['rate_from'] == 'given'}
+    for name in sorted(unknown | unused):
         refuse(f'{name} is no method, or can adapt none of {config["ckpt"]}; there are {", ".join(METHODS)}')
     config['checkpoints'] = [[c.path, c.about['step'], c.about['best']] for c in checkpoints]
-    run = os.path.join(config['out'], 'run.json')
-    refuse_another(run, config)
-    write_json(run, describe(experiment_of(json.dumps(config)), checkpoints, rows))
+    # A run is continued by the same command; methods may be added.
+    path = os.path.join(config['out'], 'run.json')
+    if os.path.exists(path):
+        with open(path, encoding='utf-8') as f:
+            there = json.load(f)['config']
+        for key, value in config.items():
+            if key not in ('methods', 'processes', 'out') and there.get(key) != value:
+                refuse(f'{path} is of another run: {key} = {there.get(key)}, not {value}; name another --out')
+    experiment = experiment_of(json.dumps(config))
+    run = {name: getattr(experiment, name) for name in ('config', 'labels', 'domains', 'clips', 'probe_at')}
+    run |= {
+        'phases': config['phases'],
+        'streams': config['streams'],
+        'tuned_on': config['tune_on'],
+        'shown': [experiment.streams[0][i] for i in experiment.shown],
+        'loss': ' and '.join(sorted({checkpoint.loss for checkpoint in checkpoints})),
+        'target_steps': (checkpoints[0].targets + 1).tolist(),
+        'rows': [f'{row["file"]}.json' for row in rows],
+        'simulator': [],
+    }
+    for label, goals in experiment.goals.values():
+        distance = planning.reached(goals, planning.plan_with_simulator(goals, experiment.largest))
+        run['simulator'].append({'phase': label, 'distance': distance.tolist(), 'ms': None})
+    write_atomically(path, lambda f: f.write(json.dumps(run, indent=1).encode()))
     run_rows(config, rows)
     # Not by the processes of rows, which need no pandas and no matplotlib.
     import report

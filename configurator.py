@@ -30,13 +30,8 @@ def read_knobs(script):
     with open(script, encoding='utf-8') as f:
         lines = f.read().splitlines()
     last = next(number for number, line in enumerate(lines) if 'configure(globals()' in line)
-    knobs = {}
-    for line in lines[:last]:
-        found = re.match(r'(\w+) = (.*?)\s+# (.*)', line)
-        if found:
-            name, default, comment = found.groups()
-            knobs[name] = ast.literal_eval(default), comment
-    return knobs
+    found = [re.match(r'(\w+) = (.*?)\s+# (.*)', line) for line in lines[:last]]
+    return {knob[1]: (ast.literal_eval(knob[2]), knob[3]) for knob in found if knob}
 
 
 def within(value, allowed):
@@ -80,14 +75,11 @@ def read_config(path):
 
 
 def read_flag(arg, knobs):
-    """--name=value, or --name for a knob that is True or False → {name: value}."""
+    """--name=value, or --name for True → {name: value}."""
     name, equals, text = arg[2:].partition('=')
-    default = knobs.get(name, ('',))[0]
-    if isinstance(default, bool) and not equals:
-        text = 'True'
-    elif not equals and name in knobs:
-        refuse(f'{arg}: a value is missing, --{name}=...')
-    if isinstance(default, str):
+    if not equals:
+        return {name: True}
+    if isinstance(knobs.get(name, ('',))[0], str):
         return {name: text}
     try:
         return {name: ast.literal_eval(text)}
@@ -102,7 +94,7 @@ def listed(text):
 
 def configure(scope, argv=None):
     """
-    Override a script's knobs, its globals(), from the command line → {knob: value}; a refusal changes none.
+    Override a script's knobs, its globals(), by the command line → {knob: value}; a refusal changes none.
     """
     knobs = read_knobs(scope['__file__'])
     argv = sys.argv[1:] if argv is None else argv

@@ -44,30 +44,23 @@ class Physics(typing.NamedTuple):
 # In A more than half of the objects must still move by a pixel or more between the first jump target (step 6)
 # and the last (step 8). Otherwise the targets look alike, and a predictor does not learn to use tau.
 DOMAINS = {
-    # The world of training.
-    'A': Physics(mu=0.12, mass=1.0),
-    # The shift under test: less friction and less mass, about twice the displacement.
-    'B': Physics(mu=0.05, mass=0.6),
-    # More friction.
-    'C': Physics(mu=0.25, mass=1.0),
-    # B's friction alone, and B's mass alone.
-    'friction': Physics(mu=0.05, mass=1.0),
-    'mass': Physics(mu=0.12, mass=0.6),
-    # Almost no friction.
-    'ice': Physics(mu=0.01, mass=1.0),
-    # A with a turned camera: pushes are given in another frame than the pictures.
-    'turned': Physics(mu=0.12, mass=1.0, camera=40),
+    'A': Physics(mu=0.12, mass=1.0),                  # the world of training
+    'B': Physics(mu=0.05, mass=0.6),                  # the shift under test: about twice the displacement
+    'C': Physics(mu=0.25, mass=1.0),                  # more friction
+    'friction': Physics(mu=0.05, mass=1.0),           # B's friction alone
+    'mass': Physics(mu=0.12, mass=0.6),               # B's mass alone
+    'ice': Physics(mu=0.01, mass=1.0),                # almost no friction
+    'turned': Physics(mu=0.12, mass=1.0, camera=40),  # pushes are given in another frame than the pictures
 }
-# Objects start where they would stay in view under each of these, whatever the domain. So the start tells
-# nothing of the domain, and a new domain moves no clip. One that slides further needs a wider room, which
-# moves all clips.
+# Objects start where they would stay in view under each of these: so the start tells nothing of the domain,
+# and a new domain moves no clip. One that slides further needs a wider room, which moves all.
 ROOM = Physics(mu=0.05, mass=0.6), Physics(mu=0.12, mass=1.0, camera=40)
 
 
 def displacement(impulse, physics, seconds):
     """
-    Metres slid `seconds` after an impulse in N·s under some Physics (broadcasts over arrays). Coulomb
-    friction: v0 = J/m, constant deceleration mu*g, rest after v0/(mu*g), stopping distance v0^2 / (2 mu g).
+    Metres slid `seconds` after an impulse in N·s (broadcasts): v0 = J/m, constant deceleration mu*g (Coulomb
+    friction), rest after v0/(mu*g) at v0^2 / (2 mu g).
     """
     v0 = impulse / physics.mass
     brake = physics.mu * GRAVITY
@@ -92,9 +85,7 @@ def path(impulse, heading, physics):
 
 
 def places_to_start(radius, window, paths):
-    """
-    Lowest and highest places (n,2) from which objects of radii (n,1) stay in windows (n,1) along all paths.
-    """
+    """Least and greatest places (n,2) where objects, radii (n,1), stay in windows (n,1) on all paths."""
     ends = np.stack([path[:, -1] for path in paths])                   # (paths,n,2)
     low = radius + np.maximum(0, -ends).max(0)
     high = window - radius - np.maximum(0, ends).max(0)
@@ -103,16 +94,14 @@ def places_to_start(radius, window, paths):
 
 def simulate(domain, clips, seed, split, zoom=1):
     """
-    Draw clips of a domain and solve their motion; one independent random stream per (seed, split).
+    Draw clips of a domain and solve their motion; the same (seed, split) gives the same clips.
 
-    Returns a dict of arrays over n = clips: mu (n,), mass (n,) kg, impulse (n,2) N·s as it is given to the
-    predictor, position (n,FRAMES,2) m in the picture, and for render() corners (n,), radius (n,) m, angle
-    (n,) rad, colour (n,3) in 0..1. The object rests during the first time step, so z_1 holds no physics;
-    the impulse acts at the last frame of that step. Refuses a domain in which objects slide out of view.
-
-    zoom: a factor above 1, or one per clip (n,), shows the world from nearer by, through a window of WORLD /
-    zoom. Position and radius are then those in the picture, whose side counts as WORLD; the impulse is as it
-    was. Far motion leaves no room for all of ROOM, so the room is that of this domain alone.
+    Returns arrays over n = clips: mu (n,), mass (n,) kg, impulse (n,2) N·s, position (n,FRAMES,2) m in the
+    picture; for render() corners (n,), radius (n,) m, angle (n,) rad, colour (n,3) in 0..1. Objects rest
+    during the first time step, so z_1 holds no physics; the impulse acts at its last frame. Refuses a domain
+    in which objects slide out of view. zoom: a factor above 1, or one per clip (n,): the world seen through a
+    window of WORLD / zoom, in which position and radius are then given. The room is then that of this domain
+    alone.
     """
     rng = np.random.default_rng([seed, zlib.crc32(split.encode())])
     u = rng.random((clips, 10))
@@ -150,10 +139,8 @@ def simulate(domain, clips, seed, split, zoom=1):
 
 def render(clips, size, device='cpu'):
     """
-    Pictures of simulated clips (the dict of simulate()) → uint8 (n,FRAMES,size,size,3), antialiased.
-
-    Every shape is a regular polygon. Folding the angle maps all of its edges to one, whose signed distance is
-    computed.
+    Pictures of the clips of simulate() → uint8 (n,FRAMES,size,size,3), antialiased. All shapes are regular
+    polygons: folding the angle maps all edges to one, whose signed distance is computed.
     """
     def column(name, *shape):
         return torch.as_tensor(clips[name], dtype=torch.float32, device=device).view(*shape)
@@ -200,9 +187,8 @@ def tubelets(frames, patch):
 
 def pictures(z, decoder, grid, patch):
     """
-    Features turned back into pictures: z (n,N,D) layer-normed, decoder (D+1, 3*TUBELET*patch*patch) as
-    prepare.py fitted it, grid (rows, columns) with rows*columns = N → float (n,H,W,3) in [0,1], the last
-    frame of the step.
+    Features turned back into pictures: z (n,N,D) layer-normed, decoder (D+1, 3*TUBELET*patch*patch) of
+    prepare.py, grid (rows, columns) → float (n,H,W,3) in [0,1], the last frame of the step.
     """
     n = len(z)
     rows, columns = grid
@@ -242,18 +228,18 @@ def has_split(name, split):
 
 
 def make_slide(name):
-    """Have prepare.py make data/slide, the default data set, where that is asked for and is missing."""
-    if name == 'slide' and not os.path.isfile(os.path.join(folder_of(name), 'train.npy')):
+    """Have prepare.py make data/slide, the default data set, if that is asked for and not whole."""
+    if name == 'slide' and not os.path.isfile(os.path.join(folder_of(name), 'decoder.npy')):
         print('preparing data/slide first (built-in physics, nothing is downloaded)', flush=True)
         subprocess.run([sys.executable, os.path.join(ROOT, 'prepare.py')], check=True)
 
 
 class Clips:
     """
-    Splits of a data set, one after the other, read from disk on demand: clips[indices] → z (b,T,N,D), a
-    (b,T,A); a number gives one clip. Further: .actions (n,T,A) float32, .states (n,T,S) float32 or None,
-    .physics (dict of arrays, empty for several splits), .meta and .several_pushes (whether any clip has a
-    push after step 1). Refuses a split that is missing or damaged.
+    Splits of a data set, joined, read from disk on demand: clips[indices] → z (b,T,N,D), a (b,T,A); a number
+    gives one clip. .actions (n,T,A) and .states (n,T,S or None) float32, .physics (arrays of simulate(),
+    empty for several splits), .meta, .several_pushes (whether any clip has a push after step 1). Refuses a
+    split that is missing or damaged.
     """
 
     def __init__(self, name, *splits):
@@ -264,7 +250,7 @@ class Clips:
         self.features, arrays = [], []
         for split in splits:
             if not has_split(name, split):
-                refuse(f'data set {name} has no split {split!r}; prepare.py, run as before, makes it if it can')
+                refuse(f'data set {name} has no split {split!r}; run prepare.py as before to make it')
             paths = self.meta.get('files', {}).get(split)
             self.features.append(paths or self.load(f'{self.folder}/{split}.npy'))
             arrays.append(dict(self.load(f'{self.folder}/{split}.npz')))
@@ -281,13 +267,13 @@ class Clips:
         try:
             return np.load(path, mmap_mode='r')
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            refuse(f'{path} is damaged or missing ({error}); restore it, or delete it and run prepare.py again')
+            refuse(f'{path} is damaged or missing ({error}); delete the split, run prepare.py again')
 
     def __len__(self):
         return len(self.actions)
 
     def __getitem__(self, indices):
-        """Features z, float32, layer-normed without affine (eps 1e-5), and actions a, float32: see Clips."""
+        """z, float32, layer-normed without affine (eps 1e-5), and a, float32: see Clips."""
         chosen = np.arange(len(self))[indices]
         features, a, _ = self.stored(np.atleast_1d(chosen))
         z = normed(features)
@@ -295,9 +281,8 @@ class Clips:
 
     def stored(self, clips, pinned=False):
         """
-        Clips (b,) as they are stored: features (b,T,N,D) float16, of which normed() makes z, actions
-        (b,T,A) and states (b,T,S), or None. pinned: in memory from which a GPU can copy them without
-        waiting. Refuses features that are not finite.
+        Clips (b,) as they are stored → features (b,T,N,D) float16, actions (b,T,A), states (b,T,S) or None.
+        pinned: in memory that a GPU can copy from without waiting. Refuses features that are not finite.
         """
         clips = np.asarray(clips)
         features = torch.empty(len(clips), *self.meta['shape'], dtype=torch.float16, pin_memory=pinned)
@@ -312,9 +297,7 @@ class Clips:
         return features, torch.from_numpy(self.actions[clips]), states
 
     def read(self, split, rows):
-        """
-        Features (b,T,N,D) of rows of a split. Own files are opened one by one, as there may be thousands.
-        """
+        """Features (b,T,N,D) of rows of a split; own files are opened one by one, as there may be many."""
         features = self.features[split]
         if not isinstance(features, list):
             return features[rows]
@@ -331,7 +314,6 @@ def normed(features):
 def batch_indices(clips, batch_size, seed, number):
     """
     Indices (batch_size,) of batch `number` of an endless pass in random order, a fresh permutation per epoch.
-
     It depends on its arguments only, so a resumed run draws the same clips without a saved position.
     """
     first = number * batch_size
@@ -345,9 +327,7 @@ def batch_indices(clips, batch_size, seed, number):
 
 
 def read_ahead(batches):
-    """
-    Go through an iterator of batches, the next of which is read in a thread while the present one is used.
-    """
+    """Go through an iterator of batches; the next is read in a thread while the present one is used."""
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(next, batches, None)
         while (batch := coming.result()) is not None:

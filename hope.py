@@ -1,6 +1,6 @@
 """
-AC-HOPE-ViT: model.Predictor with HopeBlock, which has a self-modifying Titan memory and the Continuum Memory
-System (CMS). And for either predictor an action memory, which learns what a push means in the present world.
+AC-HOPE-ViT: model.Predictor with a Titan memory and a Continuum Memory System (CMS) in each block. And an
+action memory for either predictor: what a push does in the present world.
 
     predictor = build(sizes)                                    # ViT-AC or AC-HOPE-ViT, as the sizes say
     predictor, checkpoint = load('out/hope.pt')                 # in eval mode
@@ -53,30 +53,24 @@ class TitanMemory(nn.Module):
         self.sizes = sizes
         self.qkv = nn.Linear(width, 3 * width)     # the query, the input of M_k and the input of M_v
         if sizes.conv:
-            # Zero-initialised: starts as a no-op.
             self.conv = nn.Conv2d(width, width, 3, padding=1, groups=width)
-            nn.init.zeros_(self.conv.weight)
+            nn.init.zeros_(self.conv.weight)       # starts as a no-op
             nn.init.zeros_(self.conv.bias)
         self.proj = nn.Linear(width, width)
         identity = F.pad(torch.eye(d).repeat(3, 1), (0, 0, 0, 2))      # (3d+2,d)
-        noise = torch.randn(heads, 3 * d + 2, d)
-        self.memory = nn.Parameter(identity + 0.02 * noise)
-        # Keeps the query of an all-zero token (no action) away from zero. Without it the token would stay
-        # exactly zero through all blocks, and LayerNorm's gradient at zero, 1/sqrt(eps), overflows within a
-        # dozen blocks.
+        self.memory = nn.Parameter(identity + 0.02 * torch.randn(heads, 3 * d + 2, d))
+        # Without it an all-zero token (no action) would stay exactly zero through all blocks, and LayerNorm's
+        # gradient at zero, 1/sqrt(eps), overflows within a dozen of them.
         self.query_bias = nn.Parameter(0.02 * torch.randn(heads, 1, d))
-        # softplus(2) = 2.1, so a write corrects 2/3 of the error.
-        self.eta_bias = nn.Parameter(torch.full((heads, 1), 2.0))
-        # Retention is exp(-softplus(-4)) = 0.98 per step and 0.86 over a clip of 8 steps. At 0.5 per step
-        # less than 1 % of a write would be left after a clip.
+        self.eta_bias = nn.Parameter(torch.full((heads, 1), 2.0))      # softplus(2) = 2.1: corrects 2/3
+        # Retention is exp(-softplus(-4)) = 0.98 a step, 0.86 over 8. At 0.5, a clip would leave under 1 %.
         self.alpha_bias = nn.Parameter(torch.full((heads, 1), -4.0))
         if sizes.surprise:
             self.gate_bias = nn.Parameter(torch.full((heads, 1), -2.0))
         # Which rows are those of k, of v, of mem, and of eta and alpha, (3d+2,4).
-        column, pair = torch.ones(d, 1), torch.ones(2, 1)
-        members = torch.block_diag(column, column, column, pair)
+        members = torch.block_diag(*[torch.ones(rows, 1) for rows in (d, d, d, 2)])
         self.register_buffer('members', members, persistent=False)
-        self.diagnostics = None        # if it is set to a list, every write appends a dict
+        self.diagnostics = None                    # if it is set to a list, every write appends a dict
 
     def forward(self, x, rope, memory=None):
         """x (B,T,P,C), rope: see Predictor.rope, memory: state or None → y (B,T,P,C), state to go on from."""
@@ -89,8 +83,7 @@ class TitanMemory(nn.Module):
         q, k_in, v_in = qkv.contiguous()                               # each (T,B,H,P,d)
         rope_q, rope_k = rope
         y = []
-        # In bfloat16 a memory would lose small writes.
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):             # bfloat16 would lose small writes
             q = rotate(unit(q + self.query_bias), by_step(rope_q, T))
             learned = self.learned(B)
             weights = learned['start']
@@ -146,22 +139,15 @@ class TitanMemory(nn.Module):
         return x.bmm(part.mT)
 
     def write(self, M, k_in, v_in, rope):
-        """
-        Write one chunk of P tokens, k_in and v_in (G,P,d) → the weights after it.
-
-        k, v, eta, alpha, the self-generated targets t = M_c(v) and the gradient are taken at the chunk's
-        start M_c (Eq. 90). The write rate grows with the surprise, which is the retrieval error |M_mem k -
-        t|^2.
-        """
+        """Write P tokens, k_in and v_in (G,P,d), all as M sees them at the start (Eq. 90) → new weights."""
         d = k_in.shape[-1]
         k = rotate(unit(self.read(M['k'], k_in)), rope)
         rates = F.softplus(self.read(M['rates'], k_in) + M['biases'])
         eta, alpha = rates.unbind(-1)                                  # (G,P)
-        # With a sum in place of the mean, more patches would mean less retention.
-        retained = torch.exp(-alpha.mean(-1))[:, None, None]
+        retained = torch.exp(-alpha.mean(-1))[:, None, None]           # a mean: P must not matter
         target = self.targets(M, v_in)
-        error = self.read(M['mem'], k) - target[..., 2 * d:3 * d]
-        surprise = error.square().sum(-1)                              # (G,P)
+        error = self.read(M['mem'], k) - target[..., 2 * d:-2]
+        surprise = error.square().sum(-1)                              # (G,P), raises the write rate
         gate = torch.ones_like(surprise)
         if self.sizes.surprise:
             gate = surprise / (surprise + M['gate'])
@@ -181,8 +167,7 @@ class TitanMemory(nn.Module):
         if not self.sizes.self_targets:
             return F.pad(v.repeat(1, 1, 3), (0, 2))
         target = self.read(M['all'], v)
-        # Targets longer than 1 are scaled to unit length. Otherwise P keys with the same target M(v) could
-        # make the memory grow by up to sqrt(P) a step.
+        # Unless cut to length 1, one target of P keys could make the memory grow by up to sqrt(P) a step.
         squared_length = target.square() @ self.members
         scale = squared_length.clamp(min=1).rsqrt()
         return target * (scale @ self.members.mT)
@@ -196,8 +181,7 @@ class TitanMemory(nn.Module):
         new = self.proximal(kept, k, eta, wanted)
         if self.sizes.self_targets:
             return new
-        # v itself has no components for eta and alpha.
-        return torch.cat([new[:, :-2], M['weights'][:, -2:]], 1)
+        return torch.cat([new[:, :-2], M['weights'][:, -2:]], 1)       # v has none for eta and alpha
 
     def proximal(self, kept, keys, eta, wanted):
         """
@@ -212,8 +196,7 @@ class TitanMemory(nn.Module):
         """
         Ek = eta[..., None] * keys
         identity = torch.eye(keys.shape[-1], device=keys.device, dtype=keys.dtype)
-        # Positive definite: the identity plus a Gram matrix.
-        gram = torch.baddbmm(identity, keys.mT, Ek)
+        gram = torch.baddbmm(identity, keys.mT, Ek)                    # positive definite
         right_side = torch.baddbmm(kept, wanted.mT, Ek)
         inverse, _ = torch.linalg.inv_ex(gram)
         return right_side.bmm(inverse)
@@ -224,11 +207,9 @@ class TwoLayerTitanMemory(TitanMemory):
     The paper's memory of two layers (Eq. 89): M(x) = M_0 x + W1 tanh(W2 x) / sqrt(h), with h = memory_hidden.
 
     W1 and W2 are fast weights, M_0 is an ordinary parameter. All five memories share the hidden layer. The
-    state (B,H,3d+2+d,h) is the change of W1 above that of the transpose of W2.
-
-    Two things keep a rounding error from growing a thousandfold over a clip. The hidden activations, the keys
-    of W1, are divided by sqrt(h), so that they have at most unit length. The gradient at the hidden layer is
-    divided by one plus the squared norm of its Jacobian, because a full step overshoots once W1 has grown.
+    state (B,H,3d+2+d,h) is the change of W1 above that of the transpose of W2. Two
+    things keep a rounding error from growing a thousandfold over a clip: sqrt(h) bounds the keys of W1, and
+    the gradient at the hidden layer is bounded, because a full step overshoots once W1 has grown.
     """
 
     def __init__(self, sizes):
@@ -265,13 +246,11 @@ class TwoLayerTitanMemory(TitanMemory):
         z = k.bmm(w2)
         hidden = self.hidden(z)
         output = hidden.bmm(w1.mT)
-        # The gradient of 1/2 |M(k) - t|^2 at the output of W1.
+        # The gradients of 1/2 |M(k) - t|^2 at the outputs of W1 and, bounded, of W2.
         gradient1 = k.bmm(M['M_0'].mT) + output - target
         slope = (1 - z.tanh().square()) / z.shape[-1] ** 0.5
-        # The squared norm of the Jacobian, (G,P,1).
         jacobian = slope.square() * w1.square().sum(1, keepdim=True)
-        jacobian = jacobian.sum(-1, keepdim=True)
-        # The gradient at the output of W2, bounded.
+        jacobian = jacobian.sum(-1, keepdim=True)                      # its squared norm, (G,P,1)
         gradient2 = gradient1.bmm(w1) * slope / (1 + jacobian)
         wanted1 = -gradient1
         wanted2 = -gradient2
@@ -286,11 +265,9 @@ class TwoLayerTitanMemory(TitanMemory):
 class InverseDynamics(nn.Module):
     """
     Which push explains what was seen: reads it from the features of a clip alone, never from the action.
-
-    A linear map of every patch with a learned place, eight softmax-pooled slots a step, an MLP over the
-    steps. Trained on phase A (ActionMemory.loss), it answers in terms of A: in a lighter world it reads a
-    stronger push. It reads the first `steps` steps of a clip; those that are missing at the end count as
-    zeros.
+    A linear map of every patch with a learned place, eight softmax-pooled slots a step, an MLP over the first
+    `steps` steps; missing ones count as zeros. Trained on phase A (ActionMemory.loss), it answers in terms of
+    A: in a lighter world it reads a stronger push.
     """
 
     def __init__(self, sizes, channels=48, slots=8, step_size=32, hidden=128):
@@ -300,8 +277,7 @@ class InverseDynamics(nn.Module):
         self.embed = nn.Linear(sizes.feature_dim, channels)
         self.place = nn.Parameter(0.02 * torch.randn(rows * columns, channels))
         self.query = nn.Linear(channels, slots)
-        # Linear, so that the MLP can subtract positions at different steps.
-        self.step = nn.Linear(slots * channels, step_size)
+        self.step = nn.Linear(slots * channels, step_size)     # the MLP can subtract positions of two steps
         self.mlp = nn.Sequential(
             nn.Linear(self.steps * step_size, hidden),
             nn.GELU(),
@@ -311,10 +287,8 @@ class InverseDynamics(nn.Module):
 
     def forward(self, z, shown=None):
         """z (B,T,N,D), shown (B,): how many of the steps count, None for all → push (B,A), in mean pushes."""
-        z = z[:, :self.steps]
         T = z.shape[1]
-        # Patches are pooled before they are embedded: both are linear, and there are fewer slots than
-        # patches.
+        # Pooled before embedded: both are linear, and there are fewer slots than patches.
         place = self.place + self.embed.bias                           # (N,channels)
         scores = F.linear(z, self.query.weight @ self.embed.weight) + self.query(place)
         weights = scores.mT.softmax(-1)                                # (B,T,slots,N)
@@ -323,14 +297,13 @@ class InverseDynamics(nn.Module):
         if shown is not None:
             counts = torch.arange(T, device=z.device) < shown[:, None]
             x = x * counts[..., None]
-        x = F.pad(x, (0, 0, 0, self.steps - T))
+        x = F.pad(x, (0, 0, 0, self.steps - T))                        # cuts, too, where T is larger
         return self.mlp(x.flatten(1))
 
 
 class ActionMemory(nn.Module):
     """
-    What a push means in this world: an associative memory from the push that was given to the push that was
-    seen.
+    What a push means in this world: an associative memory from the push that was given to the push seen.
 
     The predictor gets M a in place of the action a, and the action reaches it in no other way. M starts as
     the identity, which is right in the world of training. Each clip that is shown writes one association, by
@@ -343,8 +316,7 @@ class ActionMemory(nn.Module):
     turn it (the first half) and, through friction, to take away a constant amount along it (the second half).
 
     The retention alpha is small where the memory is surprised, so that what is contradicted is forgotten, and
-    where the push as it was given explains the clip better than the memory does, as back in the world of
-    training:
+    where the push as given explains the clip better than the memory does, as back in the world of training:
 
         alpha = min(1, e_0 / e)^2 / (1 + (e / SURPRISE)^2),   e = |seen - M a| / |a|,   e_0 = |seen - a| / |a|
 
@@ -355,14 +327,9 @@ class ActionMemory(nn.Module):
 
     def __init__(self, sizes):
         super().__init__()
-        self.action_dim = sizes.action_dim
         self.inverse = InverseDynamics(sizes)
         self.register_buffer('scale', torch.ones(()))      # mean length of a push in training
         self.diagnostics = None        # if it is set to a list, every write appends a dict
-
-    def start(self, clips):
-        """The state of new clips, (clips,2A,3A)."""
-        return self.scale.new_zeros(clips, 2 * self.action_dim, 3 * self.action_dim)
 
     def key(self, a):
         """Pushes a (...,A) → keys (...,2A) of unit length, and lengths (...,1) that multiply M's outputs."""
@@ -383,12 +350,6 @@ class ActionMemory(nn.Module):
         M, _ = torch.linalg.solve_ex(identity + S, start + Yt)
         return M.mT
 
-    def state_of(self, M):
-        """The state (1,2A,3A) whose matrix is M (A,2A), as if known in advance."""
-        A = len(M)
-        change = M.mT - torch.eye(2 * A, A, device=M.device, dtype=M.dtype)
-        return F.pad(change, (2 * A, 0))[None]
-
     def forward(self, a, state):
         """M a: pushes a (B,T,A) as given, state (B,2A,3A) or None → pushes (B,T,A) as they will be seen."""
         if state is None:
@@ -397,17 +358,11 @@ class ActionMemory(nn.Module):
             key, length = self.key(a)
             return length * (key @ self.matrix(state).mT)
 
-    def after(self, z, a, tau, state):
-        """The state after an input of the predictor: a jump only reads, and a single step shows no motion."""
-        if tau is None and z.shape[1] > 1:
-            return self.write(z, a[:, 0], state)
-        return self.start(len(z)) if state is None else state
-
     @torch.no_grad()
     def write(self, z, a, state=None):
         """Show clips z (B,T,N,D) with the pushes a (B,A) that were given → state; a = 0 changes nothing."""
         if state is None:
-            state = self.start(len(z))
+            state = self.scale.new_zeros(len(a), 2 * a.shape[1], 3 * a.shape[1])
         with torch.autocast(z.device.type, enabled=False):
             seen = self.inverse(z.to(self.scale.dtype)) * self.scale
             key, length = self.key(a)
@@ -423,21 +378,11 @@ class ActionMemory(nn.Module):
             association = key[:, :, None] * pair[:, None]              # (B,2A,3A)
             new = retention[:, None, None] * state + self.WRITE_RATE * association
         if self.diagnostics is not None:
-            gain, angle = self.gain_and_angle(new)
             self.diagnostics.append({
                 'surprise': surprise.mean(),
                 'retention': retention.mean(),
-                'gain': gain.mean(),
-                'angle': angle.mean(),
             })
         return new
-
-    def gain_and_angle(self, state):
-        """By how much M multiplies a push of mean length, and turns it in degrees → (B,), (B,)."""
-        M = sum(self.matrix(state).chunk(2, -1))                       # (B,A,A)
-        gain = M.norm(dim=(1, 2)) / self.action_dim ** 0.5
-        angle = torch.atan2(M[:, -1, 0] - M[:, 0, -1], M[:, 0, 0] + M[:, -1, -1])
-        return gain, angle.rad2deg()
 
     def loss(self, z, a, shown=None):
         """How far the inverse is from the pushes a[:, 0], in mean pushes; z and shown as there → scalar."""
@@ -448,10 +393,7 @@ class ActionMemory(nn.Module):
 
 
 class CMS(nn.Module):
-    """
-    Continuum Memory System: a chain of residual MLPs, fast to slow (Eq. 70), which process every token. They
-    differ in how often their weights are written online (CMSWriter).
-    """
+    """Continuum Memory System: a chain of residual MLPs (Eq. 70), whose paces of writing CMSWriter sets."""
 
     def __init__(self, width, hidden, levels):
         super().__init__()
@@ -473,17 +415,13 @@ class CMSWriter:
         z_hat, memory = writer(z, a, tau=tau)      the predictor with the written weights
         writer.tick(loss, initial_loss)            after the look-back at a clip
 
-    The predictor's own weights stay as they are; the written ones are .weights, {name: tensor}. Level l is
-    written when the tick counter is a multiple of its period C_l (Eq. 71):
+    The predictor's own weights stay as they are. Level l is written at every C_l-th tick (Eq. 71):
 
         change_l <- change_l - rate / C_l * sum of the gradients of L since the last write
 
-    so a slow level steps along the mean gradient of its window. L = loss^2 / 2, so its gradient is the loss
-    times the gradient of the loss: a clip that is predicted well causes hardly any write.
-
-    At every tick all changes and sums are multiplied by an earned retention, min(1, L_0 / L)^2, where L_0 is
-    the L of the unwritten weights on the same clip. Writes that help are kept in full. When the old world is
-    back, the written weights predict worse, and the writes are forgotten within two clips.
+    L is loss^2 / 2: a clip that is predicted well causes hardly any write. At every tick changes and sums are
+    multiplied by an earned retention, min(1, L_0 / L)^2, with the L_0 of the unwritten weights. Writes that
+    help are kept; back in the old world they are soon forgotten.
     """
 
     def __init__(self, predictor, rate):
@@ -497,13 +435,11 @@ class CMSWriter:
         self.initial = {name: p.detach() for name, p in named if '.cms.levels.' in name}
         self.changes = {name: torch.zeros_like(p) for name, p in self.initial.items()}
         self.sums = dict(self.changes)
-        # The names of the weights of each level, in all blocks.
         self.levels = [[name for name in self.initial if f'.cms.levels.{i}.' in name]
                        for i in range(len(self.periods))]
         self.refresh()
 
     def __call__(self, *args, **kwargs):
-        """The predictor's forward with the written weights."""
         return torch.func.functional_call(self.predictor, self.weights, args, kwargs)
 
     def tick(self, loss, initial_loss):

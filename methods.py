@@ -1,11 +1,10 @@
 """
-The methods of adaptation: one short class each, and one line of METHODS.
+The methods of adaptation, a short class each. To add one, derive a class from Method, say in look_back()
+what it learns, and add its line to METHODS.
 
     method = METHODS['memory'](checkpoint)            # see adapt.Checkpoint
-    z_hat = method.predict(z[:, None], a[:, None])    # z (S,T,N,D), a (S,T,A): a clip of each of S streams
-    method.look_back(z, a)                            # the clips have been scored: learn from them
-
-To add a method, derive a class from Method, say in look_back() what it learns, and add its line to METHODS.
+    z_hat = method.predict(z, a)                      # z (S,T,N,D), a (S,T,A): the next clip of S streams
+    method.look_back(z, a)                            # they have been scored: learn from them
 """
 import copy
 
@@ -19,19 +18,17 @@ from model import LOSSES, feature_loss, repeated, teacher_forcing_loss
 
 class Method:
     """
-    What all methods have in common: a copy of the checkpoint's predictor, and how clips are predicted.
+    The checkpoint as it is, and what all methods have in common: a copy of it, and how clips are predicted.
 
     rates: the learning rates that tuning tries, () = it has none; default: {model: the rate without tuning}.
-    batched: all streams run as one batch; a method that learns by gradients adapts one stream.
     control: it is run only where it is asked for, and may know from adapt.Experiment what no method can know.
-    needs_other: it needs clips of a shift to tune on. fits: whether it can run on these model.Sizes.
+    batched: its streams run as one batch; a method that learns by gradients adapts one stream.
     """
     rates = ()
-    default = {}
-    batched = True
+    default = {'vit': None, 'hope': None}
     control = False
-    needs_other = False
-    fits = staticmethod(lambda sizes: True)
+    batched = True
+    fits = classmethod(lambda method, sizes: sizes.model in method.default)    # model.Sizes it can run on
 
     def __init__(self, checkpoint, rate=None, experiment=None, streams=1):
         self.rate, self.experiment, self.streams = rate, experiment, streams
@@ -39,38 +36,39 @@ class Method:
         self.targets = checkpoint.targets
         self.precision = checkpoint.precision
         self.predictor = copy.deepcopy(checkpoint.predictor).requires_grad_(False)
-        # What predicts: the predictor, or the same with written weights.
-        self.net = self.predictor
-        # That of every stream, as the predictor takes it.
-        self.memory = None
+        self.net = self.predictor    # what predicts: the same with written weights, where a method writes
+        self.memory = None           # that of each stream, as the predictor takes it
         self.start()
 
     def start(self):
         """What a method needs before the first clip."""
 
     def predict(self, z, a, targets=None):
-        """
-        Predict b clips for each stream, z (S,b,T,N,D), a (S,b,T,A), from step 1 and the action alone.
-
-        targets (K,): the steps to predict, 0-based; None for those of training → z_hat (S,b,K,N,D).
-        """
+        """Clips z (S*b,T,N,D), a (S*b,T,A), b a stream, at targets (K,) from z_1, a_1 alone → (S*b,K,N,D)."""
         targets = self.targets if targets is None else targets
-        b = z.shape[1]
-        memory = repeated(self.memory, b)
-        z_hat = self.loss.predict(self.net, z.flatten(0, 1), a.flatten(0, 1), targets, memory)
+        memory = repeated(self.memory, len(z) // self.streams)
         # Kept, with its graph, for look_back().
-        self.z_hat = z_hat.unflatten(0, (-1, b))
+        self.z_hat = self.loss.predict(self.net, z, a, targets, memory)
         return self.z_hat
 
     @torch.no_grad()
     def jump(self, z, push):
-        """
-        The last step of clips z (b,1,N,D) after pushes (b,A), as the first stream predicts it → (b,N,D).
-        """
-        # A rollout has an action at every step.
-        a = F.pad(push[:, None], (0, 0, 0, int(self.targets[-1])))
+        """The last step of clips z (b,1,N,D) after pushes (b,A) → (b,N,D)."""
+        a = F.pad(push[:, None], (0, 0, 0, int(self.targets[-1])))    # a rollout has one at every step
         with self.precision:
-            return self.predict(z[None], a[None], self.targets[-1:])[0, :, 0]
+            return self.predict(z, a, self.targets[-1:])[:, 0]
+
+    @torch.no_grad()
+    def score(self, split, indices, at_once=16):
+        """What each stream loses on clips that are not shown, a list of S means."""
+        losses = []
+        for first in range(0, len(indices), at_once):
+            z, a = self.experiment.read(split, indices[first:first + at_once])
+            z, a = z.repeat(self.streams, 1, 1, 1), a.repeat(self.streams, 1, 1)
+            with self.precision:
+                loss = feature_loss(self.predict(z, a), z[:, self.targets])
+            losses.append(loss.float().view(self.streams, -1))
+        return torch.cat(losses, 1).mean(1).tolist()
 
     def look_back(self, z, a):
         """Learn from the clips that were predicted last, one of each stream: z (S,T,N,D), a (S,T,A)."""
@@ -81,28 +79,28 @@ class Method:
 
     def losses(self, z, a):
         """Of the last clip, two scalars: the loss, with its graph, and that of the weights as trained."""
-        loss = feature_loss(self.z_hat[:, 0], z[:, self.targets])
+        loss = feature_loss(self.z_hat, z[:, self.targets])
         with torch.no_grad():
             unwritten = self.loss.predict(self.predictor, z, a, self.targets)
         return loss[0], feature_loss(unwritten, z[:, self.targets])[0]
 
 
-class Frozen(Method):
-    """The checkpoint as it is."""
-
-
 class TTA(Method):
-    """
-    Test-time adaptation as in tent (Wang et al., 2021): a step of Adam a clip, on its prediction's loss.
-    """
+    """As in tent (Wang et al., 2021): a step of Adam a clip, on its prediction's loss, on every parameter."""
+    rates = 1e-5, 3e-5, 1e-4, 3e-4
+    default = {'vit': 1e-5}
     batched = False
+    adapts = torch.nn.Module     # the kind of modules whose parameters are adapted
 
     def start(self):
-        self.parameters = [p.requires_grad_(True) for p in self.adapts(self.predictor)]
+        for module in self.predictor.modules():
+            if isinstance(module, self.adapts):
+                module.requires_grad_(True)
+        self.parameters = [p for p in self.predictor.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.parameters, lr=self.rate)
 
     def look_back(self, z, a):
-        loss = feature_loss(self.z_hat[:, 0], z[:, self.targets]).mean()
+        loss = feature_loss(self.z_hat, z[:, self.targets]).mean()
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -113,19 +111,7 @@ class LNTTA(TTA):
     """TTA of the gain and bias of every LayerNorm."""
     rates = 1e-3, 3e-3, 1e-2, 3e-2
     default = {'vit': 3e-3, 'hope': 1e-2}
-
-    @staticmethod
-    def adapts(net):
-        norms = [module for module in net.modules() if isinstance(module, torch.nn.LayerNorm)]
-        return [p for norm in norms for p in norm.parameters()]
-
-
-class FullTTA(TTA):
-    """TTA of every parameter."""
-    rates = 1e-5, 3e-5, 1e-4, 3e-4
-    default = {'vit': 1e-5}
-    fits = staticmethod(lambda sizes: sizes.model == 'vit')
-    adapts = staticmethod(lambda net: net.parameters())
+    adapts = torch.nn.LayerNorm
 
 
 class CMS(Method):
@@ -133,7 +119,6 @@ class CMS(Method):
     rates = 3.0, 10.0, 30.0, 100.0
     default = {'hope': 10.0}
     batched = False
-    fits = staticmethod(lambda sizes: sizes.model == 'hope')
 
     def start(self):
         self.net = CMSWriter(self.predictor, self.rate)
@@ -153,49 +138,39 @@ class Memory(Method):
     fits = staticmethod(lambda sizes: sizes.action_memory)
 
     def look_back(self, z, a):
-        self.write(z, a[:, 0])
-
-    def write(self, z, push):
-        """Show clips z (S,T,N,D) with the pushes (S,A): teacher forcing shows all steps but the last."""
         layer = self.predictor.action_memory
         layer.diagnostics = []
-        state = self.memory['action'] if self.memory else None
-        self.memory = {'action': layer.write(z[:, :-1], push, state)}
+        state = self.memory and self.memory['action']
+        self.memory = {'action': layer.write(z[:, :-1], a[:, 0], state)}    # as teacher forcing writes
 
     def diagnostics(self):
-        seen = {}
-        for report in self.predictor.action_memory.diagnostics or []:
-            seen |= {f'{key}, action memory': value.item() for key, value in report.items()}
-        return seen
+        report = self.predictor.action_memory.diagnostics[-1]
+        return {f'{key}, action memory': value.item() for key, value in report.items()}
 
 
 class TitanMemory(Method):
-    """
-    HOPE's Titan memories are carried from clip to clip, without the action memory. A clip is shown as in
-    training. The rate is the share of its state that a memory keeps for the next clip.
-    """
+    """HOPE's Titan memories, shown clips as in training. The rate is the share that is kept for the next."""
     rates = 0.05, 0.2, 0.5, 1.0
     default = {'hope': 0.05}
     fits = staticmethod(lambda sizes: sizes.model == 'hope' and sizes.mixer != 'attention')
 
-    @torch.no_grad()
     def look_back(self, z, a):
-        self.titans = [block.titan for block in self.predictor.predictor_blocks]
-        for titan in self.titans:
-            titan.diagnostics = []
+        for block in self.predictor.predictor_blocks:
+            block.titan.diagnostics = []
         _, memory = teacher_forcing_loss(self.predictor, z, a, self.memory)
         self.memory = {'titan': [self.rate * state for state in memory['titan']]}
 
     def diagnostics(self):
         seen = {}
-        for b, titan in enumerate(self.titans, 1):
-            for key in titan.diagnostics[0]:
-                steps = torch.stack([step[key] for step in titan.diagnostics])
-                seen[f'{key}, block {b}'] = steps.mean().item()
+        for b, block in enumerate(self.predictor.predictor_blocks, 1):
+            steps = block.titan.diagnostics
+            for key in steps[0]:
+                mean = torch.stack([step[key] for step in steps]).mean()
+                seen[f'{key}, block {b}'] = mean.item()
         return seen
 
 
-# ---- controls: what could refute that a memory which sees the clips is what helps
+# ---- controls: what could refute that a memory which sees the clips is what helps --------------------------
 
 class GainWriter(Method):
     """One number by which every push is multiplied, written by the rule of the CMS, for any model."""
@@ -213,9 +188,8 @@ class GainWriter(Method):
     def look_back(self, z, a):
         loss, unwritten = self.losses(z, a)
         gradient, = torch.autograd.grad(loss.square() / 2, self.change)
-        with torch.no_grad():
-            kept = earned_retention(loss, unwritten) * self.change
-            self.change.copy_(kept - self.rate * gradient)
+        kept = earned_retention(loss, unwritten) * self.change
+        self.change = (kept - self.rate * gradient).detach().requires_grad_()
 
     def diagnostics(self):
         return {'gain, written': 1 + self.change.item()}
@@ -224,14 +198,12 @@ class GainWriter(Method):
 class WrongWorld(Memory):
     """The memory of clips of another domain, kept as it is."""
     control = True
-    needs_other = True
 
     def start(self):
-        for clip in self.experiment.other:
-            z, a = self.experiment.read([clip])
+        for split, index in self.experiment.other:
             with self.precision:
-                self.write(z, a[:, 0])
-        self.memory = {'action': self.memory['action'].repeat(self.streams, 1, 1)}
+                super().look_back(*self.experiment.read(split, [index]))
+        self.memory = repeated(self.memory, self.streams)
 
     def look_back(self, z, a):
         """Nothing more is learned."""
@@ -240,12 +212,11 @@ class WrongWorld(Memory):
 class Shuffled(Memory):
     """Each clip is shown with the push of the clip before."""
     control = True
-    push_before = None
+    before = None
 
     def look_back(self, z, a):
-        push = a[:, 0] if self.push_before is None else self.push_before
-        self.write(z, push)
-        self.push_before = a[:, 0]
+        super().look_back(z, a if self.before is None else self.before)
+        self.before = a
 
 
 class NoCarry(Memory):
@@ -253,16 +224,16 @@ class NoCarry(Memory):
     control = True
 
     def look_back(self, z, a):
-        self.write(z, a[:, 0])
+        super().look_back(z, a)
         self.memory = None
 
 
 class Copy(Method):
     """Predicts the first step again: a row of no model, like the next one."""
-    fits = staticmethod(lambda sizes: False)
+    default = {}
 
     def predict(self, z, a, targets=None):
-        return z[:, :, :1].expand(-1, -1, len(self.targets), -1, -1)
+        return z[:, [0] * len(self.targets)]
 
 
 class Blank(Copy):
@@ -272,15 +243,15 @@ class Blank(Copy):
         self.scene = median_scene(self.experiment.splits['train']).to(self.targets.device)
 
     def predict(self, z, a, targets=None):
-        return self.scene.expand(*z.shape[:2], len(self.targets), -1, -1)
+        return self.scene.expand_as(super().predict(z, a))
 
 
 METHODS = {
     'copy': Copy,
     'blank': Blank,
-    'frozen': Frozen,
+    'frozen': Method,
     'LN-TTA': LNTTA,
-    'full TTA': FullTTA,
+    'full TTA': TTA,
     'Titan memory': TitanMemory,
     'CMS': CMS,
     'memory': Memory,

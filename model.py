@@ -1,15 +1,14 @@
 """
 The predictor of the V-JEPA 2 family: sizes, 3D RoPE, attention, block, action-conditioned predictor, losses.
 
-    predictor = hope.build(Sizes.from_config(config, feature_dim=48, ...))
-    z_hat, memory = predictor(z, a, tau=None, memory=None)      # see Predictor.forward
+    z_hat, memory = predictor(z, a, tau=None, memory=None)      # see Predictor.forward and hope.build
 
 ViT-AC is Predictor with the Block below, AC-HOPE-ViT is Predictor with hope.HopeBlock.
 Source: V-JEPA 2 (Assran et al., 2025), whose parameter names, layout and initialisation are kept.
 """
 import dataclasses
 import math
-from typing import Callable, NamedTuple
+from collections import namedtuple
 
 import torch
 import torch.nn as nn
@@ -47,8 +46,7 @@ class Sizes:
     @classmethod
     def from_config(cls, config, **more):
         """The sizes among a script's config {name: value}; more: sizes that come from the data."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        chosen = {name: config[name] for name in names if name in config}
+        chosen = {name: config[name] for name in cls.__annotations__ if name in config}
         return cls(**{**chosen, **more})
 
     def __post_init__(self):
@@ -59,19 +57,18 @@ class Sizes:
 def rope_angles(position, head_dim, form='paired'):
     """
     Rotation angles of tokens: position (...,3) as time, row, column → (...,head_dim) radians.
-
     Time, row and column have n = 2*floor(floor(head_dim/3)/2) channels each, w_j = 10000^(-2j/n); the others
-    are not rotated. 'paired': both members of a pair share a frequency. 'vjepa2': the angles are tiled, as in
-    the published weights, so the members of a pair turn at different rates (not a true rotation).
+    are not rotated. 'paired': both members of a pair share a frequency. 'vjepa2': they do not, as in the
+    published weights, which is no true rotation.
     """
     n = 2 * (head_dim // 3 // 2)
     exponent = torch.arange(0, n, 2, device=position.device, dtype=torch.float32)
     omega = 10000 ** (-exponent / n)
     angles = position[..., None].float() * omega                       # (...,3,n/2)
     if form == 'paired':
-        angles = angles.repeat_interleave(2, dim=-1)
+        angles = angles.repeat_interleave(2, -1)
     else:
-        angles = torch.cat([angles, angles], dim=-1)
+        angles = torch.cat([angles, angles], -1)
     return F.pad(angles.flatten(-2), (0, head_dim - 3 * n))
 
 
@@ -79,7 +76,7 @@ def rotate(x, rope):
     """Rotate x (...,tokens,head_dim) by (cos, sin), which broadcast to it; pairs are adjacent channels."""
     cos, sin = rope
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-odd, even], dim=-1)
+    turned = torch.stack([-odd, even], -1)
     return x * cos + turned.flatten(-2) * sin
 
 
@@ -87,24 +84,18 @@ AT_ONCE = 256      # tokens whose attention is computed under one mask, but at l
 
 
 def block_causal(q, k, v, P):
-    """
-    Attention of each token to its own and earlier steps, P tokens each: q, k, v (B,H,T*P,d) → (B,H,T*P,d).
-
-    Each step gets a prefix of the keys. Under one mask for all steps, half would be computed to be thrown
-    away.
-    """
-    T = q.shape[2] // P
-    at_once = max(1, AT_ONCE // P)
+    """Attention of each token to its own and earlier steps of P tokens: q, k, v (B,H,T*P,d) → (B,H,T*P,d)."""
+    tokens = q.shape[2]
+    step = torch.arange(tokens, device=q.device) // P
+    at_once = max(1, AT_ONCE // P) * P
     y = []
-    for first in range(0, T, at_once):
-        last = min(first + at_once, T)
-        rows = slice(first * P, last * P)
-        seen = slice(0, last * P)
+    # Under one mask for all steps, half would be computed to be thrown away.
+    for first, queries in zip(range(0, tokens, at_once), q.split(at_once, 2)):
+        last = first + queries.shape[2]
         mask = None
-        if last > first + 1:
-            step = torch.arange(last * P, device=q.device) // P
-            mask = step[rows, None] >= step
-        y.append(F.scaled_dot_product_attention(q[:, :, rows], k[:, :, seen], v[:, :, seen], attn_mask=mask))
+        if last > first + P:
+            mask = step[first:last, None] >= step[:last]
+        y.append(F.scaled_dot_product_attention(queries, k[:, :, :last], v[:, :, :last], attn_mask=mask))
     return torch.cat(y, 2)
 
 
@@ -122,12 +113,12 @@ class Attention(nn.Module):
         T, P = x.shape[1:3]
         qkv = self.qkv(x.flatten(1, 2)).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()              # each (B,H,T*P,d)
+        # On a CPU attention is slower in bfloat16, which autocast would choose again.
         if v.dtype == torch.bfloat16 and v.device.type == 'cpu':
-            v = v.float()      # attention is slower in bfloat16 there
+            v = v.float()
         rope_q, rope_k = rope
         q = rotate(q, rope_q).to(v.dtype)
         k = rotate(k, rope_k).to(v.dtype)
-        # Autocast would turn to bfloat16 what is in float32 now.
         with torch.autocast(x.device.type, enabled=False):
             y = block_causal(q, k, v, P)
         y = y.transpose(1, 2).flatten(2)                               # (B,T*P,C)
@@ -177,28 +168,24 @@ class Predictor(nn.Module):
         if sizes.state_dim:
             self.state_encoder = nn.Linear(sizes.state_dim, width)
             if sizes.rope == 'vjepa2':
-                # Part of the published weights, never used.
-                self.extrinsics_encoder = nn.Linear(sizes.action_dim - 1, width)
+                self.extrinsics_encoder = nn.Linear(sizes.action_dim - 1, width)     # published, never used
         self.predictor_blocks = nn.ModuleList(block(sizes) for _ in range(sizes.depth))
         self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
         self.predictor_proj = nn.Linear(width, sizes.feature_dim)
         self.initialise()
-        # After the others, whose initial values do not depend on it then.
+        # Last, so that the others' initial values do not depend on it.
         self.action_memory = action_memory(sizes) if sizes.action_memory else None
 
     def initialise(self):
-        """
-        V-JEPA 2's initial values: normal with standard deviation 0.02, biases 0, the last linear layer of a
-        residual branch divided by sqrt(2 * layer). Parameters outside linear layers (memories) keep theirs.
-        """
-        for name, module in self.named_modules():
-            if not isinstance(module, nn.Linear):
-                continue
-            nn.init.normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
-            if name.startswith('predictor_blocks') and name.endswith(('.attn.proj', '.titan.proj', '.fc2')):
-                layer = int(name.split('.')[1]) + 1
-                module.weight.data /= math.sqrt(2 * layer)
+        """V-JEPA 2's initial values; the last layer of a residual branch is divided by sqrt(2 * layer)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        for layer, block in enumerate(self.predictor_blocks, 1):
+            for name, module in block.named_modules():
+                if name.endswith(('proj', 'fc2')):
+                    module.weight.data /= math.sqrt(2 * layer)
 
     def rope(self, steps, conditions, tau, device):
         """
@@ -222,44 +209,41 @@ class Predictor(nn.Module):
         row = torch.arange(rows, device=time.device) * 1.0
         # The published scale: columns span as much as rows, whatever their number.
         column = torch.arange(columns, device=time.device) * (rows / columns)
-        place = F.pad(torch.cartesian_prod(row, column), (0, 0, conditions, 0))            # (P,2)
-        times = time.expand(-1, -1, len(place), 1)
-        places = place.expand(*time.shape[:2], -1, -1)
-        position = torch.cat([times, places], -1)                      # (b,steps,P,3)
+        place = F.pad(torch.cartesian_prod(row, column), (1, 0, conditions, 0))            # (P,3)
+        position = F.pad(time, (0, 2)) + place                         # (b,steps,P,3)
         head_dim = self.sizes.width // self.sizes.heads
         angle = rope_angles(position, head_dim, self.sizes.rope).flatten(1, 2).unsqueeze(1)
         return angle.cos(), angle.sin()
 
     def forward(self, z, a, tau=None, memory=None, states=None):
         """
-        Predict features, by teacher forcing or by a jump.
-
+        Predict features, by teacher forcing or by a jump → (z_hat, memory or None).
         tau None: z (B,T,N,D), a (B,T,A) → z_hat (B,T,N,D); z_hat[:,t] predicts z[:,t+1] from steps <= t.
         tau (B,) integer, 0-based: z (B,1,N,D), a (B,1,A) → z_hat (B,N,D) predicts step tau in one pass.
-        states (B,T,S): where the predictor has a state token.
-        memory: what an earlier call returned, or None for the learned initial memory; {'action': (B,2A,3A),
-        'titan': [a tensor (B,...) per block]}, as far as there are such memories. Clip b of the batch reads
-        and writes its own only. Teacher forcing of two steps or more writes the action memory; the prediction
-        of a clip never depends on what the same clip writes there. Returns (z_hat, memory or None).
+        states (B,T or more,S): where the predictor has a state token.
+        memory: what an earlier call returned, or None for the initial one; {'action': (B,2A,3A) or None,
+        'titan': [a tensor (B,...) per block]}. Clip b of the batch reads and writes its own only, and never
+        sees what it writes to the action memory.
         """
         T, N = z.shape[1:3]
-        assert tau is None or T == 1, f'a jump takes the first step alone, not {T} steps'
+        assert tau is None or T == 1, 'a jump takes the first step alone'
         assert (states is None) == (self.state_encoder is None), 'states are given if there is a state token'
         memory = memory or {}
         new_memory = {}
         if self.action_memory is not None:
-            state = memory.get('action')
-            new_memory['action'] = self.action_memory.after(z, a, tau, state)
+            new_memory['action'] = state = memory.get('action')
+            if tau is None and T > 1:      # a jump only reads, and a single step shows no motion
+                new_memory['action'] = self.action_memory.write(z, a[:, 0], state)
             a = self.action_memory(a, state)
         conditions = [self.action_encoder(a)]
         if states is not None:
-            conditions.append(self.state_encoder(states))
-        x = torch.cat([torch.stack(conditions, dim=2), self.predictor_embed(z)], dim=2)      # (B,T,P,C)
+            conditions.append(self.state_encoder(states[:, :T]))
+        x = torch.cat([torch.stack(conditions, 2), self.predictor_embed(z)], 2)      # (B,T,P,C)
         rope = self.rope(T, len(conditions), tau, z.device)
+        titan = memory.get('titan', [None] * len(self.predictor_blocks))
         written = []
-        for i, block in enumerate(self.predictor_blocks):
-            state = memory['titan'][i] if 'titan' in memory else None
-            if self.checkpointing and torch.is_grad_enabled():
+        for block, state in zip(self.predictor_blocks, titan):
+            if self.checkpointing:
                 x, new = checkpoint(block, x, rope, state, use_reentrant=False)
             else:
                 x, new = block(x, rope, state)
@@ -282,29 +266,22 @@ def feature_loss(z_hat, z):
 def teacher_forcing_loss(predictor, z, a, memory=None, states=None):
     """
     Mean L1 of all one-step predictions (V-JEPA 2, Eq. 2): z (B,T,N,D), a (B,T,A) → scalar, memory after them.
-
-    Steps 1..T-1 are written to the memory, the last is only a target. Clips are written by this call only:
-    after a write of step T, which training never made, jumps to T would be spoilt.
+    The last step is only a target: after a write of it, which training never made, jumps to it would suffer.
     """
-    if states is not None:
-        states = states[:, :-1]
     z_hat, memory = predictor(z[:, :-1], a[:, :-1], memory=memory, states=states)
-    # With the batch as a single clip, the loss is one mean over all clips and steps.
-    loss = feature_loss(z_hat[None], z[None, :, 1:])
+    loss = feature_loss(z_hat[None], z[None, :, 1:])       # the batch as one clip: a mean over all
     return loss[0], memory
 
 
 def jump_loss(predictor, z, a, tau, states=None):
     """L1 of step tau predicted from z_1, a_1 alone: z (B,T,N,D), a (B,T,A), tau (B,) → (B,), one per clip."""
-    if states is not None:
-        states = states[:, :1]
     z_hat, _ = predictor(z[:, :1], a[:, :1], tau=tau, states=states)
     clip = torch.arange(len(z), device=z.device)
     return feature_loss(z_hat, z[clip, tau])
 
 
 def repeated(memory, times):
-    """A memory with every clip so many times in a row, tensors (B,...) → (B*times,...). None stays None."""
+    """A memory or tensor with each clip so many times in a row, (B,...) → (B*times,...). None stays None."""
     if isinstance(memory, dict):
         return {name: repeated(state, times) for name, state in memory.items()}
     if isinstance(memory, list):
@@ -315,44 +292,31 @@ def repeated(memory, times):
 def predict_jumps(predictor, z, a, targets, memory=None, states=None):
     """Jumps to the target steps (K,) from step 1 and the action alone: z (B,T,N,D), a (B,T,A) → (B,K,N,D)."""
     K = len(targets)
-    first = z[:, :1].repeat_interleave(K, 0)                           # (B*K,1,N,D)
-    push = a[:, :1].repeat_interleave(K, 0)                            # (B*K,1,A)
-    if states is not None:
-        states = states[:, :1].repeat_interleave(K, 0)
+    first = repeated(z[:, :1], K)                                      # (B*K,1,N,D)
+    push = repeated(a[:, :1], K)                                       # (B*K,1,A)
     tau = targets.repeat(len(z))
-    z_hat, _ = predictor(first, push, tau=tau, memory=repeated(memory, K), states=states)
+    z_hat, _ = predictor(first, push, tau, repeated(memory, K), repeated(states, K))
     return z_hat.unflatten(0, (-1, K))
 
 
-def rollout(predictor, z, a, steps, memory=None, states=None):
-    """Feed predictions back: z (B,T,N,D), of which step 1 is used, a (B,T,A) → steps 2.. (B,steps,N,D)."""
+def predict_rollout(predictor, z, a, targets, memory=None, states=None):
+    """Feed predictions back, from step 1 to the target steps (K,): z (B,T,N,D), a (B,T,A) → (B,K,N,D)."""
     seen = z[:, :1]
-    for t in range(1, steps + 1):
-        known = None if states is None else states[:, :t]
-        z_hat, _ = predictor(seen, a[:, :t], memory=memory, states=known)
-        seen = torch.cat([seen, z_hat[:, -1:]], dim=1)
-    return seen[:, 1:]
+    for t in range(1, int(targets.max()) + 1):
+        z_hat, _ = predictor(seen, a[:, :t], memory=memory, states=states)
+        seen = torch.cat([seen, z_hat[:, -1:]], 1)
+    return seen[:, targets]
 
 
 def rollout_loss(predictor, z, a, tau, states=None):
     """L1 of step tau after feeding predictions back: z (B,T,N,D), a (B,T,A), tau (B,), all equal → (B,)."""
-    last = int(tau[0])
-    predictions = rollout(predictor, z, a, last, states=states)
-    return feature_loss(predictions[:, -1], z[:, last])
+    z_hat = predict_rollout(predictor, z, a, tau[:1], states=states)
+    return feature_loss(z_hat[:, 0], z[:, tau[0]])
 
 
-def predict_rollout(predictor, z, a, targets, memory=None, states=None):
-    """The target steps (K,) of a rollout from step 1: z (B,T,N,D), a (B,T,A) → (B,K,N,D)."""
-    predictions = rollout(predictor, z, a, int(targets.max()), memory, states)
-    return predictions[:, targets - 1]
-
-
-class Loss(NamedTuple):
-    """A loss beside teacher forcing, and how a predictor trained by it predicts. Steps are 0-based."""
-    train: Callable        # (predictor, z, a, tau, states=None) → (B,)
-    predict: Callable      # (predictor, z, a, targets, memory=None, states=None) → (B,K,N,D)
-
-
+# A loss, train(predictor, z, a, tau, states=None) → (B,), beside teacher forcing, and how such a predictor
+# predicts, predict(predictor, z, a, targets, memory=None, states=None) → (B,K,N,D). Steps are 0-based.
+Loss = namedtuple('Loss', 'train predict')
 LOSSES = {
     'jump': Loss(jump_loss, predict_jumps),
     'rollout': Loss(rollout_loss, predict_rollout),
@@ -360,15 +324,10 @@ LOSSES = {
 
 
 def parameter_groups(predictor, weight_decay):
-    """
-    The parameters for AdamW by role: the matrices of linear maps, which decay, and all others, which do not.
-
-    Decay would pull a memory's retention, whose bias starts at -4, towards forgetting.
-    """
-    linear = {f'{name}.weight' for name, module in predictor.named_modules() if isinstance(module, nn.Linear)}
-    matrices, others = [], []
-    for name, p in predictor.named_parameters():
-        (matrices if name in linear else others).append(p)
+    """For AdamW, by role: matrices of linear maps decay, all else (a memory's retention, biases) does not."""
+    matrices = [module.weight for module in predictor.modules() if isinstance(module, nn.Linear)]
+    decaying = set(matrices)
+    others = [p for p in predictor.parameters() if p not in decaying]
     return [{'params': matrices, 'weight_decay': weight_decay}, {'params': others, 'weight_decay': 0.0}]
 
 

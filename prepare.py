@@ -6,9 +6,8 @@ Prepare features: simulate or import clips, encode them with a frozen encoder, w
     python prepare.py --name=mine --source=clips         your own clips: see docs/own_data.md
     python prepare.py --name=slide_vitl --encoder=vitl --clips=1000    V-JEPA 2, downloaded once
 
-The split `zoom` is A seen from nearer by, where motion goes further across the picture than A ever shows. An
-inverse dynamics trained on A reads which push each of its clips looks like; train.py trains on it, too. The
-same command makes what is missing of a set, such as the split of a new domain, and leaves the rest as it is.
+The split `zoom` is A seen from nearer by, with farther motion than A ever shows (support/zoom.py). The same
+command makes what is missing of a set, such as the split of a new domain, and leaves the rest as it is.
 """
 import functools
 import json
@@ -18,6 +17,7 @@ import os
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.fft import dctn
 from tqdm import tqdm
 
 import data
@@ -26,64 +26,42 @@ from support import own_clips, plots
 from support.files import pick_device, write_atomically
 from support.zoom import FEWEST_CLIPS, ZOOM, read_zoomed, zoom_levels
 
-# what to make
 name = 'slide'           # data set: data/<name> beside the code, or a folder if it contains a slash
 source = 'physics'       # physics, or a folder of your own clips: <source>/<split>/<clip>, or <source>/<clip>
 split = ''               # own clips: by their numbers, train:17000-21999,B:22000-22999; '' = by folder
 content = ''             # own clips: what to take; '' = features where there are any [ | features | pictures]
 clips = 30000            # physics: clips in train; fit_B, for the oracle, has a fifth of them [1..]
 test_clips = 600         # physics: clips in val and in each test_<domain> [1..]
-zoom = True              # also A seen from nearer by, half as many clips, which teaches far motion
+zoom = True              # also A seen from nearer by, half as many clips; takes 64 clips of train or more
 seed = 1                 # physics: of the clips, and of the inverse dynamics that reads zoomed ones [0..]
-# how to encode
 size = 0                 # pictures: side in pixels, a multiple of 16; 0 = 64 for patch, V-JEPA 2's own [0..]
 encoder = ''             # pictures: patch, or V-JEPA 2: vitl, vith, vitg, vitg384, a path; '' = patch
 dim = 48                 # patch: D, the number of lowest frequencies of a patch that are kept [3..1536]
 encode = 'step'          # V-JEPA 2: each step alone, or all at once: z_1 then sees the future [step | clip]
 dtype = 'auto'           # V-JEPA 2: auto is bfloat16 where the machine has it [auto | float32 | bfloat16]
-# where
 device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
 batch = 32               # clips encoded at once [1..]
 config = configure(globals()) if __name__ == '__main__' else {}
 
-# Pixels per patch side, as in ViT-L/16.
-PATCH = 16
-# Bytes of frames that the patch encoder takes at once: as floats they fit into a processor's cache.
-FRAME_BYTES = 2**19
-
-
-def cosines(n):
-    """The orthonormal cosine basis (DCT-II) of n samples → (n,n) float64, a row per frequency."""
-    k = np.arange(n)[:, None]
-    i = np.arange(n)[None]
-    scale = np.where(k == 0, 1, np.sqrt(2))
-    return np.cos(np.pi * k * (2 * i + 1) / (2 * n)) * scale / np.sqrt(n)
+PATCH = 16               # pixels per patch side, as in ViT-L/16
+FRAME_BYTES = 2**19      # bytes of frames encoded at once: as floats they fit into a processor's cache
 
 
 def cosine_basis(dim):
-    """
-    The lowest frequencies of the cosine basis of a TUBELET x 16 x 16 block → (TUBELET*16*16*3, dim) float32,
-    columns by rising frequency in cycles, each frequency once per colour.
-    """
+    """Cosines of a 2 x 16 x 16 block by rising frequency, each once per colour → (512*3,dim) float32."""
     shape = data.TUBELET, PATCH, PATCH
-    size = math.prod(shape)
-    basis = np.einsum('ai,bj,ck->abcijk', *map(cosines, shape))        # (frequencies t,y,x, pixels t,y,x)
-    basis = basis.reshape(size, size)                                  # (frequencies, pixels)
-    t, y, x = np.indices(shape)
-    frequency = (t / shape[0]) ** 2 + (y / shape[1]) ** 2 + (x / shape[2]) ** 2
+    pixels = np.eye(math.prod(shape)).reshape(-1, *shape)
+    basis = dctn(pixels, axes=(1, 2, 3), norm='ortho').reshape(len(pixels), -1)    # (pixels, frequencies)
+    frequency = np.square(np.indices(shape).T / shape).sum(-1).T           # (t,y,x)
     lowest = np.argsort(frequency.ravel(), kind='stable')[:math.ceil(dim / 3)]
-    coloured = np.kron(basis[lowest].T, np.eye(3))                     # (pixels*3, frequencies*3)
+    coloured = np.kron(basis[:, lowest], np.eye(3))                        # (pixels*3, frequencies*3)
     return torch.from_numpy(coloured[:, :dim].astype(np.float32))
 
 
 def patch_encode(frames, basis):
     """uint8 frames (n,F,H,W,3) → features (n,T,N,dim), each step's from its own two frames alone."""
-    at_once = max(1, FRAME_BYTES // frames[0].numel())
-    encoded = []
-    for clips in frames.split(at_once):
-        blocks = data.tubelets(clips, PATCH).mT.flatten(-2)            # (b,T,N,512*3)
-        encoded.append(blocks @ basis)
-    return torch.cat(encoded)
+    parts = frames.split(max(1, FRAME_BYTES // frames[0].numel()))
+    return torch.cat([data.tubelets(clips, PATCH).mT.flatten(-2) @ basis for clips in parts])
 
 
 def load_encoder(config, device):
@@ -106,11 +84,8 @@ def decide(config, kind):
         what = comment.partition(':')[0]
         if config[key] != default and not used.get(what, True):
             refuse(f'--{key}={config[key]}: is for {what} alone, and would be ignored here')
-    if config['size'] % PATCH:
-        refuse(f'--size={config["size"]}: must be a multiple of {PATCH}')
+    assert config['size'] % PATCH == 0, f'--size must be a multiple of {PATCH}'
     zoom = config['zoom'] and physics and config['clips'] >= FEWEST_CLIPS
-    if config['zoom'] and not zoom:
-        print(f'no clips from nearer by: these take the built-in physics and {FEWEST_CLIPS} clips of train')
     chosen = {**config, 'encoder': encoder, 'zoom': zoom}
     return {key: value for key, value in chosen.items() if key not in ('name', 'device', 'batch')}
 
@@ -129,6 +104,8 @@ def open_set(folder, chosen):
 
 def simulate_splits(config, device):
     """The built-in physics → {split: (arrays for its .npz, frames(indices, size) → (n,F,size,size,3))}."""
+    def draw(physics, indices, size):
+        return data.render({key: values[indices] for key, values in physics.items()}, size, device)
     clips, few = config['clips'], config['test_clips']
     drawn = {'train': ('A', clips, 1), 'val': ('A', few, 1), 'fit_B': ('B', max(few, clips // 5), 1)}
     for domain in data.DOMAINS:
@@ -139,22 +116,15 @@ def simulate_splits(config, device):
     for split, (domain, count, factor) in drawn.items():
         physics = data.simulate(domain, count, config['seed'], split, factor)
         actions = np.zeros((count, data.FRAMES // data.TUBELET, 2), np.float32)
-        # The impulse is given at step 1.
         actions[:, 0] = physics['impulse']
-        splits[split] = {'actions': actions, **physics}, functools.partial(draw, physics, device)
+        splits[split] = {'actions': actions, **physics}, functools.partial(draw, physics)
     return splits
-
-
-def draw(physics, device, indices, size):
-    """Frames of some simulated clips."""
-    return data.render({key: values[indices] for key, values in physics.items()}, size, device)
 
 
 def write_features(path, clips, frames, encode, size):
     """Encode so many clips into a new file → their features (clips,T,N,D) float16, memory-mapped."""
     features = None
-    for start in tqdm(range(0, clips, batch), path, unit=' clips', unit_scale=batch, disable=None):
-        indices = np.arange(start, min(start + batch, clips))
+    for indices in tqdm(np.split(np.arange(clips), range(batch, clips, batch)), path, disable=None):
         z = encode(frames(indices, size))
         if features is None:
             features = np.lib.format.open_memmap(path, 'w+', np.float16, (clips, *z.shape[1:]))
@@ -167,9 +137,10 @@ def name_split(path, meta, shape, arrays):
     """Write what goes with the features (n,*shape) of a split, named last: what is there is complete."""
     folder, split = os.path.split(path)
     side = math.isqrt(shape[1])
+    assert side**2 == shape[1], f'{split}: {shape[1]} patches per step are not a square grid'
     meta.update(shape=shape, grid=[side, side])
     text = json.dumps(meta, indent=1).encode()
-    write_atomically(os.path.join(folder, 'meta.json'), lambda f: f.write(text))
+    write_atomically(f'{folder}/meta.json', lambda f: f.write(text))
     write_atomically(f'{path}.npz', lambda f: np.savez(f, **arrays))
     if split not in meta.get('files', ()):
         os.replace(f'{path}.npy.tmp', f'{path}.npy')
@@ -177,29 +148,21 @@ def name_split(path, meta, shape, arrays):
 
 
 def fit_decoder(train, frames, device):
-    """
-    Least squares from layer-normed features to a tubelet's pixels → float32 (D+1, 3*512), the last row the
-    bias. data.pictures turns predicted features back into pictures with it, for any encoder.
-
-    train: data.Clips; frames(indices, size) → their pictures (n,F,size,size,3).
-    """
+    """Least squares from layer-normed features to pixels, for data.pictures → (D+1, 3*512) float32."""
     T, N, _ = train.meta['shape']
     size = PATCH * math.isqrt(N)
     # So many steps' patches are enough, and so many fit into memory at once.
-    clips = min(512, max(1, 2**16 // (T * N)), len(train))
-    at_once = min(32, max(1, 2**12 // (T * N)))
+    clips = np.arange(min(2**16 // (T * N), len(train)))
+    at_once = 2**12 // (T * N) + 1
     xx = xy = 0
-    for start in range(0, clips, at_once):
-        indices = np.arange(start, min(start + at_once, clips))
+    for indices in np.split(clips, range(at_once, len(clips), at_once)):
         z, _ = train[indices]
-        x = F.pad(z.to(device), (0, 1), value=1.0)                     # (n,T,N,D+1)
-        x = x.flatten(0, 2).double()                                   # (n*T*N,D+1)
-        y = data.tubelets(frames(indices, size), PATCH).flatten(3)     # (n,T,N,3*512)
-        y = y.flatten(0, 2).double()                                   # (n*T*N,3*512)
-        xx = xx + x.T @ x
-        xy = xy + x.T @ y
-    ridge = 1e-6 * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-    return torch.linalg.solve(xx + ridge, xy).float().cpu().numpy()
+        x = F.pad(z.to(device), (0, 1), value=1.0).flatten(0, 2).double()                    # (n*T*N,D+1)
+        y = data.tubelets(frames(indices, size), PATCH).flatten(3).flatten(0, 2).double()    # (n*T*N,3*512)
+        xx += x.T @ x
+        xy += x.T @ y
+    xx.diagonal().add_(1e-6 * xx.diagonal().mean())
+    return torch.linalg.solve(xx, xy).float().cpu().numpy()
 
 
 def draw_clips(path, seed):
@@ -207,8 +170,7 @@ def draw_clips(path, seed):
     rows = {}
     for domain, physics in data.DOMAINS.items():
         drawn = data.simulate(domain, 8, seed, 'test_A')
-        turned = f', {physics.camera}°' if physics.camera else ''
-        label = f'{domain}\nμ {physics.mu}, {physics.mass} kg{turned}'
+        label = f'{domain}\nμ {physics.mu}, {physics.mass} kg'
         rows[label] = data.render(drawn, 128).float().div(255).numpy()
     plots.draw_domains(path, rows)
     print(f'pictures of each domain: {path}')
@@ -227,8 +189,7 @@ def main():
     if source == 'physics':
         splits = simulate_splits(chosen, where)
     else:
-        vjepa2 = chosen['encoder'] not in ('none', 'patch')
-        splits = own_clips.open_splits(found, kind, vjepa2, where)
+        splits = own_clips.open_splits(found, kind, chosen['encoder'] not in ('none', 'patch'), where)
     ending = 'npz' if kind == 'features' else 'npy'
     missing = [part for part in splits if not os.path.exists(os.path.join(folder, f'{part}.{ending}'))]
     os.makedirs(folder, exist_ok=True)
@@ -241,8 +202,8 @@ def main():
         arrays, frames = splits[part]
         actions = arrays['actions']
         if kind == 'features':
-            shape = own_clips.read_features(first)[1].shape
-            listed = tqdm(found[part], part, unit=' clips', disable=None)
+            _, shape = own_clips.read_features(first)
+            listed = tqdm(found[part], part, disable=None)
             meta.setdefault('files', {})[part] = [own_clips.read_features(clip, shape)[0] for clip in listed]
         else:
             features = write_features(f'{path}.npy.tmp', len(actions), frames, encode_frames, pixels)
@@ -251,10 +212,8 @@ def main():
             known = [data.Clips(folder, other) for other in ('train', 'val')]
             known = [(other.features[0], other.actions) for other in known]
             actions[:, 0], meta['zoom'] = read_zoomed(*known, (features, actions), seed, where)
-            print('zoom: {share_read:.1%} of the pushes of val are read, M explains {explained:.1%} of its '
-                  'own; used: {used}'.format(**meta['zoom']))
+            print('zoom read {share_read:.0%}, explained {explained:.0%}, used {used}'.format(**meta['zoom']))
         name_split(path, meta, shape, arrays)
-
     if missing and source == 'physics':
         draw_clips(os.path.join(folder, 'clips.png'), seed)
     decoder = os.path.join(folder, 'decoder.npy')

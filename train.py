@@ -5,14 +5,12 @@ Train a predictor on phase A: teacher forcing plus a curriculum-weighted jump (o
     python train.py config/hope_jump.py --resume                   go on after an interruption
     torchrun --standalone --nproc_per_node=4 train.py config/hope_jump.py        four GPUs of one machine
 
-The data set 'slide' is prepared first if it is missing. Every evaluation writes the checkpoint out/hope.pt,
-and out/hope_best.pt if it is the best so far. The log is out/hope.csv. A resumed run goes on from the last
-evaluation and ends as if it had never stopped. Where its log has a step twice, the later row counts.
+Every evaluation writes out/hope.pt, and out/hope_best.pt if it is the best so far. A resumed run goes on
+there and ends as if it had never stopped. Where the log, out/hope.csv, has a step twice, the later counts.
 """
 import functools
 import math
 import os
-import shlex
 import sys
 import time
 
@@ -79,40 +77,37 @@ device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or
 dtype = 'auto'           # auto = bfloat16 where device and model gain by it [auto | float32 | bfloat16]
 compile = False          # torch.compile the predictor; pays off in long runs on a GPU
 checkpointing = False    # compute blocks again in the backward pass: slower by a third, takes less memory
-wandb = ''               # project name: also log to Weights & Biases
 config = configure(globals())
 
 # ---- device and data ---------------------------------------------------------------------------------------
 rank, local_rank, processes = launched()
 print0 = functools.partial(print, flush=True) if rank == 0 else lambda text: None
 device = pick_device(device)
-if processes > 1:
-    if device == 'cuda':
-        device = f'cuda:{local_rank}'
-        torch.cuda.set_device(device)
-    dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
-precision = autocast(device, dtype, width)
-torch.backends.cuda.matmul.allow_tf32 = True
-
 stem = os.path.splitext(out)[0]
 best_out = f'{stem}_best.pt'
 for path in out, best_out:
     if os.path.exists(path) and not resume:
         refuse(f'{path} exists; go on with --resume --out={out}, name another --out, or delete it')
-least = accumulation * processes * teacher_every
-if batch_size % least:
-    refuse(f'batch_size = {batch_size}: not a multiple of accumulation x processes x teacher_every = {least}')
+if batch_size % (accumulation * processes * teacher_every):
+    refuse(f'batch_size = {batch_size}: not a multiple of accumulation x processes x teacher_every')
 
 if rank == 0:
     make_slide(data)
 if processes > 1:
-    dist.barrier()
+    if device == 'cuda':
+        device = f'cuda:{local_rank}'
+        torch.cuda.set_device(device)
+    # It waits for all processes.
+    dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+precision = autocast(device, dtype, width)
+torch.backends.cuda.matmul.allow_tf32 = True
+
 val_clips = Clips(data, 'val')
 zoomed = zoom and split == 'train' and val_clips.meta.get('zoom', {}).get('used')
 train_clips = Clips(data, 'train', 'zoom') if zoomed else Clips(data, split)
 T, N, D = train_clips.meta['shape']
 if jump_last >= T:
-    refuse(f'jump_last = {jump_last}: the clips have {T} steps, so at most {T - 1} can be jumped to')
+    refuse(f'jump_last = {jump_last}: must be less than {T}, the steps of a clip')
 for clips in train_clips, val_clips:
     if clips.several_pushes and (loss == 'jump' or action_memory):
         refuse(f'{clips.name} has clips of several pushes, and jumps and the action memory know one a clip: '
@@ -131,7 +126,7 @@ if resume:
         refuse(f'--resume: {out} was trained with other sizes or on another data set than is asked for now')
     first_step, best, best_step = checkpoint['step'], checkpoint['best'], checkpoint['best_step']
     if first_step >= max_iters:
-        print0(f'{out} is finished ({first_step} steps); nothing to do')
+        print0(f'{out} is finished ({first_step} steps)')
         sys.exit()
 else:
     predictor = build(sizes).to(device)
@@ -139,13 +134,11 @@ else:
         predictor.action_memory.scale.fill_(mean_push(train_clips.actions))
     if init_from:
         new, dropped = start_from(predictor, init_from)
-        print0(f'starting from {init_from}; new: {", ".join(new) or "none"}; '
-               f'dropped: {", ".join(dropped) or "none"}')
+        print0(f'starting from {init_from}; new: {new}; dropped: {dropped}')
 predictor.train()
 predictor.checkpointing = checkpointing
 if compile:
     predictor.compile()
-
 groups = parameter_groups(predictor, weight_decay)
 optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), fused=True)
 if resume:
@@ -157,22 +150,19 @@ clipped_together = [others, [p for name, p in named if name.startswith('action_m
 
 
 # ---- batches and losses ------------------------------------------------------------------------------------
-
 def share(values, count):
     """This process's share of what the clips of a step have, such as indices or targets, in `count` parts."""
-    parts = np.split(values, count * processes)
-    return parts[rank * count:(rank + 1) * count]
+    return np.split(values, count * processes)[rank::processes]
 
 
 def batches_of(steps):
     """What this process reads at each step: clips for the inverse loss, then its micro-batches."""
-    pinned = device.startswith('cuda')
     for step in steps:
+        parts = share(batch_indices(len(train_clips), batch_size, seed, step), accumulation)
         if action_memory:
-            indices, = share(batch_indices(len(train_clips), inverse_batch, seed + 1, step), 1)
-            yield train_clips.stored(indices, pinned)
-        for indices in share(batch_indices(len(train_clips), batch_size, seed, step), accumulation):
-            yield train_clips.stored(indices, pinned)
+            parts = share(batch_indices(len(train_clips), inverse_batch, seed + 1, step), 1) + parts
+        for indices in parts:
+            yield train_clips.stored(indices, pinned=device.startswith('cuda'))
 
 
 def on_device(batch):
@@ -182,94 +172,73 @@ def on_device(batch):
     return z, a.to(device), s.to(device) if states else None
 
 
-def learn_pushes(batch, step):
-    """Add the gradients of the action memory's inverse dynamics, none of them the predictor's → its loss."""
-    # Of most clips it sees what a look-back shows, all steps but the last; of every fourth a random part.
-    z, a, _ = on_device(batch)
-    shown = np.full(inverse_batch, T - 1)
-    shown[::4] = np.random.default_rng([seed, 2, step]).integers(2, T + 1, len(shown[::4]))
-    shown, = share(shown, 1)
-    inverse = predictor.action_memory.loss(z, a, torch.from_numpy(shown).to(device))
-    inverse.backward()
-    return inverse.detach()
-
-
-def learn(batch, tau, weight):
-    """Add the gradients of a micro-batch with target steps tau (B,) → its losses, first and second, (2,)."""
-    z, a, s = on_device(batch)
-    seen = s[::teacher_every] if states else None
-    with precision:
-        second = LOSSES[loss].train(predictor, z, a, torch.from_numpy(tau).to(device), states=s).mean()
-        first, _ = teacher_forcing_loss(predictor, z[::teacher_every], a[::teacher_every], states=seen)
-        total = (1 - weight) * first + weight * second
-    (total / accumulation).backward()
-    return torch.stack([first, second]).detach()
-
-
 @torch.no_grad()
 def evaluate():
-    """
-    Losses of the first clips of val: teacher forcing, and over the last steps those of the predictor, of its
-    predictions in reversed order (no higher where time does not matter), of z_1 again, of an empty scene.
-    """
+    """Losses on val of teacher forcing, and over the last steps of the predictor and of what it must beat."""
     predictor.eval()
     targets = torch.arange(T - jump_last, T, device=device)
-    count = min(eval_clips, len(val_clips))
+    clips = np.arange(min(eval_clips, len(val_clips)))
     micro = batch_size // (accumulation * processes)
     sums = np.zeros(5)
-    for start in range(0, count, micro):
-        z, a, s = on_device(val_clips.stored(range(start, min(start + micro, count))))
+    for indices in np.split(clips, range(micro, len(clips), micro)):
+        z, a, s = on_device(val_clips.stored(indices))
         with precision:
             first, _ = teacher_forcing_loss(predictor, z, a, states=s)
             z_hat = LOSSES[loss].predict(predictor, z, a, targets, states=s)
+            # Its predictions, the same with the steps swapped, z_1 again, an empty scene.
             guesses = z_hat, z_hat.flip(1), z[:, :1], scene
             losses = [first] + [feature_loss(guess, z[:, targets]).mean() for guess in guesses]
-        sums += len(z) * np.array([value.item() for value in losses])
+        sums += len(z) * np.array(torch.stack(losses).tolist())
     predictor.train()
-    return (sums / count).tolist()
+    return (sums / len(clips)).tolist()
 
 
 # ---- training ----------------------------------------------------------------------------------------------
 scene = median_scene(train_clips).to(device)
-with precision:
-    bfloat16 = torch.is_autocast_enabled(torch.device(device).type)
 print0(f'{model}: {sum(p.numel() for _, p in named):,} parameters, {T * (1 + N)} tokens per clip, '
-       f'{len(train_clips):,} training clips, {device}{", bfloat16" * bfloat16}, processes: {processes}')
+       f'{len(train_clips):,} training clips, {device}, processes: {processes}')
 if rank == 0:
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     log_file = open(f'{stem}.csv', 'a' if resume else 'w', encoding='utf-8')
-    if wandb:
-        import wandb as wandb_library
-        wandb_run = wandb_library.init(project=wandb, config=config)
 batches = read_ahead(batches_of(range(first_step, max_iters)))
-started = window = time.time()
-window_step = first_step
+started = time.time()
 for step in range(first_step, max_iters):
-    # Lambda, the weight of the second loss, and the learning rate.
     weight = lambda_start + (lambda_end - lambda_start) * step / max(1, max_iters - 1)
     rate = rate_at(step, max_iters, start_rate, learning_rate, warmup, decay)
     for group in optimizer.param_groups:
         group['lr'] = rate
 
-    # Inverse dynamics, teacher forcing, second loss.
+    # Inverse dynamics, of which no gradient is the predictor's; teacher forcing; second loss.
     losses = torch.zeros(3, device=device)
     if action_memory:
-        losses[0] = learn_pushes(next(batches), step)
+        z, a, _ = on_device(next(batches))
+        # Of most clips it sees what a look-back shows, all steps but the last; of every fourth a random part.
+        shown = np.full(inverse_batch, T - 1)
+        shown[::4] = np.random.default_rng([seed, 2, step]).integers(2, T + 1, len(shown[::4]))
+        shown = torch.from_numpy(share(shown, 1)[0]).to(device)
+        inverse = predictor.action_memory.loss(z, a, shown)
+        inverse.backward()
+        losses[0] = inverse.detach()
     targets = np.full(batch_size, rollout_steps)
     if loss == 'jump':
         targets = np.random.default_rng([seed, 1, step]).integers(T - jump_last, T, batch_size)
     for tau in share(targets, accumulation):
-        losses[1:] += learn(next(batches), tau, weight) / accumulation
+        z, a, s = on_device(next(batches))
+        seen = s[::teacher_every] if states else None
+        with precision:
+            second = LOSSES[loss].train(predictor, z, a, torch.from_numpy(tau).to(device), states=s).mean()
+            first, _ = teacher_forcing_loss(predictor, z[::teacher_every], a[::teacher_every], states=seen)
+            total = (1 - weight) * first + weight * second
+        (total / accumulation).backward()
+        losses[1:] += torch.stack([first, second]).detach() / accumulation
     if processes > 1:
         average_gradients(predictor, processes)
         dist.all_reduce(losses)
         losses /= processes
-
     norms = [torch.nn.utils.clip_grad_norm_(together, grad_clip) for together in clipped_together]
     # One number decides: a loss that is not finite makes the norm so, too, and in all processes.
     if not sum(norms).isfinite():
-        refuse(f'step {step + 1}: a loss or its gradient is not finite (inverse, teacher forcing, {loss}: '
-               f'{losses.tolist()}); {out} is as it was; lower --learning_rate')
+        refuse(f'step {step + 1}: a loss or its gradient is not finite and not saved; lower --learning_rate')
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -278,9 +247,8 @@ for step in range(first_step, max_iters):
     if done % log_interval and not evaluating:
         continue
     inverse, first, second = losses.tolist()
-    now = time.time()
-    speed = batch_size * (done - window_step) / (now - window)
-    left = (now - started) / (done - first_step) * (max_iters - done)
+    speed = batch_size * (done - first_step) / (time.time() - started)
+    left = batch_size * (max_iters - done) / speed
     print0(f'step {done:>5}/{max_iters} {done / max_iters:>4.0%}  tf {first:.4f}  {loss} {second:.4f}  '
            f'inv {inverse:.3f}  λ {weight:.2f}  |g| {norms[0]:.1f}  {speed:.0f} clips/s  '
            f'{left // 60:.0f}:{left % 60:02.0f} left')
@@ -291,7 +259,8 @@ for step in range(first_step, max_iters):
                f'{1 - val_second / copy:.0%} below copy ({copy:.4f}), '
                f'{1 - val_second / blank:.0%} below blank ({blank:.4f})')
         if not math.isfinite(val_first + val_second):
-            refuse(f'step {done}: the loss on val is not finite; {out} is as it was; lower --learning_rate')
+            refuse(f'step {done}: the loss on val is not finite and not saved; lower --learning_rate')
+        best, best_step = min((best, best_step), (val_second, done))
     # To log another figure, add it here.
     row = {
         'step': done,
@@ -310,28 +279,21 @@ for step in range(first_step, max_iters):
         if log_file.tell() == 0:
             print(*row, sep=',', file=log_file)
         print(*row.values(), sep=',', file=log_file, flush=True)
-    if rank == 0 and wandb:
-        wandb_run.log({name: value for name, value in row.items() if value != ''}, step=done)
-    if evaluating and val_second < best:
-        best, best_step = val_second, done
     if evaluating and rank == 0:
         about = dict(step=done, best=best, best_step=best_step, loss=loss, jump_last=jump_last, clip_steps=T,
                      data=train_clips.meta['config'], config=config)
         if best_step == done:
             save(best_out, predictor, **about)
         save(out, predictor, optimizer=optimizer.state_dict(), **about)
-    window, window_step = time.time(), done
 
-print0(f'with the target steps swapped: {loss} {swapped:.4f} ({swapped / val_second - 1:+.0%})\n'
+print0(f'with the target steps swapped: {loss} {swapped / val_second - 1:+.0%}\n'
        f'finished in {(time.time() - started) / 60:.1f} min; best on val was step {best_step}: {best_out}')
-# The options of adapt.py that a data set other than slide needs.
-command = ['python', 'adapt.py', f'--ckpt={out}']
+command = f'python adapt.py --ckpt={out}'
 if data != 'slide':
-    command.append(f'--data={data}')
+    command += f' --data={data}'
 if not has_split(data, 'test_A'):
-    phases = [phase for phase in ('A1', 'B', 'A2') if has_split(data, f'test_{phase}')]
-    phases = phases if 'A1' in phases else ['val', *phases]
-    command.append(f'--phases={",".join(phases)}')
-print0(f'next: {shlex.join(command)}')
+    phases = [phase for phase in ('B', 'A2') if has_split(data, f'test_{phase}')]
+    command += f' --phases={",".join(["val", *phases])}'
+print0(f'next: {command}')
 if processes > 1:
     dist.destroy_process_group()

@@ -18,9 +18,9 @@ ENCODERS = {
     'vitg': 'facebook/vjepa2-vitg-fpc64-256',
     'vitg384': 'facebook/vjepa2-vitg-fpc64-384',
 }
-MEAN = 0.485, 0.456, 0.406     # of ImageNet's pictures
-STD = 0.229, 0.224, 0.225
-TOKENS = 2**14                 # that are encoded at once, but at least one clip or step
+MEAN = torch.tensor([0.485, 0.456, 0.406])     # of ImageNet's pictures
+STD = torch.tensor([0.229, 0.224, 0.225])
+TOKENS = 2**14                                 # that are encoded at once, but at least one clip or step
 
 
 def load_encoder(encoder, device):
@@ -39,29 +39,22 @@ def load_encoder(encoder, device):
 
 @torch.inference_mode()
 def encode(frames, net, encode='step', dtype='auto'):
-    """
-    Features (n,T,N,D) of square frames (n,F,H,W,3) uint8, not yet layer-normed.
-
-    encode: 'step', each time step's own frames alone, or 'clip', all at once, so that z_1 knows the future.
-    """
+    """Features (n,T,N,D), not layer-normed, of square frames (n,F,H,W,3) uint8. encode: 'step' or 'clip'."""
     tubelet, patch = net.config.tubelet_size, net.config.patch_size
     n, count, side = frames.shape[:3]
     steps, rows = count // tubelet, side // patch
     for layer in net.encoder.layer:
-        # Positions are those of this picture, not of the pictures of training.
-        layer.attention.grid_size = rows
-    mean = torch.tensor(MEAN, device=frames.device)
-    std = torch.tensor(STD, device=frames.device)
-    video = (frames / 255 - mean) / std
+        layer.attention.grid_size = rows       # of this picture, not of the pictures of training
+    video = (frames / 255 - MEAN.to(frames.device)) / STD.to(frames.device)
     video = video.permute(0, 1, 4, 2, 3)                               # (n,F,3,H,W)
+    # Each step's own frames alone. In a whole clip z_1 knows the future.
     if encode == 'step':
         video = video.unflatten(1, (steps, tubelet)).flatten(0, 1)     # (n*T,2,3,H,W)
     tokens = video.shape[1] // tubelet * rows**2
     encoded = []
     with autocast(frames.device, dtype, net.config.hidden_size):
         for part in video.split(max(1, TOKENS // tokens)):
-            features = net.get_vision_features(part)                   # (b,N,D), or (b,T*N,D) of whole clips
-            encoded.append(features.float())
+            encoded.append(net.get_vision_features(part).float())      # (b,N,D), or (b,T*N,D) of whole clips
     return torch.cat(encoded).view(n, steps, rows**2, -1)
 
 
@@ -88,12 +81,7 @@ def load_official(path, grid=(16, 16), heads=16):
 
 
 def start_from(predictor, path):
-    """
-    Start a predictor from a checkpoint of train.py, or from the official action-conditioned one → (names of
-    layers that start anew, names of layers that are dropped). All else that does not fit is an error.
-
-    Of the official one, the action memory, which it lacks, and encoders of another size start anew.
-    """
+    """Start from a checkpoint of train.py or the official one → names of layers: anew, and dropped."""
     stored = read_checkpoint(path)
     if 'sizes' in stored:
         predictor.load_state_dict(stored['predictor'])
@@ -102,9 +90,11 @@ def start_from(predictor, path):
         refuse(f'--init_from={path}: official weights were trained with --rope=vjepa2')
     state = read_official(stored)
     initial = predictor.state_dict()
+    # The action memory, which the official one lacks, and encoders of another size start anew.
     dropped = {name for name in state if '_encoder.' in name and name not in initial}
     new = {name for name, tensor in initial.items() if name.startswith('action_memory.')
            or '_encoder.' in name and (name not in state or state[name].shape != tensor.shape)}
-    kept = {name: state[name] for name in state.keys() - dropped - new}
-    predictor.load_state_dict({**kept, **{name: initial[name] for name in new}})
+    for name in dropped:
+        del state[name]
+    predictor.load_state_dict({**state, **{name: initial[name] for name in new}})
     return [sorted({name.split('.')[0] for name in names}) for names in (new, dropped)]

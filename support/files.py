@@ -1,10 +1,4 @@
-"""
-Devices, precision, checkpoints, torchrun.
-
-    save('out/hope.pt', predictor, step=6)           hope.load() reads it back, as a predictor
-    device = pick_device('auto')
-    rank, local_rank, processes = launched()
-"""
+"""Devices, precision, checkpoints (save() here, hope.load() reads them back as predictors), torchrun."""
 import dataclasses
 import os
 import zipfile
@@ -30,12 +24,8 @@ def pick_device(name):
 
 def autocast(device, dtype, width):
     """
-    The context in which a model of this width computes on a device: in bfloat16, or in float32, where it
-    changes nothing.
-
-    dtype: 'float32', 'bfloat16', or 'auto': bfloat16 on a CUDA device that has it, and on a CPU that
-    multiplies matrices in it if the model is at least 256 wide. Narrower ones gain little, and the
-    published figures are theirs in float32.
+    The context in which a model of this width computes. dtype 'auto': bfloat16 where the device has it, on a
+    CPU from a width of 256 on. Narrower ones gain little, and the published figures are theirs in float32.
     """
     kind = torch.device(device).type
     fast = dtype == 'bfloat16'
@@ -48,9 +38,7 @@ def autocast(device, dtype, width):
 
 
 def write_atomically(path, write):
-    """
-    Call write(file) on a file beside path, then rename it: path has its old content or the whole new one.
-    """
+    """Call write(file) on a file beside path, then rename it: path has its old content or all of the new."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(f'{path}.tmp', 'wb') as f:
         write(f)
@@ -66,9 +54,7 @@ def save(path, predictor, **more):
 
 
 def read_checkpoint(path, device='cpu'):
-    """
-    Read a file of save() → dict. Refuses one that is missing, or damaged: torch.load compares no checksums.
-    """
+    """Read a file of save() → dict. Refuses a missing or damaged one: torch.load compares no checksums."""
     if not os.path.isfile(path):
         refuse(f'no checkpoint at {path}; train one with: python train.py config/hope_jump.py')
     try:
@@ -82,10 +68,7 @@ def read_checkpoint(path, device='cpu'):
 
 
 def launched():
-    """
-    (rank, rank on this machine, number of processes), as torchrun puts them into the environment; else (0,
-    0, 1).
-    """
+    """(rank, rank on this machine, number of processes), as torchrun sets them; without it (0, 0, 1)."""
     return tuple(int(os.environ.get(name, default)) for name, default in
                  (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
 

@@ -5,10 +5,8 @@ The object's position, read out of features, and what a world model is for: push
     goals = make_goals(Clips('slide', 'test_B'), 'B', range(200), 'cpu')
     metres, ms = plan(predict, goals, largest)                # predict: z (b,1,N,D), push (b,2) → (b,N,D)
 
-The read-out is fitted to true features of training clips of A alone. (A linear one is 8 cm off.) Start and goal are
-the first and the last picture of a held-out clip, and their features are all that the planner sees. It chooses the
-push whose predicted last step is nearest to the goal's in L1: one jump for each candidate, no rollout. Then the
-physics of the domain pushes the object, until the clip ends.
+The read-out is fitted to true features of training clips of A. A goal is the last picture of a held-out clip.
+The planner sees features only, and chooses the push whose predicted last step is nearest to the goal's in L1.
 """
 import math
 import time
@@ -22,28 +20,12 @@ from data import DOMAINS, FPS, FRAMES, TUBELET, WORLD, Physics, batch_indices, d
 from model import feature_loss
 
 SEED = 1
-# The read-out: how many numbers of a picture are read, in all its patches together, and how it is fitted.
-KEPT = 2048
+KEPT = 2048      # numbers of a picture that the read-out reads: a linear map of each patch, then an MLP
 STEPS, BATCH, RATE = 1500, 16, 3e-3
 # The planner. The first round has so many candidates that one comes near any goal: where the object covers no
 # part of the goal's, the features do not say which push is better. Later rounds look around the best few.
 FIRST, CANDIDATES, ELITES, ROUNDS = 128, 16, 3, 5
 SECONDS = (FRAMES - TUBELET) / FPS       # from the push to the last frame of a clip
-
-
-class Readout(nn.Module):
-    """Features → position in metres: a linear map that all patches share, then an MLP over all of them."""
-
-    def __init__(self, patches, dim):
-        super().__init__()
-        kept = min(dim, max(1, KEPT // patches))
-        self.patch = nn.Linear(dim, kept)
-        self.picture = nn.Sequential(nn.Linear(patches * kept, 128), nn.GELU(),
-                                     nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 2))
-
-    def forward(self, z):
-        """z (...,N,D) layer-normed → (...,2) metres, from the upper left corner to the right and down."""
-        return (self.picture(self.patch(z.float()).flatten(-2)) + 1) * (WORLD / 2)
 
 
 def positions(clips, indices):
@@ -53,12 +35,17 @@ def positions(clips, indices):
 
 
 def fit_readout(clips, device):
-    """The Readout of data.Clips, fitted by L1 to true features. It depends on the clips alone."""
-    T, N, D = clips.meta['shape']
+    """What reads positions out of features, (...,N,D) → (...,2) metres, fitted by L1 to data.Clips."""
+    _, N, D = clips.meta['shape']
+    kept = min(D, max(1, KEPT // N))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        readout = Readout(N, D).to(device)
-    optimizer = torch.optim.AdamW(readout.parameters(), lr=RATE)
+        net = nn.Sequential(nn.Linear(D, kept), nn.Flatten(-2), nn.Linear(N * kept, 128), nn.GELU(),
+                            nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 2)).to(device)
+
+    def readout(z):
+        return (net(z.float()) + 1) * (WORLD / 2)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=RATE)
     steps = min(STEPS, len(clips))
     for i in range(steps):
         optimizer.param_groups[0]['lr'] = RATE * (1 - i / steps)
@@ -68,7 +55,8 @@ def fit_readout(clips, device):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return readout.requires_grad_(False)
+    net.requires_grad_(False)
+    return readout
 
 
 class Goals(typing.NamedTuple):
@@ -87,8 +75,8 @@ def make_goals(clips, domain, indices, device):
     assert simulated, f'planning: {clips.name} was not simulated, so no push can be tried there'
     indices = np.asarray(indices)
     z = clips[indices][0].to(device)
-    mu, mass = (clips.physics[name][indices, None] for name in ('mu', 'mass'))
     position = clips.physics['position'][indices]
+    mu, mass = (clips.physics[name][indices, None] for name in ('mu', 'mass'))
     physics = Physics(mu, mass, DOMAINS[domain].camera)
     return Goals(z[:, :1], z[:, -1], position[:, 0], position[:, -1], physics)
 
@@ -101,7 +89,7 @@ def pushed(start, pushes, physics, seconds=SECONDS):
 
 
 def reached(goals, pushes):
-    """How far from its goal each push (G,2) in N·s brings the object by the end of the clip → (G,) metres."""
+    """How far from its goal each push (...,G,2) brings the object by the clip's end → (...,G) metres."""
     return np.linalg.norm(pushed(goals.start, pushes, goals.physics) - goals.end, axis=-1)
 
 
@@ -125,12 +113,10 @@ def cross_entropy(cost, goals, largest):
         best = cost(tried).topk(ELITES, dim=1, largest=False).indices  # (goals,ELITES)
         elites = tried.gather(1, best[..., None].expand(-1, -1, 2))    # (goals,ELITES,2)
         mean = elites.mean(1, keepdim=True)
-        std = elites.std(1, keepdim=True)
         noise = torch.randn(CANDIDATES - ELITES, 2, generator=generator, dtype=torch.float64)
-        drawn = mean + std * noise
+        drawn = mean + elites.std(1, keepdim=True) * noise
         # A push that is too large is shortened.
-        size = drawn.norm(dim=-1, keepdim=True)
-        drawn = drawn * (largest / size.clamp(min=largest))
+        drawn *= largest / drawn.norm(dim=-1, keepdim=True).clamp(min=largest)
         # Elites stay: where only one of them is near the goal, the Gaussian around their mean may miss it.
         tried = torch.cat([elites, drawn], 1)
     return mean[:, 0]
@@ -138,11 +124,7 @@ def cross_entropy(cost, goals, largest):
 
 @torch.no_grad()
 def plan_pushes(predict, goals, largest):
-    """
-    For each goal the push, of at most `largest` N·s, whose predicted last step is nearest in L1 → (G,2).
-
-    predict: features of the start (b,1,N,D) and pushes (b,2) → features of the last step (b,N,D).
-    """
+    """For each goal the push, of at most `largest` N·s, whose predicted last step is nearest in L1, (G,2)."""
     def cost(tried):
         """The loss of candidates (G,k,2) → (G,k), one goal after the other."""
         losses = []
@@ -154,18 +136,14 @@ def plan_pushes(predict, goals, largest):
 
 def plan_with_simulator(goals, largest):
     """plan_pushes with the physics as predictor and metres as loss → (G,2): what the planner can do."""
-    mu, mass, camera = goals.physics
-    physics = Physics(mu[:, None], mass[:, None], camera)              # (G,1,1): the same for all candidates
-
     def cost(tried):
         """How far from the goal candidates (G,k,2) come → (G,k)."""
-        end = pushed(goals.start[:, None], tried.numpy(), physics)
-        return torch.from_numpy(np.linalg.norm(end - goals.end[:, None], axis=-1))
+        return torch.from_numpy(reached(goals, tried.transpose(0, 1).numpy())).T
     return cross_entropy(cost, len(goals.start), largest).numpy()
 
 
 def plan(predict, goals, largest):
-    """plan_pushes → how far from its goal each push brings the object (G,) in metres, milliseconds of a plan."""
+    """plan_pushes → how far from its goal each push brings the object, (G,) metres, and ms of a plan."""
     started = time.perf_counter()
     pushes = plan_pushes(predict, goals, largest)
     seconds = time.perf_counter() - started

@@ -1,9 +1,9 @@
 """
 Phase A seen from nearer by: the split `zoom`, and the pushes that its clips look like.
 
-What is seen from nearer by moves further, so in terms of A it was pushed harder. How much harder is read from
-the features: an inverse dynamics that knows only A reads a push from each clip at the smallest factor, and an
-action memory M learns what the given pushes become. M applied twice is zooming in twice.
+What is seen from nearer by moves further, as if pushed harder. How much harder, an inverse dynamics that
+knows only A reads from clips at the smallest factor. M, what it makes of the given pushes, applied twice is
+zooming in twice.
 """
 import math
 import types
@@ -15,12 +15,13 @@ from tqdm import tqdm
 import data
 from hope import ActionMemory
 
-# A quarter of the clips is seen by each of the factors 1.2, 1.2^2, 1.2^3 and 1.2^4.
-ZOOM, ZOOMS = 1.2, 4
-# With fewer clips of train no push can be read, and after too few batches all are read too weak.
-FEWEST_CLIPS, INVERSE_BATCHES, INVERSE_CLIPS = 64, 4000, 64
-# Zoomed clips are used if this share of the pushes of val is read, and M explains this share of theirs.
-LEAST_READ, LEAST_EXPLAINED = 0.98, 0.9
+ZOOM = 1.2                # a quarter of the clips is seen by each of the factors 1.2, 1.2^2, 1.2^3 and 1.2^4
+ZOOMS = 4
+FEWEST_CLIPS = 64         # of train: with fewer, no push can be read
+INVERSE_BATCHES = 4000    # after too few, all pushes are read too weak
+INVERSE_CLIPS = 64        # in each of them
+LEAST_READ = 0.98         # zoomed clips are used if this share of the pushes of val is read,
+LEAST_EXPLAINED = 0.9     # and M explains this share of theirs
 
 
 def zoom_levels(clips):
@@ -56,34 +57,16 @@ def train_inverse(features, actions, seed, device):
 def read_pushes(memory, features):
     """The pushes (n,A) in N·s that the inverse dynamics reads from stored features (n,T,N,D) float16."""
     pushes = []
-    for start in range(0, len(features), INVERSE_CLIPS):
-        z = data.normed(torch.from_numpy(features[start:start + INVERSE_CLIPS].copy()))
+    for part in np.split(features, range(INVERSE_CLIPS, len(features), INVERSE_CLIPS)):
+        z = data.normed(torch.from_numpy(part.copy()))
         pushes.append(memory.scale * memory.inverse(z.to(memory.scale.device)))
     return torch.cat(pushes).cpu()
 
 
-def association(memory, given, seen):
-    """M (A,2A) of an ActionMemory that forgets nothing, shown pushes given and seen, each (n,A) float64."""
-    key, length = memory.key(given)
-    pair = torch.cat([key, seen / length], -1)
-    state = memory.WRITE_RATE * key.T @ pair                           # (2A,3A)
-    return memory.matrix(state[None])[0]
-
-
-def zoomed_pushes(memory, M, pushes, levels):
-    """Pushes (n,A) as they look after zooming in levels (n,) times, each time by M (A,2A)."""
-    zoomed = pushes.clone()
-    for level in range(1, ZOOMS + 1):
-        key, length = memory.key(zoomed)
-        zoomed = torch.where(levels[:, None] >= level, length * (key @ M.mT), zoomed)
-    return zoomed
-
-
 def read_zoomed(train, val, zoomed, seed, device):
     """
-    The pushes (n,A) float64 that zoomed clips look like, and what meta.json says of them, a dict.
-
-    train, val, zoomed: each (features, actions); zoomed in the order of zoom_levels, its pushes as given.
+    The pushes (n,A) float64 that zoomed clips look like, and what meta.json says of them, a dict. train, val,
+    zoomed: each (features, actions); zoomed in the order of zoom_levels, its pushes as given.
     """
     features, actions = zoomed
     given = torch.from_numpy(actions[:, 0]).double()
@@ -94,13 +77,16 @@ def read_zoomed(train, val, zoomed, seed, device):
     memory = train_inverse(*train, seed, device)
     pushed = torch.from_numpy(val[1][:, 0])
     error = read_pushes(memory, val[0]) - pushed
-    # At most 1, as for the share that M explains.
     share = 1 - (error.square().sum() / pushed.square().sum()).item()
     seen = read_pushes(memory, features[readable.numpy()]).double()
     memory = memory.cpu().double()
-    M = association(memory, given[readable], seen)
-    pushes = zoomed_pushes(memory, M, given, levels)
+    key, length = memory.key(given[readable])
+    state = memory.WRITE_RATE * key.T @ torch.cat([key, seen / length], -1)        # (2A,3A)
+    M = memory.matrix(state[None])[0]                                              # (A,2A)
+    pushes = given.clone()
+    for level in range(1, ZOOMS + 1):
+        key, length = memory.key(pushes)
+        pushes = torch.where(levels[:, None] >= level, length * (key @ M.mT), pushes)
     explained = 1 - ((pushes[readable] - seen).square().sum() / seen.square().sum()).item()
     used = share >= LEAST_READ and explained >= LEAST_EXPLAINED
-    says = {'factor': ZOOM, 'M': M.tolist(), 'share_read': share, 'explained': explained, 'used': used}
-    return pushes, says
+    return pushes, dict(factor=ZOOM, M=M.tolist(), share_read=share, explained=explained, used=used)

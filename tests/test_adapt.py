@@ -27,7 +27,7 @@ def own_phases(tiny, tmp_path_factory):
 
 def adapted(data, out, **changes):
     """Run adapt.py here, without its report → {model, method and rate_from: row}, and its run.json."""
-    config = {**CONFIG, 'data': data, 'out': str(out), 'processes': 1, 'methods': '', 'rates': '', **changes}
+    config = {**CONFIG, 'data': data, 'out': str(out), 'processes': 1, **changes}
     with mock.patch('report.write'):
         adapt.main(config)
     about = json.loads((out / 'run.json').read_text())
@@ -68,7 +68,7 @@ def test_no_clip_serves_twice(tiny, changes):
     """Every stream has clips of its phases, and none of the probes or of tuning; the first takes the first ones."""
     config = adapt.resolved({**CONFIG, 'data': tiny, **changes})
     experiment = adapt.Experiment(config)
-    probes = sum(experiment.probes.values(), [])
+    probes = [(split, i) for split, indices in experiment.probes.values() for i in indices]
     tuned = {clip for stream in experiment.tuning for clip in stream}
     assert len(probes) == experiment.probe_clips * len(experiment.probes) > 0
     for stream in experiment.streams:
@@ -168,8 +168,8 @@ def test_what_is_learned_is_seen_at_the_next_clip(tiny, trained, dtype):
     config = {**CONFIG, 'data': tiny, 'ckpt': trained['vit'], 'dtype': dtype}
     (checkpoint,) = adapt.read_checkpoints(config)
     experiment = adapt.Experiment(adapt.resolved(config))
-    frozen, learned = (adapt.run_stream(method(checkpoint, 1e-2), experiment.streams, experiment, False)['loss'][0]
-                       for method in (methods.Frozen, methods.FullTTA))
+    frozen, learned = (adapt.run_stream(method(checkpoint, 1e-2, experiment.bare()), experiment.streams)['loss']
+                       for method in (methods.Method, methods.TTA))
     assert frozen[0] == learned[0] and frozen[1] != learned[1]
 
 

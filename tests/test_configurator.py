@@ -74,7 +74,7 @@ def test_what_is_refused(configured, tmp_path, capsys, written, words, in_a_file
 
 @pytest.mark.parametrize('argument, words', [
     ('missing.py', 'config file missing.py not found'), ('steps=5', 'neither a config file'),
-    ('--steps', 'a value is missing, --steps=...'),
+    ('--steps', 'steps must be a whole number, not True'),
 ])
 def test_other_arguments_are_refused(configured, capsys, argument, words):
     with pytest.raises(SystemExit):

@@ -190,7 +190,7 @@ def test_own_clips_are_read_in_place(tiny, tmp_path):
 
 @pytest.mark.parametrize('damage, words', [
     ('cut', 'val.npy is damaged or missing'), ('no arrays', 'val.npz is damaged or missing'),
-    ('gone', "has no split 'val'; prepare.py"), ('nan', 'the features of clip 7 are not finite'),
+    ('gone', "has no split 'val'; run prepare.py as before"), ('nan', 'the features of clip 7 are not finite'),
     ('no set', 'make it with: python prepare.py --name='),
 ])
 def test_a_missing_or_damaged_clip_is_one_line(tiny, tmp_path, capsys, damage, words):

@@ -449,9 +449,9 @@ def test_the_action_reaches_the_predictor_through_its_memory_alone(kind):
     torch.manual_seed(0)
     net = hope.build(sizes(**{**TINY, 'model': kind})).double()
     z, a = (x.double() for x in some_clips(2, 5))
-    M = F.pad(1.5 * turned(torch.eye(2).double()).T, (0, 2))
-    state = net.action_memory.state_of(M).expand(2, -1, -1)
-    torch.testing.assert_close(net.action_memory.matrix(state)[0], M)
+    # With S = 0, M is M_0 + Y.
+    change = 1.5 * turned(torch.eye(2).double()) - torch.eye(2)
+    state = F.pad(change, (4, 0, 0, 2)).expand(2, -1, -1)
     z_hat, memory = net(z, a, memory={'action': state})
     torch.testing.assert_close(z_hat, net(z, 1.5 * turned(a))[0])
     # Written by the clip, which changed nothing in the clip's own prediction.

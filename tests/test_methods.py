@@ -16,7 +16,7 @@ LEARNING = [name for name in METHODS
 TTA = [name for name in LEARNING if issubclass(METHODS[name], methods.TTA)]
 # What adapt.py gets from its command line for a short stream.
 CONFIG = {'oracle': '', 'phases': 'auto', 'clips': 6, 'tune_clips': 1, 'probe_clips': 6, 'probe_every': 6,
-          'streams': 1, 'plan': False, 'tune_on': 'C', 'device': 'cpu', 'dtype': 'float32'}
+          'streams': 1, 'plan': False, 'methods': '', 'rates': '', 'tune_on': 'C', 'device': 'cpu', 'dtype': 'float32'}
 
 
 @pytest.fixture(scope='module')
@@ -40,19 +40,20 @@ def experiment(tiny):
 @pytest.fixture(scope='module')
 def eight(experiment):
     """The first 8 clips of the first stream, of A and of B: z, a."""
-    return experiment.read(experiment.streams[0][:8])
+    return tuple(map(torch.cat, zip(*[experiment.read(split, [i]) for split, i in experiment.streams[0][:8]])))
 
 
 def streamed(checkpoint, name, rate, clips):
     """Run a method, with the first of its rates if rate is '', along clips z (n,T,N,D), a (n,T,A)."""
-    method = METHODS[name](checkpoint, METHODS[name].rates[0] if rate == '' and METHODS[name].rates else rate)
     keep = SimpleNamespace(probes={}, probe_at=(), goals=(), readout=None, shown=range(len(clips[0])),
-                           read=lambda numbers: tuple(x[list(numbers)] for x in clips))
-    return adapt.run_stream(method, [range(len(clips[0]))], keep)
+                           read=lambda _, numbers: tuple(x[numbers] for x in clips))
+    rate = METHODS[name].rates[0] if rate == '' and METHODS[name].rates else rate
+    stream = [('', i) for i in range(len(clips[0]))]
+    return adapt.run_stream(METHODS[name](checkpoint, rate, keep), [stream])
 
 
 def losses(*args):
-    return streamed(*args)['loss'][0]
+    return [loss for loss, in streamed(*args)['loss']]
 
 
 @pytest.mark.parametrize('method', LEARNING)
@@ -63,8 +64,8 @@ def test_a_clip_is_predicted_and_scored_before_it_is_shown(fitting, eight, metho
     z2[t, 1:] += torch.randn_like(z2[t, 1:])
     before, after = streamed(fitting, method, '', (z, a)), streamed(fitting, method, '', (z2, a))
     assert np.array_equal(before['predicted'][:t + 1], after['predicted'][:t + 1])
-    assert before['loss'][0][:t] == after['loss'][0][:t]
-    assert before['loss'][0][t + 1:] != after['loss'][0][t + 1:]
+    assert before['loss'][:t] == after['loss'][:t]
+    assert before['loss'][t + 1:] != after['loss'][t + 1:]
 
 
 @pytest.mark.parametrize('method', [*TTA, 'no carry'])
@@ -96,12 +97,12 @@ def test_tta_adapts_what_it_says(hope, method, part):
 @pytest.mark.parametrize('method', ['frozen', 'memory', 'Titan memory', 'shuffled'])
 def test_streams_as_a_batch_are_streams_one_by_one(hope, experiment, method):
     """On their own clips and on the probes."""
-    row = {'method': method, 'rate': 0.05}
-    together = adapt.run_streams(row, hope, experiment, experiment.streams)
+    method = METHODS[method]
+    together = adapt.run_stream(method(hope, 0.05, experiment, 3), experiment.streams)
     for s, stream in enumerate(experiment.streams):
-        alone = adapt.run_streams(row, hope, experiment, [stream])
-        assert together['loss'][s] == pytest.approx(alone['loss'][0], rel=1e-3)
-        assert together['probes']['A'][s] == pytest.approx(alone['probes']['A'][0], rel=1e-3)
+        alone = adapt.run_stream(method(hope, 0.05, experiment), [stream])
+        for many, one in ((together['loss'], alone['loss']), (together['probes']['A'], alone['probes']['A'])):
+            assert [values[s] for values in many] == pytest.approx([value for value, in one], rel=1e-3)
 
 
 def test_the_memory_is_what_teacher_forcing_would_write(hope, eight):
@@ -124,8 +125,8 @@ def test_the_shuffled_control_is_shown_the_push_of_the_clip_before(hope, eight):
 
 def test_the_wrong_world_is_written_before_the_stream_and_kept(hope, experiment, eight):
     wrong, memory = methods.WrongWorld(hope, experiment=experiment), methods.Memory(hope)
-    for clip in experiment.other:
-        memory.look_back(*experiment.read([clip]))
+    for split, index in experiment.other:
+        memory.look_back(*experiment.read(split, [index]))
     wrong.look_back(eight[0][:1], eight[1][:1])
     assert torch.equal(wrong.memory['action'], memory.memory['action'])
 
@@ -134,11 +135,11 @@ def test_the_gain_writer_follows_the_gradient(hope, eight):
     """One step of its rule, the gradient by finite differences."""
     z, a = eight[0][:1], eight[1][:1]
     method = methods.GainWriter(hope, 10.0)
-    method.predict(z[:, None], a[:, None])
+    method.predict(z, a)
     method.look_back(z, a)
     halves = []
     for gain in 1.01, 0.99:
-        z_hat = methods.Frozen(hope).predict(z[:, None], gain * a[:, None])[:, 0]
+        z_hat = methods.Method(hope).predict(z, gain * a)
         halves.append(methods.feature_loss(z_hat.double(), z[:, hope.targets].double()).square().item() / 2)
     assert method.change.item() == pytest.approx(-10 * (halves[0] - halves[1]) / 0.02, rel=0.05)
 

@@ -236,9 +236,9 @@ def test_each_loss_predicts_as_it_trains(kind):
     """A rollout feeds predictions back, a jump takes one pass, each clip with its own memory."""
     net = train(predictor(kind))
     z, a = clips()
-    one = net(*first(z, a))[0][:, 0]
-    two = net(torch.stack([z[:, 0], one], 1), a[:, :2])[0][:, 1]
-    torch.testing.assert_close(model.rollout(net, z, a, 2), torch.stack([one, two], 1), rtol=0, atol=1e-12)
+    one = net(*first(z, a))[0]
+    two = net(torch.cat([z[:, :1], one], 1), a[:, :2])[0]
+    torch.testing.assert_close(model.predict_rollout(net, z, a, torch.tensor([1, 2])), two, rtol=0, atol=1e-12)
     memory = net(z.flip(0), a.flip(0))[1]
     alone = {'action': memory['action'][1:2], 'titan': [state[1:2] for state in memory.get('titan', [])]}
     targets = torch.tensor([2, 4])

