@@ -16,11 +16,11 @@ import copy
 import functools
 import json
 import multiprocessing
-import os
 import time
 import zlib
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -114,16 +114,16 @@ def labels_of(phases):
 
 def resolved(config):
     """The config with its lists as lists, and the phases and shifts that the data set has."""
-    lists = {option: listed(config[option]) for option in ('phases', 'tune_on', 'methods')}
-    if lists['phases'] == ['auto']:
-        own = not has_split(config['data'], 'test_A')
-        lists['phases'] = ['val', 'B', 'A2'] if own else ['A', 'B', 'A']
-    if lists['tune_on'] == ['C'] and ('C' in lists['phases'] or not has_split(config['data'], 'test_C')):
+    phases, shifts = listed(config['phases']), listed(config['tune_on'])
+    if phases == ['auto']:
+        phases = ['A', 'B', 'A'] if has_split(config['data'], 'test_A') else ['val', 'B', 'A2']
+    if shifts == ['C'] and ('C' in phases or not has_split(config['data'], 'test_C')):
         print('no other shift to tune on (--tune_on): learning rates are the defaults')
-        lists['tune_on'] = []
-    if {'A', 'B', 'val', *lists['phases']} & {*lists['tune_on']}:
+        shifts = []
+    if {'A', 'B', 'val', *phases} & {*shifts}:
         refuse(f'--tune_on={config["tune_on"]}: rates tuned on a domain under test prove nothing')
-    return {**config, **lists, 'rates': dict(item.split('=') for item in listed(config['rates']))}
+    methods, rates = listed(config['methods']), dict(item.split('=') for item in listed(config['rates']))
+    return {**config, 'phases': phases, 'tune_on': shifts, 'methods': methods, 'rates': rates}
 
 
 class Experiment:
@@ -165,25 +165,25 @@ class Experiment:
                 random = np.random.default_rng([number, zlib.crc32(split.encode())])
                 orders[split] = iter(random.permutation(pool).tolist())
             self.streams.append([(split, next(orders[split])) for split, _ in first])
-        seen = range(len(first) + 1)
-        self.probe_at = [i for i in seen if i % config['probe_every'] == 0 or i % n == 0]
+        end = len(first) + 1
+        self.probe_at = sorted({*range(0, end, config['probe_every']), *range(0, end, n)})
         self.largest = float(np.linalg.norm(self.splits['train'].actions[:, 0], axis=-1).max())
         self.goals = {}
         for i, domain in enumerate(self.domains if config['plan'] else []):
             split, indices = self.probes[domain]
             goals = planning.make_goals(self.splits[split], domain, indices, config['device'])
             self.goals[(i + 1) * n] = self.labels[i], goals
-        # The first and the last clips of the first shift, and two from before it.
+        # Two clips from before the first shift, and the first 12 and the last 5 of it.
         begin = n * next((i for i, domain in enumerate(self.domains) if domain != self.domains[0]), 0)
-        drawable = os.path.exists(os.path.join(folder_of(config['data']), 'decoder.npy'))
-        near = [*range(-2, min(12, n)), *range(max(12, n - 5), n)]
-        self.shown = [begin + i for i in near if drawable and begin + i >= 0]
+        near = range(max(0, begin - 2), begin + n)
+        drawable = Path(folder_of(config['data']), 'decoder.npy').exists()
+        self.shown = [*near[:14], *near[14:][-5:]] if drawable else []
 
     def count(self, uses):
         """Set how many clips there are for uses {option: splits}: as many as are asked for, if all fit."""
         counts = {option: self.config[option] for option in uses}
         for split, clips in self.splits.items():
-            options = [option for option, splits in uses.items() for other in splits if other == split]
+            options = [option for option in uses for other in uses[option] if other == split]
             # Where there are too few, the largest number is lowered.
             while sum(counts[option] for option in options) > len(clips):
                 counts[max(options, key=counts.get)] -= 1
@@ -197,7 +197,7 @@ class Experiment:
     def bare(self, readout=None):
         """The same without probes, goals and clips to be drawn."""
         bare = copy.copy(self)
-        bare.probes, bare.goals, bare.shown, bare.readout = {}, {}, [], readout
+        vars(bare).update(probes={}, goals={}, shown=[], readout=readout)
         return bare
 
     def read(self, split, indices):
@@ -220,7 +220,7 @@ experiment_of = functools.cache(lambda config: Experiment(json.loads(config)))
 
 def run_stream(method, streams):
     """
-    Run a method over the clips of S streams at once, test-then-train: predict, score, look back.
+    Run a method over S streams at once, of the same phases, test-then-train: predict, score, look back.
 
     Returns loss and metres (S values of each clip), seconds, diagnostics, and what the Experiment asks for:
     probes {domain: S losses each time}, planning and predicted (K,N,D) of the first stream.
@@ -238,7 +238,8 @@ def run_stream(method, streams):
             notes['planning'].append({'phase': label, 'distance': distance.tolist(), 'ms': ms})
         if clips is None:
             return notes
-        z, a = map(torch.cat, zip(*[experiment.read(split, [index]) for split, index in clips]))
+        split, indices = clips[0][0], [index for _, index in clips]
+        z, a = experiment.read(split, indices)
         started = time.perf_counter()
         # Left after each clip: within, bfloat16 copies of weights are kept, and hide what has been learned.
         with method.precision:
@@ -253,8 +254,8 @@ def run_stream(method, streams):
         notes['diagnostics'].append({'surprise': surprise.mean().item(), **method.diagnostics()})
         z_hat = z_hat.detach().float()
         if experiment.readout:
-            places = [planning.positions(experiment.splits[split], [index]) for split, index in clips]
-            off = experiment.readout(z_hat) - torch.cat(places).to(z.device)[:, method.targets]
+            there = planning.positions(experiment.splits[split], indices).to(z.device)
+            off = experiment.readout(z_hat) - there[:, method.targets]
             notes['metres'].append(off.norm(dim=-1).mean(1).tolist())
         if i in experiment.shown:
             notes['predicted'].append(z_hat[0].half().cpu().numpy())
@@ -324,7 +325,7 @@ def run_row(config, row):
     row['metres'] = together([notes['metres'] for notes in found]) if experiment.readout else None
     for domain in experiment.probes:
         row['probes'][domain] = together([notes['probes'][domain] for notes in found])
-    path = os.path.join(experiment.config['out'], row['file'])
+    path = Path(experiment.config['out'], row['file'])
     if predicted:
         arrays = {'numbers': experiment.shown, 'predicted': np.stack(predicted)}
         write_atomically(f'{path}.npz', lambda f: np.savez_compressed(f, **arrays))
@@ -333,8 +334,8 @@ def run_row(config, row):
 
 def run_rows(config, rows):
     """Run the rows that have no file yet, side by side in processes."""
-    rows = [row for row in rows if not os.path.exists(os.path.join(config['out'], f'{row["file"]}.json'))]
-    processes = config['processes'] or (os.cpu_count() if config['device'] == 'cpu' else 1)
+    rows = [row for row in rows if not Path(config['out'], f'{row["file"]}.json').exists()]
+    processes = config['processes'] or (multiprocessing.cpu_count() if config['device'] == 'cpu' else 1)
     work = functools.partial(run_row, json.dumps(config)), rows
     if processes == 1:
         list(tqdm(map(*work), 'rows', len(rows), disable=None))
@@ -360,10 +361,9 @@ def main(config):
         refuse(f'{name} is no method, or can adapt none of {config["ckpt"]}; there are {", ".join(METHODS)}')
     config['checkpoints'] = [[c.path, c.about['step'], c.about['best']] for c in checkpoints]
     # A run is continued by the same command; methods may be added.
-    path = os.path.join(config['out'], 'run.json')
-    if os.path.exists(path):
-        with open(path, encoding='utf-8') as f:
-            there = json.load(f)['config']
+    path = Path(config['out'], 'run.json')
+    if path.exists():
+        there = json.loads(path.read_text('utf-8'))['config']
         for key, value in config.items():
             if key not in ('methods', 'processes', 'out') and there.get(key) != value:
                 refuse(f'{path} is of another run: {key} = {there.get(key)}, not {value}; name another --out')

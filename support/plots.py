@@ -36,7 +36,7 @@ def running_mean(values, width=10):
 def draw_stream(path, run, groups):
     """A stream of phases: loss, position error, held-out probes, and what one memory reports."""
     groups = drawn(groups, 6)
-    panels = [(draw_losses, 'loss', f'{run["loss"]} L1\nmean of 10 clips')]
+    panels = [(draw_losses, 'loss', f'{run["loss"]} loss\nmean of 10 clips')]
     if any(rows[0]['metres'] is not None for rows in groups.values()):
         panels.append((draw_losses, 'metres', 'position error [m]\nmean of 10 clips'))
     for domain in dict.fromkeys(run['domains']):
@@ -191,7 +191,9 @@ def draw_domains(path, rows):
     axes = fig.subplots(len(rows), 1, squeeze=False)
     for ax, (label, frames) in zip(axes[:, 0], rows.items()):
         dimmed = np.maximum(0.4 * frames[:, 0], 0.65 * frames[:, frames.shape[1] // 2])
-        ax.imshow(np.hstack(np.maximum(dimmed, frames[:, -1])))
+        pictures = np.maximum(dimmed, frames[:, -1])
+        pictures[:, :, -2:] = 1          # a white line between two clips
+        ax.imshow(np.hstack(pictures))
         ax.set(xticks=[], yticks=[])
         ax.set_ylabel(label, fontsize=8)
     fig.suptitle('The same impulses in every domain: first (dim), middle and last (bright) frame')

@@ -48,8 +48,7 @@ def streamed(checkpoint, name, rate, clips):
     keep = SimpleNamespace(probes={}, probe_at=(), goals=(), readout=None, shown=range(len(clips[0])),
                            read=lambda _, numbers: tuple(x[numbers] for x in clips))
     rate = METHODS[name].rates[0] if rate == '' and METHODS[name].rates else rate
-    stream = [('', i) for i in range(len(clips[0]))]
-    return adapt.run_stream(METHODS[name](checkpoint, rate, keep), [stream])
+    return adapt.run_stream(METHODS[name](checkpoint, rate, keep), [[('', i) for i in range(len(clips[0]))]])
 
 
 def losses(*args):
