@@ -35,7 +35,6 @@ BACKGROUND = 0.10            # grey level of the plane, 0..1
 
 class Physics(typing.NamedTuple):
     """The physics of a domain, in which domains differ."""
-
     mu: float                # friction coefficient
     mass: float              # kg
     camera: float = 0        # angle in degrees by which the camera is turned

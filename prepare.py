@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import os
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -217,8 +218,8 @@ def main():
     if missing and source == 'physics':
         draw_clips(os.path.join(folder, 'clips.png'), seed)
     decoder = os.path.join(folder, 'decoder.npy')
-    if kind == 'features' and not own_clips.content(first, 'pictures'):
-        print('no pictures beside the features: predictions will not be shown as pictures')
+    if kind == 'features' and not (own_clips.content(first, 'pictures') and find_spec('imageio')):
+        print('no pictures beside the features, or no package imageio: predictions will not be drawn')
     elif not os.path.exists(decoder):
         fitted = fit_decoder(data.Clips(folder, 'train'), splits['train'][1], where)
         write_atomically(decoder, lambda f: np.save(f, fitted))

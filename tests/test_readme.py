@@ -3,6 +3,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,6 +27,7 @@ SMALL = {
     'bench.py': ['--help'],
 }
 UNDRAWN = 'draw_stream = draw_animation = lambda *args: None\n'
+MADE = shutil.ignore_patterns('.*', '__pycache__', 'out', 'data', 'assets', 'venv', 'env')
 
 
 def small(script, *args):
@@ -65,8 +68,7 @@ def supply(place, words, tiny, trained):
 @EACH_PAGE
 def test_commands(page, tiny, trained, tmp_path):
     """In a copy without what commands have made here. Pictures take long: they are drawn for the README."""
-    made = '.*', '__pycache__', 'out', 'data', 'assets'
-    place = shutil.copytree(ROOT, tmp_path / 'project', ignore=shutil.ignore_patterns(*made))
+    place = shutil.copytree(ROOT, tmp_path / 'project', ignore=MADE)
     (place / 'support/plots.py').open('a').write(UNDRAWN * (page != README))
     for program, *words in commands_in(PAGES[page]):
         if program == 'python' and (IMAGEIO or '--content=pictures' not in words):
@@ -74,6 +76,18 @@ def test_commands(page, tiny, trained, tmp_path):
             run(place / words[0], *words[1:], *small(*words), cwd=place)
         else:
             assert program in ('pip', 'pytest', 'python') or (place / words[0]).exists()
+
+
+def test_the_tests_pass_in_a_folder_that_has_been_used(tmp_path):
+    """They neither read, refuse nor change what the first command has left there."""
+    place = shutil.copytree(ROOT, tmp_path / 'project', ignore=MADE)
+    left = [place / name for name in ('out/hope.pt', 'out/hope_best.pt', 'out/aba/run.json', 'data/slide/meta.json')]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('left')
+    chosen = ['tests/test_train.py', '-k', 'another_seed', '-n0', '-q', '-p', 'no:cacheprovider']
+    subprocess.run([sys.executable, '-m', 'pytest', *chosen], cwd=place, check=True)
+    assert [path.read_text() for path in left] == ['left'] * len(left)
 
 
 def test_the_python_examples(tiny, trained):
