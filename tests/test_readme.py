@@ -67,9 +67,9 @@ def supply(place, words, tiny, trained):
 
 @EACH_PAGE
 def test_commands(page, tiny, trained, tmp_path):
-    """In a copy without what commands have made here. Pictures take long: they are drawn for the README."""
+    """In a copy without what commands have made here. Pictures take long: tests/test_report.py draws them."""
     place = shutil.copytree(ROOT, tmp_path / 'project', ignore=MADE)
-    (place / 'support/plots.py').open('a').write(UNDRAWN * (page != README))
+    (place / 'support/plots.py').open('a').write(UNDRAWN)
     for program, *words in commands_in(PAGES[page]):
         if program == 'python' and (IMAGEIO or '--content=pictures' not in words):
             supply(place, words, tiny, trained)
