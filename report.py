@@ -262,8 +262,8 @@ def tables(run, groups):
     seeds, steps = max(map(len, groups.values())), ', '.join(map(str, run['target_steps']))
     texts = [
         text,
-        f'{run["loss"]} loss at steps {steps}, before the look-back; {seeds} seeds, {run["streams"]} streams, '
-        f'{run["clips"]} clips a phase.\n±: half the 95 % t interval over means of seeds, or streams of one.',
+        f'{run["loss"]} loss at steps {steps}; {seeds} seeds, {run["streams"]} streams, {run["clips"]} clips '
+        'a phase.\n±: half the 95 % t interval over means of seeds, or streams of one.',
         comparisons(lines),
         rates(groups, run),
         table('held-out clips', lines, CONTINUAL)[1],
