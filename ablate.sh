@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Trains every variant of HOPE with three seeds, runs A→B→A with each and prints one table: bash ablate.sh
-# A training takes 13 minutes on one thread. Further options go to train.py: bash ablate.sh --max_iters=1000
+# Trains every variant with three seeds, runs A→B→A with each and prints one table: bash ablate.sh
+# 15 variants, three trainings each; configs say how long one takes. Further options go to train.py:
+# bash ablate.sh --max_iters=1000
 # What is finished is kept, so an interrupted table goes on where it stopped. Other options want another out.
 set -euo pipefail
 out=out/ablation
@@ -8,33 +9,38 @@ seeds='1 2 3'
 # Checkpoints of oracles, one a seed, separated by commas: they add the share of the gap that is closed.
 oracle=''
 
-# A variant a line: its name, the methods by which it adapts, its config, its options for train.py.
-while read -r name methods config options; do
+# A variant a line: its name, the method by which it adapts (_ is a blank), its config, options for train.py.
+while read -r name method config options; do
     checkpoints=''
     for seed in $seeds; do
         file=$out/${name}_$seed.pt
         resume=$([ ! -e "$file" ] || echo --resume)
-        python train.py config/$config.py --max_iters=4000 $options "$@" --seed=$seed --out=$file $resume
+        python train.py config/$config.py $options "$@" --seed=$seed --out=$file $resume
         checkpoints+=${checkpoints:+,}$file
     done
-    python adapt.py --ckpt=$checkpoints --oracle="$oracle" --methods=frozen,$methods --out=$out/$name
+    python adapt.py --ckpt=$checkpoints --oracle="$oracle" --methods="frozen,${method//_/ }" --out=$out/$name
 done <<'VARIANTS'
-HOPE                     memory        hope_jump
-ViT-AC                   LN-TTA,memory vit_jump
-paper CMS hope_jump --action_memory=False --mixer=titan --memory_hidden=24 --conv=False --cms_hidden=300
-Hope-Attention           memory        hope_jump --mixer=attention --cms_hidden=300
-Titan_without_attention  memory        hope_jump --mixer=titan --cms_hidden=300
-no_zoomed_clips          memory        hope_jump --zoom=False
-delta_rule               memory        hope_jump --rule=delta
-no_own_targets           memory        hope_jump --self_targets=False
-no_surprise_gate         memory        hope_jump --surprise=False
-no_convolution           memory        hope_jump --conv=False
-one_CMS_level            memory        hope_jump --cms_periods=(1,) --cms_hidden=708
+HOPE                       world_head hope_jump
+ViT-AC                     LN-TTA     vit_jump
+ViT-AC_head                world_head vit_jump  --world=True --worlds=True
+ViT-AC_head_convolution    world_head vit_jump  --world=True --worlds=True --conv=True
+no_convolution             world_head hope_jump --conv=False
+no_made-up_worlds          world_head hope_jump --plain_worlds=1
+gains_below_1.4            world_head hope_jump --world_gain=0.33
+no_zoomed_clips            world_head hope_jump --zoom=False
+delta_rule                 world_head hope_jump --rule=delta
+no_own_targets             world_head hope_jump --self_targets=False
+no_surprise_gate           world_head hope_jump --surprise=False
+one_CMS_level              world_head hope_jump --cms_periods=(1,) --cms_hidden=708
+Hope-Attention             world_head hope_jump --mixer=attention --cms_hidden=300
+Titan_without_attention    world_head hope_jump --mixer=titan --cms_hidden=300
+paper CMS hope_jump --world=False --worlds=False --mixer=titan --memory_hidden=24 --conv=False --cms_hidden=300
 VARIANTS
 
 python - $out/*/figures.csv <<'TABLE'
 import sys, pandas
 lines = pandas.concat(map(pandas.read_csv, sys.argv[1:]))
 means = lines.pivot_table('value', ['run', 'row'], 'figure', sort=False)
-print(means.filter(['A1', 'B', 'B_first', 'return_cost', 'gap_closed', 'way_back']).round(4).to_string())
+figures = ['phase 1', 'phase 2', 'B_first', 'return_cost', 'gap_closed', 'way_back']
+print(means.filter(figures).round(4).to_string())
 TABLE

@@ -8,16 +8,15 @@ A→B→A: how a trained predictor adapts when the physics changes, and what it 
     python adapt.py --ckpt=out/hope.pt --plan              and how well pushes are chosen with what is learned
     python adapt.py config/report.py                       five seeds, twenty orders of the clips, intervals
 
-Clips of one world after the other; nobody tells the model where a phase ends. Each is predicted and scored
-from its first step and action alone; only then is it shown, and the method may learn from it. Each row of
-the table is a file in `out`; the same command, given again, runs what is missing.
+Nobody tells the model where a phase ends. Each clip is predicted and scored from its first step and action
+alone; only then is it shown, and the method may learn from it. Each row of the table is a file in `out`; the
+same command, given again, runs what is missing.
 """
 import copy
 import functools
 import json
 import multiprocessing
 import time
-import zlib
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -54,7 +53,9 @@ dtype = 'auto'           # auto = bfloat16 where device and model gain by it [au
 config = configure(globals()) if __name__ == '__main__' else {}
 
 PLAN_RATE = 1e-4         # LN-TTA's in V-JEPA 2 experiments before these: a row of its own, never tuned
-MODELS = {'vit': 'ViT-AC', 'hope': 'HOPE'}
+# By model, and whether it has a world head.
+MODELS = {('vit', False): 'ViT-AC', ('vit', True): 'ViT-AC + head',
+          ('hope', False): 'HOPE - head', ('hope', True): 'HOPE'}
 # targets (K,): target steps of its jumps, 0-based; precision: see support.files.autocast; about: its file.
 Checkpoint = namedtuple('Checkpoint', 'path name seed predictor loss targets precision about')
 
@@ -62,20 +63,18 @@ Checkpoint = namedtuple('Checkpoint', 'path name seed predictor loss targets pre
 def read_checkpoint(path, config):
     """The Checkpoint in a file."""
     predictor, about = load(path, config['device'])
-    name = 'oracle' if path in listed(config['oracle']) else MODELS[predictor.sizes.model]
+    sizes = predictor.sizes
+    name = 'oracle' if path in listed(config['oracle']) else MODELS[sizes.model, sizes.world]
     steps = about['clip_steps']
     targets = torch.arange(steps - about['jump_last'], steps, device=config['device'])
-    precision = autocast(config['device'], config['dtype'], predictor.sizes.width)
+    precision = autocast(config['device'], config['dtype'], sizes.width)
     return Checkpoint(path, name, 1, predictor, about['loss'], targets, precision, about)
 
 
 def read_checkpoints(config):
     """Those of --ckpt and --oracle. Refuses what cannot be compared, or was trained on other data."""
-    paths = listed(config['ckpt']) + listed(config['oracle'])
     found = []
-    for path in paths:
-        if paths.count(path) > 1:
-            refuse(f'{path} is named twice; several checkpoints of a kind are seeds')
+    for path in listed(config['ckpt']) + listed(config['oracle']):
         checkpoint = read_checkpoint(path, config)
         seed = 1 + sum(other.name == checkpoint.name for other in found)
         found.append(checkpoint._replace(seed=seed))
@@ -83,13 +82,13 @@ def read_checkpoints(config):
     here = read_meta(config['data'])['config']
     for checkpoint in found:
         path, there = checkpoint.path, checkpoint.about['data']
-        # How many clips there are, and which of them, makes no other world and no other features.
-        for key in sorted({*here, *there} - {'clips', 'test_clips', 'split', 'seed', 'zoom'}):
-            if here.get(key) != there.get(key):
-                refuse(f'{path} was trained on data with {key} = {there.get(key)}, and {config["data"]} has '
-                       f'{here.get(key)}; name the data set of the checkpoint with --data')
+        # How many clips there are, and which of them, makes no other features.
+        for key in 'source', 'size', 'encoder', 'dim', 'encode':
+            if here[key] != there[key]:
+                refuse(f'{path} was trained on data with {key} = {there[key]}, not {here[key]}: '
+                       f'name the data set of the checkpoint with --data')
         if not torch.equal(checkpoint.targets, found[0].targets):
-            refuse(f'{path} and {paths[0]} have other target steps, so their losses cannot be compared')
+            refuse(f'{path} and {found[0].path} have other target steps: their losses cannot be compared')
     return found
 
 
@@ -107,9 +106,8 @@ def split_of(phase):
 
 def labels_of(phases):
     """How the phases are called: ['A', 'B', 'A'] → ['A₁', 'B', 'A₂']; names that come once stay."""
-    visits = [phases[:i].count(phase) for i, phase in enumerate(phases)]
-    several = [phases.count(phase) > 1 for phase in phases]
-    return [phase + several * '₁₂₃₄₅₆₇₈₉'[visit] for phase, several, visit in zip(phases, several, visits)]
+    numbers = ['₁₂₃₄₅₆₇₈₉'[phases[:i].count(phase)] for i, phase in enumerate(phases)]
+    return [phase + number * (phases.count(phase) > 1) for phase, number in zip(phases, numbers)]
 
 
 def resolved(config):
@@ -130,7 +128,7 @@ class Experiment:
     """
     What every method goes through, of a resolved config. No clip serves twice.
 
-    streams: clips (split, index) of all phases, in each order. tuning: streams A→X→A. other: of the first X.
+    streams: clips (split, index) of all phases, in each order. tuning: streams A→X→A; other: the first X.
     probes: {domain: (split, indices)}, scored after probe_at clips. shown: the numbers of clips to be drawn.
     goals, with --plan: {clips seen by the end of a phase: (its label, planning.Goals)}, pushes up to largest.
     """
@@ -142,57 +140,53 @@ class Experiment:
         self.domains = [domain_of(phase) for phase in phases]
         streamed = [split_of(phase) for phase in phases]
         probed = dict(zip(self.domains, streamed))
-        self.splits = {split: Clips(config['data'], split) for split in {'train', 'val', *streamed, *shifts}}
         tuned = ['val', 'val'] if shifts else []
-        self.count({'clips': streamed, 'probe_clips': [*probed.values()], 'tune_clips': tuned})
-        n, few = self.clips, self.tune_clips
-        free = {split: list(range(len(clips))) for split, clips in self.splits.items()}
-
-        def take(split, count):
-            taken, free[split] = free[split][:count], free[split][count:]
-            return taken
-        first = [(split, i) for split in streamed for i in take(split, n)]
-        home = [(split, i) for split in tuned for i in take(split, few)]
-        others = [[(split, i) for i in free[split]] for split in shifts]
-        self.tuning = [home[:few] + other[:2 * few] + home[few:] for other in others]
-        self.other = others[0][:25] if others else []
-        self.probes = {domain: (split, take(split, self.probe_clips)) for domain, split in probed.items()}
+        self.splits = {split: Clips(config['data'], split) for split in ['train', 'val', *streamed, *shifts]}
+        uses = {'clips': streamed, 'probe_clips': [*probed.values()], 'tune_clips': tuned + 2 * shifts}
+        self.clips, self.probe_clips, few = self.count(uses)
+        n = self.clips
+        free = {split: iter(range(len(clips))) for split, clips in self.splits.items()}
+        first = [(split, next(free[split])) for split in streamed for _ in range(n)]
+        home = [('val', next(free['val'])) for _ in range(few * len(tuned))]
+        others = [[(split, i) for i in range(2 * few)] for split in shifts]
+        self.tuning = [home[:few] + other + home[few:] for other in others]
+        self.other = others[0] if others else []
+        self.probes = {domain: (split, [next(free[split]) for _ in range(self.probe_clips)])
+                       for domain, split in probed.items()}
+        # In other orders also the clips that are left take part.
+        pools = {split: [i for other, i in first if other == split] + [*free[split]]
+                 for split in dict.fromkeys(streamed)}
         self.streams = [first]
         for number in range(2, config['streams'] + 1):
-            orders = {}
-            for split in streamed:
-                pool = [i for other, i in first if other == split] + free[split]
-                random = np.random.default_rng([number, zlib.crc32(split.encode())])
-                orders[split] = iter(random.permutation(pool).tolist())
+            random = np.random.default_rng(number)
+            orders = {split: iter(random.permutation(pool).tolist()) for split, pool in pools.items()}
             self.streams.append([(split, next(orders[split])) for split, _ in first])
         end = len(first) + 1
         self.probe_at = sorted({*range(0, end, config['probe_every']), *range(0, end, n)})
         self.largest = float(np.linalg.norm(self.splits['train'].actions[:, 0], axis=-1).max())
-        self.goals = {}
+        self.goals, self.simulator = {}, []
         for i, domain in enumerate(self.domains if config['plan'] else []):
             split, indices = self.probes[domain]
             goals = planning.make_goals(self.splits[split], domain, indices, config['device'])
             self.goals[(i + 1) * n] = self.labels[i], goals
-        # Two clips from before the first shift, and the first 12 and the last 5 of it.
-        begin = n * next((i for i, domain in enumerate(self.domains) if domain != self.domains[0]), 0)
-        near = range(max(0, begin - 2), begin + n)
+            distance = planning.reached(goals, planning.plan_with_simulator(goals, self.largest))
+            self.simulator.append({'phase': self.labels[i], 'distance': distance.tolist(), 'ms': None})
+        # The last two clips of the first phase, and the first ten of the second.
         drawable = Path(folder_of(config['data']), 'decoder.npy').exists()
-        self.shown = [*near[:14], *near[14:][-5:]] if drawable else []
+        self.shown = [*range(len(first))][max(0, n - 2):n + min(n, 10)] if drawable else []
 
     def count(self, uses):
-        """Set how many clips there are for uses {option: splits}: as many as are asked for, if all fit."""
-        counts = {option: self.config[option] for option in uses}
-        for split, clips in self.splits.items():
-            options = [option for option in uses for other in uses[option] if other == split]
-            # Where there are too few, the largest number is lowered.
-            while sum(counts[option] for option in options) > len(clips):
-                counts[max(options, key=counts.get)] -= 1
-        for option, count in counts.items():
-            if not count:
-                refuse(f'data set {self.config["data"]} has too few clips for stream, tuning and probes')
-            if count < self.config[option]:
+        """How many clips uses {option: splits} have: as asked for, or less where a split has too few."""
+        wanted = [(split, self.config[option]) for option, splits in uses.items() for split in splits]
+        for option, splits in uses.items():
+            asked = count = self.config[option]
+            for split in splits:
+                total = sum(clips for other, clips in wanted if other == split)
+                count = min(count, asked * len(self.splits[split]) // total)
+            assert count, f'{self.config["data"]} has too few clips for stream, tuning and probes'
+            if count < asked:
                 print(f'{option} = {count}: data set {self.config["data"]} has no more')
-        self.clips, self.probe_clips, self.tune_clips = counts.values()
+            yield count
 
     def bare(self, readout=None):
         """The same without probes, goals and clips to be drawn."""
@@ -249,9 +243,7 @@ def run_stream(method, streams):
             method.look_back(z, a)
         notes['loss'].append(loss.tolist())     # waits for a GPU
         notes['seconds'].append((time.perf_counter() - started) / len(clips))
-        # Relative to predicting step 1 again: what was not foreseen.
-        surprise = loss / feature_loss(z[:, :1], z[:, method.targets]).clamp(min=1e-12)
-        notes['diagnostics'].append({'surprise': surprise.mean().item(), **method.diagnostics()})
+        notes['diagnostics'].append(method.diagnostics())
         z_hat = z_hat.detach().float()
         if experiment.readout:
             there = planning.positions(experiment.splits[split], indices).to(z.device)
@@ -277,6 +269,7 @@ def rows_of(checkpoint, config):
         return [row_of(checkpoint, 'frozen')]
     sizes = checkpoint.predictor.sizes
     given, asked = config['rates'], config['methods']
+    usual = 'tuned' if config['tune_on'] else 'default'
     rows = []
     for name, method in METHODS.items():
         wanted = name in asked or asked == ['all'] or not asked and not method.control
@@ -284,13 +277,10 @@ def rows_of(checkpoint, config):
         possible = method.fits(sizes) and (name != 'wrong world' or config['tune_on'])
         if not wanted or not possible:
             continue
-        if not method.rates:
-            rows.append(row_of(checkpoint, name))
-        elif name in given:
-            rows.append(row_of(checkpoint, name, float(given[name]), 'given'))
-        else:
-            rate_from = 'tuned' if config['tune_on'] else 'default'
-            rows.append(row_of(checkpoint, name, method.default[sizes.model], rate_from))
+        choice = (method.default[sizes.model], usual) if method.rates else ()
+        if method.rates and name in given:
+            choice = float(given[name]), 'given'
+        rows.append(row_of(checkpoint, name, *choice))
         if name == 'LN-TTA' and sizes.model == 'vit':
             rows.append(row_of(checkpoint, name, PLAN_RATE, 'plan'))
     return rows
@@ -301,7 +291,7 @@ def run_row(config, row):
     experiment = experiment_of(config)
     checkpoint = read_checkpoint(row['path'], experiment.config)
     method = METHODS[row['method']]
-    tried = {}
+    row['tried'] = tried = {}
     if row['rate_from'] == 'tuned':
         bare = experiment.bare()
         for rate in method.rates:
@@ -315,34 +305,21 @@ def run_row(config, row):
     for streams in [experiment.streams] if method.batched else [[stream] for stream in experiment.streams]:
         adapted = method(checkpoint, row['rate'], experiment, len(streams))
         found.append(run_stream(adapted, streams))
-    # Times, diagnostics, plans and predictions are those of the first.
-    row |= {'tried': tried, **found[0]}
-    predicted = row.pop('predicted')
 
-    def together(values):     # lists (clips, streams) → a list for each stream
-        return np.concatenate(values, 1).T.tolist()
-    row['loss'] = together([notes['loss'] for notes in found])
-    row['metres'] = together([notes['metres'] for notes in found]) if experiment.readout else None
+    def together(values):    # lists (clips, streams) → a list for each stream, or None
+        return np.hstack(values).T.tolist() or None
+    # Times, diagnostics, plans and predictions are those of the first.
+    row |= found[0]
+    for name in 'loss', 'metres':
+        row[name] = together([notes[name] for notes in found])
     for domain in experiment.probes:
         row['probes'][domain] = together([notes['probes'][domain] for notes in found])
     path = Path(experiment.config['out'], row['file'])
+    predicted = row.pop('predicted')
     if predicted:
         arrays = {'numbers': experiment.shown, 'predicted': np.stack(predicted)}
         write_atomically(f'{path}.npz', lambda f: np.savez_compressed(f, **arrays))
     write_atomically(f'{path}.json', lambda f: f.write(json.dumps(row, indent=1).encode()))
-
-
-def run_rows(config, rows):
-    """Run the rows that have no file yet, side by side in processes."""
-    rows = [row for row in rows if not Path(config['out'], f'{row["file"]}.json').exists()]
-    processes = config['processes'] or (multiprocessing.cpu_count() if config['device'] == 'cpu' else 1)
-    work = functools.partial(run_row, json.dumps(config)), rows
-    if processes == 1:
-        list(tqdm(map(*work), 'rows', len(rows), disable=None))
-        return
-    context = multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
-        list(tqdm(pool.map(*work), 'rows', len(rows), disable=None))
 
 
 def main(config):
@@ -367,9 +344,11 @@ def main(config):
         for key, value in config.items():
             if key not in ('methods', 'processes', 'out') and there.get(key) != value:
                 refuse(f'{path} is of another run: {key} = {there.get(key)}, not {value}; name another --out')
-    experiment = experiment_of(json.dumps(config))
-    run = {name: getattr(experiment, name) for name in ('config', 'labels', 'domains', 'clips', 'probe_at')}
-    run |= {
+    text = json.dumps(config)
+    experiment = experiment_of(text)
+    names = 'labels', 'domains', 'clips', 'probe_at', 'simulator'
+    run = {name: getattr(experiment, name) for name in names} | {
+        'config': config,
         'phases': config['phases'],
         'streams': config['streams'],
         'tuned_on': config['tune_on'],
@@ -377,13 +356,15 @@ def main(config):
         'loss': ' and '.join(sorted({checkpoint.loss for checkpoint in checkpoints})),
         'target_steps': (checkpoints[0].targets + 1).tolist(),
         'rows': [f'{row["file"]}.json' for row in rows],
-        'simulator': [],
     }
-    for label, goals in experiment.goals.values():
-        distance = planning.reached(goals, planning.plan_with_simulator(goals, experiment.largest))
-        run['simulator'].append({'phase': label, 'distance': distance.tolist(), 'ms': None})
     write_atomically(path, lambda f: f.write(json.dumps(run, indent=1).encode()))
-    run_rows(config, rows)
+    # Side by side in processes, those that have no file yet.
+    rows = [row for row in rows if not Path(config['out'], f'{row["file"]}.json').exists()]
+    processes = config['processes'] or (multiprocessing.cpu_count() if config['device'] == 'cpu' else 1)
+    context = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
+        work = map if processes == 1 else pool.map
+        list(tqdm(work(run_row, [text] * len(rows), rows), 'rows', len(rows), disable=None))
     # Not by the processes of rows, which need no pandas and no matplotlib.
     import report
     report.write([config['out']], config['out'])

@@ -4,8 +4,7 @@ Speed: time and memory of forward + backward, HOPE against ViT-AC, and how both 
     python bench.py                        full size: config/vit_full.py and config/hope_full.py
     python bench.py --vit=config/vit_jump.py --hope=config/hope_jump.py --features=48 --grid=4    laptop size
 
-Both are timed in turn, since ratios of medians vary least. Peaks of memory are those of processes of their
-own.
+Each is measured in a process of its own, which has a peak of memory of its own.
 """
 import multiprocessing
 import os
@@ -31,7 +30,6 @@ steps = '8,16'           # T, time steps per clip in teacher forcing
 batch = 1                # clips at once [1..]
 repeats = 3              # timed repetitions of each, after one to warm up [1..]
 dtype = 'float32'        # what is computed in, as in train.py [auto | float32 | bfloat16]
-checkpointing = False    # compute blocks again in the backward pass, as in train.py
 device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
 configure(globals())
 device = pick_device(device)
@@ -39,61 +37,53 @@ device = pick_device(device)
 
 def predictor_of(path):
     """The predictor of a config file of train.py, with random weights."""
-    knobs = read_knobs(os.path.join(ROOT, 'train.py'))
-    values = {name: default for name, (default, _) in knobs.items()}
-    values.update(read_config(path))
+    defaults = read_knobs(os.path.join(ROOT, 'train.py')).items()
+    values = {name: default for name, (default, _) in defaults} | read_config(path)
     sizes = Sizes.from_config(values, feature_dim=features, grid=(grid, grid), steps=8, action_dim=2,
                               state_dim=0, normed_output=True)
-    net = build(sizes).to(device)
-    net.checkpointing = checkpointing
-    return net
+    return build(sizes).to(device)
 
 
-def seconds(net, T, jump):
-    """Time of forward + backward on random clips: teacher forcing over T steps, or a jump to step T + 1."""
+def measure(path, T, jump):
+    """
+    Forward + backward on random clips, by teacher forcing over T steps or a jump to step T + 1 → median of
+    the seconds, and the peak of memory in MiB of this process, or of its GPU if it has one.
+    """
+    net = predictor_of(path)
     z = normed(torch.randn(batch, T + 1, grid**2, features, device=device))
     a = torch.ones(batch, T + 1, 2, device=device)
     tau = torch.full((batch,), T, device=device)
-    net.zero_grad(set_to_none=True)
-    started = time.perf_counter()
-    with autocast(device, dtype, net.sizes.width):
-        loss = jump_loss(net, z, a, tau).mean() if jump else teacher_forcing_loss(net, z, a)[0]
-    loss.backward()
-    # item() waits for the device. The last gradient is that of the first layer.
-    net.predictor_embed.weight.grad.sum().item()
-    return time.perf_counter() - started
-
-
-def peak(path, T, jump):
-    """Peak of memory in MiB, of the GPU if there is one, after forward + backward in this process."""
-    seconds(predictor_of(path), T, jump)
+    seconds = []
+    for _ in range(repeats + 1):
+        net.zero_grad(set_to_none=True)
+        started = time.perf_counter()
+        with autocast(device, dtype, net.sizes.width):
+            loss = jump_loss(net, z, a, tau).mean() if jump else teacher_forcing_loss(net, z, a)[0]
+        loss.backward()
+        # item() waits for the device. The last gradient is that of the first layer.
+        net.predictor_embed.weight.grad.sum().item()
+        seconds.append(time.perf_counter() - started)
+    mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(20 if sys.platform == 'darwin' else 10)
     if device.startswith('cuda'):
-        return torch.cuda.max_memory_allocated() / 2**20
-    unit = 2**20 if sys.platform == 'darwin' else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        mib = torch.cuda.max_memory_allocated() / 2**20
+    return statistics.median(seconds[1:]), mib
 
 
 if __name__ == '__main__':
-    lengths = [int(T) for T in listed(steps)]
-    cases = [(T, False) for T in lengths] + [(lengths[0], True)]
-    # A new process imports this script and reads the same command line.
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['torch'])
-    peaks = {}
-    for case in cases:
-        for path in vit, hope:
-            with ProcessPoolExecutor(1, context) as fresh:
-                peaks.setdefault(case, []).append(fresh.submit(peak, path, *case).result())
-
-    nets = predictor_of(vit), predictor_of(hope)
-    for path, net in zip((vit, hope), nets):
-        print(f'{path:<24} {sum(p.numel() for p in net.parameters()):>12,} parameters')
+    for path in vit, hope:
+        print(f'{path:<24} {sum(p.numel() for p in predictor_of(path).parameters()):>12,} parameters')
     print(f'{device}, {torch.get_num_threads()} threads, {dtype}, batch {batch}\n')
     print(f'{"":<21}{"ViT-AC":>11}{"HOPE":>11}{"/ ViT":>7}{"peak MiB":>16}')
-    for T, jump in cases:
-        times = [[seconds(net, T, jump) for net in nets] for _ in range(repeats + 1)]
-        of_vit, of_hope = map(statistics.median, zip(*times[1:]))
+    lengths = [int(T) for T in listed(steps)]
+    # A new process for each imports this script and reads the same command line.
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['torch'])
+    for T, jump in [*[(T, False) for T in lengths], (lengths[0], True)]:
+        measured = []
+        for path in vit, hope:
+            with ProcessPoolExecutor(1, context) as fresh:
+                measured += fresh.submit(measure, path, T, jump).result()
+        of_vit, mib_vit, of_hope, mib_hope = measured
         label = f'jump to step {T + 1}' if jump else f'teacher forcing T={T}'
-        mib_vit, mib_hope = peaks[T, jump]
         print(f'{label:<21}{of_vit:>9.3f} s{of_hope:>9.3f} s{of_hope / of_vit:>7.2f}'
               f'{mib_vit:>8.0f}{mib_hope:>8.0f}', flush=True)

@@ -12,11 +12,11 @@ import ast
 import difflib
 import os
 import re
+import runpy
 import sys
 import textwrap
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
-KINDS = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text', tuple: 'a tuple'}
 
 
 def refuse(line):
@@ -28,10 +28,9 @@ def refuse(line):
 def read_knobs(script):
     """The knobs of a script → {name: (default, comment)}, in order."""
     with open(script, encoding='utf-8') as f:
-        lines = f.read().splitlines()
-    last = next(number for number, line in enumerate(lines) if 'configure(globals()' in line)
-    found = [re.match(r'(\w+) = (.*?)\s+# (.*)', line) for line in lines[:last]]
-    return {knob[1]: (ast.literal_eval(knob[2]), knob[3]) for knob in found if knob}
+        above, _, _ = f.read().partition('configure(globals()')
+    found = re.findall(r'^(\w+) = (.*?) +# (.*)', above, re.M)
+    return {name: (ast.literal_eval(value), comment) for name, value, comment in found}
 
 
 def within(value, allowed):
@@ -55,7 +54,7 @@ def check(name, value, knobs, where):
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        refuse(f'{where}: {name} must be {KINDS[kind]}, not {value!r}')
+        refuse(f'{where}: {name} must be of type {kind.__name__}, not {value!r}')
     bracket = re.search(r'\[([^\]]+)\]$', comment)
     if bracket and not within(value, bracket[1]):
         refuse(f'{where}: {name} = {value!r} is not allowed; allowed: {bracket[1]}')
@@ -64,13 +63,10 @@ def check(name, value, knobs, where):
 
 def read_config(path):
     """Run a config file (plain Python assignments), looked for here and beside the code → {name: value}."""
-    found = next((p for p in (path, os.path.join(ROOT, path)) if os.path.isfile(p)), None)
-    if found is None:
-        refuse(f'config file {path} not found (looked here and in {ROOT})')
-    values = {}
-    with open(found, encoding='utf-8') as f:
-        exec(compile(f.read(), found, 'exec'), {}, values)
-    # A docstring, __doc__, is no knob.
+    found = [p for p in (path, os.path.join(ROOT, path)) if os.path.isfile(p)]
+    if not found:
+        refuse(f'config file {path} not found here or in {ROOT}; options are written --key=value')
+    values = runpy.run_path(found[0])
     return {name: value for name, value in values.items() if not name.startswith('__')}
 
 
@@ -92,26 +88,18 @@ def listed(text):
     return [item.strip() for item in text.split(',') if item.strip()]
 
 
-def configure(scope, argv=None):
-    """
-    Override a script's knobs, its globals(), by the command line → {knob: value}; a refusal changes none.
-    """
+def configure(scope):
+    """Override a script's knobs, its globals(), by the command line → {knob: value}."""
     knobs = read_knobs(scope['__file__'])
-    argv = sys.argv[1:] if argv is None else argv
-    if '--help' in argv:
+    if '--help' in sys.argv:
         print(scope['__doc__'].strip() + '\n')
         for name, (default, comment) in knobs.items():
             flag = f'  --{name}={default}'
             print(textwrap.fill(comment, 100, initial_indent=f'{flag:<30} ', subsequent_indent=' ' * 31))
         sys.exit(0)
     values = {name: default for name, (default, _) in knobs.items()}
-    for arg in argv:
-        if arg.startswith('--'):
-            assigned = read_flag(arg, knobs)
-        elif arg.endswith('.py'):
-            assigned = read_config(arg)
-        else:
-            refuse(f'{arg}: neither a config file (something.py) nor --key=value')
+    for arg in sys.argv[1:]:
+        assigned = read_flag(arg, knobs) if arg.startswith('--') else read_config(arg)
         for name, value in assigned.items():
             values[name] = check(name, value, knobs, arg)
     scope.update(values)

@@ -30,7 +30,8 @@ WORLD = 0.80                 # metres, side of the square picture
 IMPULSE = (0.25, 0.80)       # N·s, log-uniform
 RADIUS = (0.060, 0.100)      # metres, circumradius of the object
 CORNERS = (3, 4, 6, 64)      # triangle, square, hexagon, disc
-BACKGROUND = 0.10            # grey level of the plane, 0..1
+BACKGROUND = 0.95            # grey level of the plane, 0..1
+BRIGHTEST = 0.65             # of an object's colours, 0..1: all stand out from the plane by 0.3 or more
 
 
 class Physics(typing.NamedTuple):
@@ -38,6 +39,9 @@ class Physics(typing.NamedTuple):
     mu: float                # friction coefficient
     mass: float              # kg
     camera: float = 0        # angle in degrees by which the camera is turned
+    wind: tuple = (0, 0)     # N·s, a constant push on top of the one that is given
+    varied: float = 0        # standard deviation of the log of the mass, which is drawn anew for each clip
+    colour: float = 1        # how many times as heavy as blue objects red ones are
 
 
 # In A more than half of the objects must still move by a pixel or more between the first jump target (step 6)
@@ -50,10 +54,17 @@ DOMAINS = {
     'mass': Physics(mu=0.12, mass=0.6),               # B's mass alone
     'ice': Physics(mu=0.01, mass=1.0),                # almost no friction
     'turned': Physics(mu=0.12, mass=1.0, camera=40),  # pushes are given in another frame than the pictures
+    'wind': Physics(mu=0.12, mass=1.0, wind=(0.2, 0.1)),
+    'varied': Physics(mu=0.12, mass=1.5, varied=0.3),  # heavier, and nothing tells how much
+    'colour': Physics(mu=0.12, mass=1.0, colour=2.5),  # heavier or lighter, as its colour tells
 }
 # Objects start where they would stay in view under each of these: so the start tells nothing of the domain,
 # and a new domain moves no clip. One that slides further needs a wider room, which moves all.
-ROOM = Physics(mu=0.05, mass=0.6), Physics(mu=0.12, mass=1.0, camera=40)
+ROOM = (
+    Physics(mu=0.01, mass=0.6),
+    Physics(mu=0.01, mass=1.0, camera=90), Physics(mu=0.01, mass=1.0, camera=-90),
+    Physics(mu=0.01, mass=1.0, wind=(0.2, 0.2)), Physics(mu=0.01, mass=1.0, wind=(-0.2, -0.2)),
+)
 
 
 def displacement(impulse, physics, seconds):
@@ -67,20 +78,20 @@ def displacement(impulse, physics, seconds):
     return v0 * t - 0.5 * brake * t * t
 
 
-def turn(vectors, degrees):
-    """Vectors (...,2) turned by an angle, from x towards y."""
-    angle = np.deg2rad(degrees)
-    cos, sin = np.cos(angle), np.sin(angle)
-    x, y = np.moveaxis(vectors, -1, 0)
-    return np.stack([cos * x - sin * y, sin * x + cos * y], axis=-1)
+def slide(impulse, physics, seconds):
+    """Metres (...,2) from the start, `seconds` after impulses (...,2) in N·s as given, without the wind."""
+    acting = impulse + np.asarray(physics.wind)
+    size = np.linalg.norm(acting, axis=-1, keepdims=True)
+    x, y = np.moveaxis(acting / np.maximum(size, 1e-9), -1, 0)
+    cos, sin = np.cos(np.deg2rad(physics.camera)), np.sin(np.deg2rad(physics.camera))
+    heading = np.stack([cos * x - sin * y, sin * x + cos * y], axis=-1)    # from x towards y
+    return displacement(size, physics, seconds) * heading
 
 
-def path(impulse, heading, physics):
-    """Positions (n,FRAMES,2) relative to the start, after impulses (n,1) along headings (n,2)."""
-    frame = np.arange(FRAMES)
-    seconds = (frame - (TUBELET - 1)) / FPS
-    slid = displacement(impulse, physics, seconds)                     # (n,FRAMES)
-    return slid[:, :, None] * turn(heading, physics.camera)[:, None]
+def path(impulse, mass, physics):
+    """Positions (n,FRAMES,2) relative to the start, after impulses (n,2); mass (n,) kg, or one for all."""
+    seconds = (np.arange(FRAMES) - (TUBELET - 1)) / FPS
+    return slide(impulse[:, None], physics._replace(mass=np.reshape(mass, (-1, 1, 1))), seconds[:, None])
 
 
 def places_to_start(radius, window, paths):
@@ -95,29 +106,29 @@ def simulate(domain, clips, seed, split, zoom=1):
     """
     Draw clips of a domain and solve their motion; the same (seed, split) gives the same clips.
 
-    Returns arrays over n = clips: mu (n,), mass (n,) kg, impulse (n,2) N·s, position (n,FRAMES,2) m in the
-    picture; for render() corners (n,), radius (n,) m, angle (n,) rad, colour (n,3) in 0..1. Objects rest
-    during the first time step, so z_1 holds no physics; the impulse acts at its last frame. Refuses a domain
-    in which objects slide out of view. zoom: a factor above 1, or one per clip (n,): the world seen through a
-    window of WORLD / zoom, in which position and radius are then given. The room is then that of this domain
-    alone.
+    Returns arrays over n = clips: mu (n,), mass (n,) kg, impulse (n,2) N·s without the wind, position
+    (n,FRAMES,2) m in the picture; for render() corners (n,), radius (n,) m, angle (n,) rad, colour (n,3) in
+    0..1. Objects rest during the first time step, so z_1 holds no physics; the impulse acts at its last
+    frame. Refuses a domain in which objects slide out of view. zoom: a factor above 1, or one per clip (n,):
+    the world seen through a window of WORLD / zoom, in which position and radius are then given. The room is
+    then that of this domain alone.
     """
     rng = np.random.default_rng([seed, zlib.crc32(split.encode())])
-    u = rng.random((clips, 10))
-    weakest, strongest = IMPULSE
-    impulse = weakest * (strongest / weakest) ** u[:, 0:1]             # (n,1)
+    u = rng.random((clips, 11))
+    size = IMPULSE[0] * (IMPULSE[1] / IMPULSE[0]) ** u[:, 0:1]         # (n,1)
     direction = 2 * np.pi * u[:, 1]
-    heading = np.stack([np.cos(direction), np.sin(direction)], axis=1)
-    least, largest = RADIUS
-    radius = least + (largest - least) * u[:, 2:3]                     # (n,1)
+    impulse = size * np.stack([np.cos(direction), np.sin(direction)], axis=1)
+    radius = RADIUS[0] + (RADIUS[1] - RADIUS[0]) * u[:, 2:3]           # (n,1)
+    colour = BRIGHTEST * u[:, 7:10]
     zoom = np.broadcast_to(zoom, clips)[:, None]                       # (n,1)
     window = WORLD / zoom
-
     physics = DOMAINS[domain]
-    motion = path(impulse, heading, physics)
-    room = [path(impulse, heading, other) for other in ROOM]
-    if (zoom > 1).any():
-        room = [motion]
+    # Uniform between two bounds, so that no mass is far off; sqrt(3) makes `varied` a standard deviation.
+    spread = np.sqrt(3) * (2 * u[:, 10] - 1)
+    red = np.where(colour[:, 0] > colour[:, 2], 0.5, -0.5)
+    mass = physics.mass * np.exp(physics.varied * spread) * physics.colour ** red
+    motion = path(impulse, mass, physics)
+    room = [motion] if (zoom > 1).any() else [path(impulse, other.mass, other) for other in ROOM]
     low, high = places_to_start(radius, window, room)
     start = low + (high - low) * u[:, 3:5]
     least, most = places_to_start(radius, window, [motion])
@@ -126,13 +137,13 @@ def simulate(domain, clips, seed, split, zoom=1):
     corners = (u[:, 5] * len(CORNERS)).astype(int)
     return {
         'mu': np.full(clips, physics.mu),
-        'mass': np.full(clips, physics.mass),
-        'impulse': impulse * heading,
+        'mass': mass,
+        'impulse': impulse,
         'position': zoom[:, None] * (start[:, None] + motion),
         'corners': np.asarray(CORNERS)[corners],
         'radius': zoom[:, 0] * radius[:, 0],
         'angle': 2 * np.pi * u[:, 6],
-        'colour': 0.3 + 0.7 * u[:, 7:10],
+        'colour': colour,
     }
 
 
@@ -192,11 +203,9 @@ def pictures(z, decoder, grid, patch):
     n = len(z)
     rows, columns = grid
     blocks = z @ decoder[:-1] + decoder[-1]                            # (n,N,3*t*y*x)
-    blocks = blocks.view(n, rows, columns, 3, TUBELET, patch, patch)
-    last = blocks[:, :, :, :, -1]
+    last = blocks.view(n, rows, columns, 3, TUBELET, patch, patch)[:, :, :, :, -1]
     # (n,rows,columns,colour,y,x) → (n,H,W,colour)
-    last = last.permute(0, 1, 4, 2, 5, 3)
-    picture = last.reshape(n, rows * patch, columns * patch, 3)
+    picture = last.permute(0, 1, 4, 2, 5, 3).reshape(n, rows * patch, columns * patch, 3)
     return (picture / 2 + 0.5).clamp(0, 1)
 
 
@@ -221,9 +230,8 @@ def read_meta(name):
 
 def has_split(name, split):
     """Whether a data set has a split, and all of it."""
-    own_features = split in read_meta(name).get('files', {})
-    last_file = f'{split}.npz' if own_features else f'{split}.npy'
-    return os.path.isfile(os.path.join(folder_of(name), last_file))
+    ending = 'npz' if split in read_meta(name).get('files', {}) else 'npy'    # of what is named last
+    return os.path.isfile(os.path.join(folder_of(name), f'{split}.{ending}'))
 
 
 def make_slide(name):
@@ -245,15 +253,14 @@ class Clips:
         self.meta = read_meta(name)
         self.folder = folder_of(name)
         self.name = f'split {" + ".join(splits)} of {self.folder}'
-        # Of each split a memory-mapped array (n,T,N,D), or the paths of own features, a file for each clip.
+        # Of each clip an array (T,N,D), memory-mapped, or the path of own features.
         self.features, arrays = [], []
         for split in splits:
             if not has_split(name, split):
                 refuse(f'data set {name} has no split {split!r}; run prepare.py as before to make it')
             paths = self.meta.get('files', {}).get(split)
-            self.features.append(paths or self.load(f'{self.folder}/{split}.npy'))
+            self.features.extend(paths or np.asarray(self.load(f'{self.folder}/{split}.npy')))
             arrays.append(dict(self.load(f'{self.folder}/{split}.npz')))
-        self.starts = np.cumsum([0] + [len(features) for features in self.features])
         self.actions = np.concatenate([array.pop('actions') for array in arrays])
         self.states = None
         if all('states' in array for array in arrays):
@@ -285,23 +292,16 @@ class Clips:
         """
         clips = np.asarray(clips)
         features = torch.empty(len(clips), *self.meta['shape'], dtype=torch.float16, pin_memory=pinned)
-        split_of = np.searchsorted(self.starts, clips, side='right') - 1
-        for split in np.unique(split_of):
-            places = np.flatnonzero(split_of == split)
-            features.numpy()[places] = self.read(split, clips[places] - self.starts[split])
+        for place, clip in zip(features.numpy(), clips):
+            stored = self.features[clip]
+            # Own files are opened one by one, as there may be many.
+            array = self.load(stored) if isinstance(stored, str) else stored
+            place[:] = array.reshape(place.shape)
         finite = features.isfinite().flatten(1).all(1)
         if not finite.all():
             refuse(f'{self.name}: the features of clip {clips[~finite.numpy()][0]} are not finite')
         states = None if self.states is None else torch.from_numpy(self.states[clips])
         return features, torch.from_numpy(self.actions[clips]), states
-
-    def read(self, split, rows):
-        """Features (b,T,N,D) of rows of a split; own files are opened one by one, as there may be many."""
-        features = self.features[split]
-        if not isinstance(features, list):
-            return features[rows]
-        clips = [self.load(features[row]) for row in rows]
-        return np.stack([clip.reshape(self.meta['shape']) for clip in clips])
 
 
 def normed(features):

@@ -1,25 +1,24 @@
 """
-AC-HOPE-ViT: model.Predictor with a Titan memory and a Continuum Memory System (CMS) in each block. And an
-action memory for either predictor: what a push does in the present world.
-
-    predictor = build(sizes)                                    # ViT-AC or AC-HOPE-ViT, as the sizes say
-    predictor, checkpoint = load('out/hope.pt')                 # in eval mode
+AC-HOPE-ViT: model.Predictor with a Titan memory and a Continuum Memory System (CMS) in each block, and in the
+first block a world head: the memory that is carried from clip to clip. See build() and load(), at the end.
 
 Source of Eq.: "Nested Learning: The Illusion of Deep Learning Architectures" (Behrouz et al., 2025).
 """
+import math
+from collections import namedtuple
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils import get_total_norm
 
-from model import MLP, Attention, Block, Predictor, Sizes, rotate
+from model import MLP, Attention, Block, PatchConv, Predictor, Sizes, rotate
 from support.files import read_checkpoint
 
 
 def unit(x):
     """x scaled to unit length along its last dimension. The lower bound keeps the gradient finite at zero."""
-    squared_length = x.square().sum(-1, keepdim=True)
-    return x * squared_length.clamp(min=1e-6).rsqrt()
+    return x * x.square().sum(-1, keepdim=True).clamp(min=1e-6).rsqrt()
 
 
 def by_step(rope, steps):
@@ -42,8 +41,8 @@ class TitanMemory(nn.Module):
         M ← a M - beta (a M k - t) k^T                        repeated, it converges to M k = t
     In both, a M stands for M_0 + a (M - M_0): a memory decays to M_0, not to zero.
 
-    The state of a memory, (B,H,3d+2,d), is the change of its fast weights since their start. It is zero for a
-    new clip. Below, M is a dict of what belongs to all G = B*H memories: their weights and what at() adds.
+    The state of a memory, (B,H,3d+2,d), is the change of its fast weights since the clip began. Below, M is a
+    dict of what belongs to all G = B*H memories: their weights and what at() adds.
     """
 
     def __init__(self, sizes):
@@ -52,10 +51,7 @@ class TitanMemory(nn.Module):
         d = width // heads
         self.sizes = sizes
         self.qkv = nn.Linear(width, 3 * width)     # the query, the input of M_k and the input of M_v
-        if sizes.conv:
-            self.conv = nn.Conv2d(width, width, 3, padding=1, groups=width)
-            nn.init.zeros_(self.conv.weight)       # starts as a no-op
-            nn.init.zeros_(self.conv.bias)
+        self.conv = PatchConv(sizes) if sizes.conv else nn.Identity()
         self.proj = nn.Linear(width, width)
         identity = F.pad(torch.eye(d).repeat(3, 1), (0, 0, 0, 2))      # (3d+2,d)
         self.memory = nn.Parameter(identity + 0.02 * torch.randn(heads, 3 * d + 2, d))
@@ -74,21 +70,16 @@ class TitanMemory(nn.Module):
 
     def forward(self, x, rope, memory=None):
         """x (B,T,P,C), rope: see Predictor.rope, memory: state or None → y (B,T,P,C), state to go on from."""
-        B, T, P, _ = x.shape
-        H = self.sizes.heads
-        if self.sizes.conv:
-            x = self.see_neighbours(x)
-        qkv = self.qkv(x).view(B, T, P, 3, H, -1)
-        qkv = qkv.permute(3, 1, 0, 4, 2, 5).to(self.memory.dtype)
-        q, k_in, v_in = qkv.contiguous()                               # each (T,B,H,P,d)
+        B, T, H = *x.shape[:2], self.sizes.heads
+        qkv = self.qkv(self.conv(x)).unflatten(-1, (3, H, -1)).permute(3, 1, 0, 4, 2, 5)
+        q, k_in, v_in = qkv.to(self.memory.dtype).contiguous()         # each (T,B,H,P,d)
         rope_q, rope_k = rope
         y = []
         with torch.autocast(x.device.type, enabled=False):             # bfloat16 would lose small writes
             q = rotate(unit(q + self.query_bias), by_step(rope_q, T))
             learned = self.learned(B)
-            weights = learned['start']
-            if memory is not None:
-                weights = weights + memory.flatten(0, 1)
+            start = learned['start']
+            weights = start if memory is None else start + memory.flatten(0, 1)
             M = self.at(weights, learned)
             # The memories of all clips and heads form one batch for bmm; one chunk is one time step.
             tokens = [part.flatten(1, 2) for part in (q, k_in, v_in, *by_step(rope_k, T))]
@@ -97,20 +88,8 @@ class TitanMemory(nn.Module):
                 M = self.at(weights, learned)
                 # Read after the write: a jump from a single frame would otherwise read an empty memory.
                 y.append(self.read(M['mem'], q_t))                     # (G,P,d)
-        y = torch.stack(y, 1).unflatten(0, (B, H))
-        y = y.permute(0, 2, 3, 1, 4).flatten(3)                        # (B,T,P,C)
-        state = weights - learned['start']
-        return self.proj(y), state.unflatten(0, (B, H))
-
-    def see_neighbours(self, x):
-        """x (B,T,P,C) → x plus a 3x3 depthwise convolution over the patches, the last of the P tokens."""
-        rows, columns = self.sizes.grid
-        conditions = x.shape[2] - rows * columns
-        patches = x[:, :, conditions:].flatten(0, 1)                   # (B*T,N,C)
-        picture = patches.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
-        added = self.conv(picture).permute(0, 2, 3, 1).flatten(1, 2)
-        added = F.pad(added, (0, 0, conditions, 0))                    # (B*T,P,C)
-        return x + added.view(x.shape)
+        y = torch.stack(y).unflatten(1, (B, H)).permute(1, 0, 3, 2, 4).flatten(3)      # (B,T,P,C)
+        return self.proj(y), (weights - start).unflatten(0, (B, H))
 
     def start(self):
         """The weights that every clip starts from, (H,.,.)."""
@@ -140,25 +119,18 @@ class TitanMemory(nn.Module):
 
     def write(self, M, k_in, v_in, rope):
         """Write P tokens, k_in and v_in (G,P,d), all as M sees them at the start (Eq. 90) → new weights."""
-        d = k_in.shape[-1]
         k = rotate(unit(self.read(M['k'], k_in)), rope)
-        rates = F.softplus(self.read(M['rates'], k_in) + M['biases'])
-        eta, alpha = rates.unbind(-1)                                  # (G,P)
+        eta, alpha = F.softplus(self.read(M['rates'], k_in) + M['biases']).unbind(-1)      # (G,P)
         retained = torch.exp(-alpha.mean(-1))[:, None, None]           # a mean: P must not matter
         target = self.targets(M, v_in)
-        error = self.read(M['mem'], k) - target[..., 2 * d:-2]
+        error = self.read(M['mem'], k) - target[..., 2 * k.shape[-1]:-2]
         surprise = error.square().sum(-1)                              # (G,P), raises the write rate
-        gate = torch.ones_like(surprise)
-        if self.sizes.surprise:
-            gate = surprise / (surprise + M['gate'])
+        gate = surprise / (surprise + M['gate']) if self.sizes.surprise else torch.ones_like(surprise)
         new = self.step(M, retained, k, eta * gate, target)
         if self.diagnostics is not None:
-            self.diagnostics.append({
-                'surprise': surprise.sqrt().mean(),
-                'gate': gate.mean(),
-                'retention': retained.mean(),
-                'drift': (new - M['start']).norm() / self.memory.norm(),
-            })
+            drift = (new - M['start']).norm() / self.memory.norm()
+            self.diagnostics.append({'surprise': surprise.sqrt().mean(), 'gate': gate.mean(),
+                                     'retention': retained.mean(), 'drift': drift})
         return new
 
     def targets(self, M, v_in):
@@ -168,17 +140,13 @@ class TitanMemory(nn.Module):
             return F.pad(v.repeat(1, 1, 3), (0, 2))
         target = self.read(M['all'], v)
         # Unless cut to length 1, one target of P keys could make the memory grow by up to sqrt(P) a step.
-        squared_length = target.square() @ self.members
-        scale = squared_length.clamp(min=1).rsqrt()
+        scale = (target.square() @ self.members).clamp(min=1).rsqrt()  # (G,P,4)
         return target * (scale @ self.members.mT)
 
     def step(self, M, retained, k, eta, target):
         """The weights after a frame: retention (G,1,1), keys k (G,P,d), eta (G,P), targets (G,P,3d+2)."""
-        wanted = target
-        if self.sizes.rule == 'dgd':
-            wanted = target - self.read(M['all'], k)
-        kept = M['start'].lerp(M['weights'], retained)
-        new = self.proximal(kept, k, eta, wanted)
+        wanted = target - self.read(M['all'], k) if self.sizes.rule == 'dgd' else target
+        new = self.proximal(M['start'].lerp(M['weights'], retained), k, eta, wanted)
         if self.sizes.self_targets:
             return new
         return torch.cat([new[:, :-2], M['weights'][:, -2:]], 1)       # v has none for eta and alpha
@@ -198,18 +166,16 @@ class TitanMemory(nn.Module):
         identity = torch.eye(keys.shape[-1], device=keys.device, dtype=keys.dtype)
         gram = torch.baddbmm(identity, keys.mT, Ek)                    # positive definite
         right_side = torch.baddbmm(kept, wanted.mT, Ek)
-        inverse, _ = torch.linalg.inv_ex(gram)
-        return right_side.bmm(inverse)
+        return right_side.bmm(torch.linalg.inv_ex(gram).inverse)
 
 
 class TwoLayerTitanMemory(TitanMemory):
     """
     The paper's memory of two layers (Eq. 89): M(x) = M_0 x + W1 tanh(W2 x) / sqrt(h), with h = memory_hidden.
 
-    W1 and W2 are fast weights, M_0 is an ordinary parameter. All five memories share the hidden layer. The
-    state (B,H,3d+2+d,h) is the change of W1 above that of the transpose of W2. Two
-    things keep a rounding error from growing a thousandfold over a clip: sqrt(h) bounds the keys of W1, and
-    the gradient at the hidden layer is bounded, because a full step overshoots once W1 has grown.
+    W1 and W2 are fast weights. All five memories share the hidden layer. The state (B,H,3d+2+d,h) is the
+    change of W1 above that of the transpose of W2. Two things keep a rounding error from growing a
+    thousandfold over a clip: sqrt(h) bounds the keys of W1, and the gradient at the hidden layer is bounded.
     """
 
     def __init__(self, sizes):
@@ -232,61 +198,56 @@ class TwoLayerTitanMemory(TitanMemory):
         parts = {name: (m_0[name], rows, w2) for name, rows in self.parts(w1).items()}
         return {**learned, **parts, 'weights': weights}
 
-    def hidden(self, z):
-        """The hidden activations of z (G,P,h), of at most unit length."""
-        return z.tanh() / z.shape[-1] ** 0.5
-
     def read(self, part, x):
         m_0, w1, w2 = part
-        return x.bmm(m_0.mT) + self.hidden(x.bmm(w2)).bmm(w1.mT)
+        return x.bmm(m_0.mT) + (x.bmm(w2).tanh() / w2.shape[-1] ** 0.5).bmm(w1.mT)
 
     def step(self, M, retained, k, eta, target):
-        start1, start2 = self.layers(M['start'])
-        w1, w2 = self.layers(M['weights'])
-        z = k.bmm(w2)
-        hidden = self.hidden(z)
+        (start1, start2), (w1, w2) = self.layers(M['start']), self.layers(M['weights'])
+        z, root = k.bmm(w2), w2.shape[-1] ** 0.5
+        hidden = z.tanh() / root
         output = hidden.bmm(w1.mT)
         # The gradients of 1/2 |M(k) - t|^2 at the outputs of W1 and, bounded, of W2.
         gradient1 = k.bmm(M['M_0'].mT) + output - target
-        slope = (1 - z.tanh().square()) / z.shape[-1] ** 0.5
+        slope = (1 - z.tanh().square()) / root
         jacobian = slope.square() * w1.square().sum(1, keepdim=True)
-        jacobian = jacobian.sum(-1, keepdim=True)                      # its squared norm, (G,P,1)
-        gradient2 = gradient1.bmm(w1) * slope / (1 + jacobian)
-        wanted1 = -gradient1
-        wanted2 = -gradient2
+        squared_norm = jacobian.sum(-1, keepdim=True)                  # (G,P,1)
+        gradient2 = gradient1.bmm(w1) * slope / (1 + squared_norm)
+        wanted1, wanted2 = -gradient1, -gradient2
         if self.sizes.rule == 'delta':
-            wanted1 = output + wanted1
-            wanted2 = z + wanted2
+            wanted1, wanted2 = output + wanted1, z + wanted2
         new1 = self.proximal(start1.lerp(w1, retained), hidden, eta, wanted1)
         new2 = self.proximal(start2.lerp(w2, retained).mT, k, eta, wanted2)
         return torch.cat([new1, new2.mT], 1)
 
 
+# What clips have shown, of B clips or of S streams of n: the last hidden layer of the inverse dynamics
+# (...,HIDDEN), and how the push that it reads differs from the given one, over its length (...,A).
+Shown = namedtuple('Shown', 'hidden deviation')
+FREEDOM = 3      # degrees of freedom of Student's t: few, which forgives single outliers
+
+
 class InverseDynamics(nn.Module):
     """
-    Which push explains what was seen: reads it from the features of a clip alone, never from the action.
-    A linear map of every patch with a learned place, eight softmax-pooled slots a step, an MLP over the first
-    `steps` steps; missing ones count as zeros. Trained on phase A (ActionMemory.loss), it answers in terms of
-    A: in a lighter world it reads a stronger push.
+    Which push of phase A explains the features of a clip: eight softmax-pooled slots a step of patches with a
+    learned place, an MLP over the first `steps` steps. Missing ones count as zeros.
     """
+    HIDDEN = 128
 
-    def __init__(self, sizes, channels=48, slots=8, step_size=32, hidden=128):
+    def __init__(self, sizes, channels=48, slots=8, step_size=32):
         super().__init__()
-        rows, columns = sizes.grid
         self.steps = sizes.steps
         self.embed = nn.Linear(sizes.feature_dim, channels)
-        self.place = nn.Parameter(0.02 * torch.randn(rows * columns, channels))
+        self.place = nn.Parameter(0.02 * torch.randn(math.prod(sizes.grid), channels))
         self.query = nn.Linear(channels, slots)
         self.step = nn.Linear(slots * channels, step_size)     # the MLP can subtract positions of two steps
-        self.mlp = nn.Sequential(
-            nn.Linear(self.steps * step_size, hidden),
-            nn.GELU(),
-            nn.Linear(hidden, hidden),
-            nn.GELU(),
-            nn.Linear(hidden, sizes.action_dim))
+        self.mlp = nn.Sequential(nn.Linear(self.steps * step_size, self.HIDDEN), nn.GELU(),
+                                 nn.Linear(self.HIDDEN, self.HIDDEN), nn.GELU())
+        self.push = nn.Linear(self.HIDDEN, sizes.action_dim)
+        self.register_buffer('scale', torch.ones(()))          # mean length of a push in training
 
     def forward(self, z, shown=None):
-        """z (B,T,N,D), shown (B,): how many of the steps count, None for all → push (B,A), in mean pushes."""
+        """z (B,T,N,D), shown (B,): how many steps count, None for all → push (B,A), hidden (B,HIDDEN)."""
         T = z.shape[1]
         # Pooled before embedded: both are linear, and there are fewer slots than patches.
         place = self.place + self.embed.bias                           # (N,channels)
@@ -295,101 +256,241 @@ class InverseDynamics(nn.Module):
         x = F.linear(weights @ z, self.embed.weight) + weights @ place     # (B,T,slots,channels)
         x = self.step(x.flatten(2))                                    # (B,T,step_size)
         if shown is not None:
-            counts = torch.arange(T, device=z.device) < shown[:, None]
-            x = x * counts[..., None]
-        x = F.pad(x, (0, 0, 0, self.steps - T))                        # cuts, too, where T is larger
-        return self.mlp(x.flatten(1))
+            x = x * (torch.arange(T, device=z.device) < shown[:, None])[..., None]
+        hidden = self.mlp(F.pad(x, (0, 0, 0, self.steps - T)).flatten(1))      # cuts, too, where T is larger
+        return self.scale * self.push(hidden), hidden
+
+    def loss(self, z, a, shown=None):
+        """How far the pushes read are from a[:, 0], in mean pushes; z (B,T,N,D), a (B,T,A) → scalar."""
+        return ((self(z, shown)[0] - a[:, 0]) / self.scale).norm(dim=-1).mean()
+
+    @torch.no_grad()
+    def look(self, z, a):
+        """Clips z (B,T,N,D) in whose world the pushes a (B,A) were given → Shown."""
+        with torch.autocast(z.device.type, enabled=False):
+            push, hidden = self(z.to(self.scale.dtype))
+        # Neither a push of almost nothing nor an absurd reading makes it large.
+        length = (a.square().sum(-1, keepdim=True) + (self.scale / 5).square()).sqrt()
+        return Shown(hidden, ((push - a) / length).clamp(-10, 10))
 
 
-class ActionMemory(nn.Module):
+def log_density(error, variance):
+    """Log of Student's t density of errors (...,A), whose squared scale is variance (...) → (...)."""
+    A = error.shape[-1]
+    distance = error.square().sum(-1) / variance
+    constant = math.lgamma((FREEDOM + A) / 2) - math.lgamma(FREEDOM / 2) - A / 2 * math.log(FREEDOM * math.pi)
+    return constant - A / 2 * variance.log() - (FREEDOM + A) / 2 * torch.log1p(distance / FREEDOM)
+
+
+class WorldHead(nn.Module):
     """
-    What a push means in this world: an associative memory from the push that was given to the push seen.
+    The Titan memory that is carried from clip to clip: what a push does in the present world.
 
-    The predictor gets M a in place of the action a, and the action reaches it in no other way. M starts as
-    the identity, which is right in the world of training. Each clip that is shown writes one association, by
-    recursive least squares with forgetting (Haykin, Adaptive Filter Theory): the delta rule that also
-    remembers how sure it is. With the key k of the given push and the value v of the seen one,
+    It stands in the first block, after attention, at the action's token t of step 1. A prediction reads it, a
+    clip that is shown writes one association. With x = (LN t, the looks l of the object, l times the
+    direction of the push), and h, u of Shown:
 
-        S <- alpha S + eta k k^T,   Y <- alpha Y + eta v k^T,   M = (M_0 + Y) (I + S)^-1,   M_0 = (I, 0)
+        key      k = W_k x + MLP(x)                     also the query: what is asked is what was written
+        value    v = (W_v h - W_0 x, u)                 what was seen minus what was expected: no label enters
+        write    S <- S + k k^T / s^2,  Y <- Y + k v^T / s^2,  M = C Y,  C = (L + S)^-1
+        read     t <- t + W_o (k M)                     without the columns of u
 
-    The key of a push a is (a / scale, a / |a|) at unit length: what a world does to a push is to multiply and
-    turn it (the first half) and, through friction, to take away a constant amount along it (the second half).
+    Least squares, in which L and s are learned. There is one memory for each hypothesis "the world has been
+    as it is since clip j", with its probability w. The read is the mean over them. A clip is written to each,
+    and with e = u - k M and r = 1 + k^T C k / s^2
 
-    The retention alpha is small where the memory is surprised, so that what is contradicted is forgotten, and
-    where the push as given explains the clip better than the memory does, as back in the world of training:
+        w <- w p(e),     p: Student's t with squared scale r n
 
-        alpha = min(1, e_0 / e)^2 / (1 + (e / SURPRISE)^2),   e = |seen - M a| / |a|,   e_0 = |seen - a| / |a|
+    (Bayesian online change-point detection, Adams & MacKay 2007, arXiv:0710.3742). n is the noise that the
+    hypothesis has met, a running mean of |e|^2 / r from s^2 on. Of each time scale the likeliest hypothesis
+    is kept. Before the next clip are born an empty one, home (clips of A) and former worlds: what the
+    likeliest hypothesis held when it had been true for OLD clips.
 
-    The state of a clip, (B,2A,3A), holds S and the transpose of Y side by side. No gradient at test time.
+    The state of B streams is {'now': hypotheses, 'known': those that can be born}, each {C (B,K,d,d), M
+    (B,K,d,v), noise (B,K), count (B,K): in how many numbers the noise was seen, log_weight (B,K), age (B,K)
+    in clips, world (B,K): the clip at which it was first met, or IS_HOME}.
     """
-    WRITE_RATE = 30.0      # eta: a clip counts as much as 30 times the start M_0
-    SURPRISE = 0.35        # the relative error at which half of the memory is kept
+    KEY, VALUE, LOOKS = 64, 48, 6
+    KEPT = 10                    # hypotheses kept from clip to clip; with those that are born 16
+    NEW, AGAIN = 5e-3, 2.5e-3    # chance that a new world begins at a clip, or a certain one that is known
+    FORMER, OLD = 4, 50          # former worlds kept, and the age from which a hypothesis is one
+    DOUBT, SURE = 3, 30          # numbers in which a noise counts as seen, at first and at most
+    IS_HOME, NONE = -1, -2       # in place of the clip at which a world was first met
 
     def __init__(self, sizes):
         super().__init__()
-        self.inverse = InverseDynamics(sizes)
-        self.register_buffer('scale', torch.ones(()))      # mean length of a push in training
-        self.diagnostics = None        # if it is set to a list, every write appends a dict
+        d, v = self.KEY, self.VALUE
+        asked = sizes.width + self.LOOKS * (1 + sizes.action_dim)
+        self.norm = nn.LayerNorm(sizes.width, eps=1e-6)
+        self.key = nn.Linear(asked, d)
+        self.key_mlp = MLP(asked, 4 * d, d)
+        self.expected = nn.Linear(asked, v)
+        self.seen = nn.Linear(InverseDynamics.HIDDEN, v, bias=False)
+        self.out = nn.Linear(v, sizes.width, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.out.weight)
+        self.log_prior = nn.Parameter(torch.zeros(d))                  # of L, a diagonal
+        self.log_noise = nn.Parameter(torch.tensor(math.log(0.1)))     # of s^2
+        # Set by get_to_know() and settle().
+        self.register_buffer('scene', torch.zeros(math.prod(sizes.grid), sizes.feature_dim))
+        self.register_buffer('looks_mean', torch.zeros(sizes.feature_dim))
+        self.register_buffer('looks_map', torch.zeros(sizes.feature_dim, self.LOOKS))
+        self.register_buffer('home_C', torch.eye(d))
+        self.register_buffer('home_M', torch.zeros(d, v + sizes.action_dim))
+        self.register_buffer('home_noise', torch.ones(()))
+        self.diagnostics = None      # if it is set to a list, every write appends a dict
 
-    def key(self, a):
-        """Pushes a (...,A) → keys (...,2A) of unit length, and lengths (...,1) that multiply M's outputs."""
-        size = a.norm(dim=-1, keepdim=True)
-        direction = a / size.clamp(min=1e-12)
-        relative = size / self.scale
-        length = (1 + relative.square()).sqrt()
-        # Of zero where there is no push.
-        key = torch.cat([relative * direction, direction], -1) / length
-        return key, length * self.scale
+    def forward(self, x, z, a, state, shown=None):
+        """
+        x (B,T,P,C), the clips' z (B,T,N,D) and pushes a (B,A); a state of B streams is read → x, the state.
+        shown, Shown of the B clips: it is written instead → x as it is, the new state.
+        state, in training Shown of S streams of n clips, B = S n: each clip reads what those before it in its
+        stream write into an empty memory → x, -log p(e) of each clip (S,n).
+        """
+        training = isinstance(state, Shown)
+        with torch.autocast(x.device.type, enabled=False):
+            key, value = self.associate(x, z, a, state if training else shown)
+            if training:
+                found, state, _ = self.along(key, value, len(state.hidden))
+            elif shown:
+                return x, self.write(key, value, state)
+            else:
+                found = self.read(key, state['now'])
+            added = self.out(found[:, :self.VALUE])
+        return x + F.pad(added[:, None, None], (0, 0, 0, x.shape[2] - 1, 0, x.shape[1] - 1)), state
 
-    def matrix(self, state):
-        """M (B,A,2A) of a state (B,2A,3A)."""
-        size = state.shape[1]
-        identity = torch.eye(size, device=state.device, dtype=state.dtype)
-        S, Yt = state.split((size, size // 2), -1)
-        start = identity[:, :size // 2]
-        M, _ = torch.linalg.solve_ex(identity + S, start + Yt)
-        return M.mT
+    def associate(self, x, z, a, shown=None):
+        """Keys (B,d) of clips, see forward(), and values (B,v), if it is known what they have shown."""
+        token = self.norm(x[:, 0, 0].to(self.log_noise.dtype))
+        looks = self.looks(z[:, 0])
+        heading = a / a.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        asked = torch.cat([token, looks, (looks[:, :, None] * heading[:, None]).flatten(1)], -1)
+        # A clip without a push asks nothing and writes nothing.
+        key = a.any(-1, keepdim=True) * (self.key(asked) + self.key_mlp(asked))
+        if shown is None:
+            return key, None
+        seen = self.seen(shown.hidden.flatten(0, -2)) - self.expected(asked)
+        return key, torch.cat([seen, shown.deviation.flatten(0, -2)], -1)
 
-    def forward(self, a, state):
-        """M a: pushes a (B,T,A) as given, state (B,2A,3A) or None → pushes (B,T,A) as they will be seen."""
-        if state is None:
-            return a
-        with torch.autocast(a.device.type, enabled=False):
-            key, length = self.key(a)
-            return length * (key @ self.matrix(state).mT)
+    def looks(self, z):
+        """How unlike the empty scene step 1 is, z (B,N,D) → (B,LOOKS), each of variance 1 over clips of A."""
+        far = (z.to(self.scene.dtype) - self.scene).abs().sum(1)       # (B,D)
+        return ((far - self.looks_mean) @ self.looks_map).clamp(-5, 5)
 
     @torch.no_grad()
-    def write(self, z, a, state=None):
-        """Show clips z (B,T,N,D) with the pushes a (B,A) that were given → state; a = 0 changes nothing."""
-        if state is None:
-            state = self.scale.new_zeros(len(a), 2 * a.shape[1], 3 * a.shape[1])
-        with torch.autocast(z.device.type, enabled=False):
-            seen = self.inverse(z.to(self.scale.dtype)) * self.scale
-            key, length = self.key(a)
-            expected = self(a[:, None], state)[:, 0]
-            size = a.norm(dim=-1).clamp(min=1e-12)
-            surprise = (seen - expected).norm(dim=-1) / size
-            unwritten = (seen - a).norm(dim=-1) / size
-            ratio = unwritten / surprise.clamp(min=1e-12)
-            earned = ratio.clamp(max=1).square()
-            retention = earned / (1 + (surprise / self.SURPRISE).square())
-            retention = torch.where(a.any(-1), retention, 1.0)
-            pair = torch.cat([key, seen / length], -1)
-            association = key[:, :, None] * pair[:, None]              # (B,2A,3A)
-            new = retention[:, None, None] * state + self.WRITE_RATE * association
-        if self.diagnostics is not None:
-            self.diagnostics.append({
-                'surprise': surprise.mean(),
-                'retention': retention.mean(),
-            })
-        return new
+    def get_to_know(self, z):
+        """Find the scene and the directions of looks() in clips z (B,T,N,D) of A; missing ones stay zero."""
+        self.scene.copy_(z.flatten(0, 1).median(0).values)
+        far = (z[:, 0] - self.scene).abs().sum(1)                      # (B,D)
+        self.looks_mean.copy_(far.mean(0))
+        _, scale, directions = torch.linalg.svd(far - far.mean(0), full_matrices=False)
+        scale = scale[:self.LOOKS] / len(far) ** 0.5
+        used = int((scale > 1e-4 * scale[0]).sum())
+        self.looks_map[:, :used] = directions[:used].T / scale[:used]
 
-    def loss(self, z, a, shown=None):
-        """How far the inverse is from the pushes a[:, 0], in mean pushes; z and shown as there → scalar."""
-        with torch.autocast(z.device.type, enabled=False):
-            push = self.inverse(z.to(self.scale.dtype), shown)
-            error = push - a[:, 0] / self.scale
-            return error.norm(dim=-1).mean()
+    def start(self, streams):
+        """The state of so many new streams: at home, with no former world yet."""
+        new = self.home_noise.new_tensor
+        homes, former = 1 + self.FORMER, self.FORMER
+        known = {
+            'C': torch.stack([(-self.log_prior).exp().diag(), *homes * [self.home_C]]),
+            'M': torch.stack([0 * self.home_M, *homes * [self.home_M]]),
+            'noise': torch.stack([self.log_noise.exp(), *homes * [self.home_noise]]),
+            'count': new([self.DOUBT, *homes * [self.SURE]]),
+            'log_weight': new([math.log(self.NEW), math.log(self.AGAIN), *former * [-math.inf]]),
+            'age': new((1 + homes) * [0]),
+            'world': new([0, self.IS_HOME, *former * [self.NONE]]),
+        }
+        known = {name: part.expand(streams, *part.shape) for name, part in known.items()}
+        return {'now': {name: part[:, 1:2] for name, part in known.items()}, 'known': known}
+
+    def along(self, key, value, streams):
+        """S streams into empty memories, key (S n,d), value (S n,v) → reads (S n,v), -log p(e) (S,n), now."""
+        now = {name: part[:, :1] for name, part in self.start(streams)['known'].items()}
+        found, surprises = [], []
+        for k, v in zip(*(part.unflatten(0, (streams, -1)).unbind(1) for part in (key, value))):
+            found.append(self.read(k, now))
+            now, surprise = self.learn(k, v, now)
+            surprises.append(surprise)
+        return torch.stack(found, 1).flatten(0, 1), torch.stack(surprises, 1), now
+
+    @torch.no_grad()
+    def settle(self, x, z, a, shown):
+        """Make what clips of A write into an empty memory home → x; for the arguments see forward()."""
+        *_, now = self.along(*self.associate(x, z, a, shown), 1)
+        for name in 'C', 'M', 'noise':
+            getattr(self, f'home_{name}').copy_(now[name][0, 0])
+        return x
+
+    def read(self, key, now):
+        """The mean of what the hypotheses hold about keys (B,d), by their weights → (B,v)."""
+        found = torch.einsum('bd,bkdv->bkv', key, now['M'])
+        return (now['log_weight'].softmax(1)[..., None] * found).sum(1)
+
+    def learn(self, key, value, now):
+        """Write one clip of each stream, key (B,d), value (B,v), to all hypotheses → them, -log p(e) (B,)."""
+        s2 = self.log_noise.exp()
+        Ck = torch.einsum('bkde,be->bkd', now['C'], key)
+        ratio = 1 + torch.einsum('bkd,bd->bk', Ck, key).clamp(min=0) / s2      # rounding could make it < 1
+        error = value[:, None] - torch.einsum('bd,bkdv->bkv', key, now['M'])
+        gain = Ck / (s2 * ratio)[..., None]
+        e = error[..., self.VALUE:]
+        A, noise, count = e.shape[-1], now['noise'], now['count']
+        likely = now['log_weight'].log_softmax(1) + log_density(e, ratio * noise)
+        squares = e.square().sum(-1) / ratio
+        # An outlier counts for less, as in fitting Student's t by expectation maximisation.
+        trust = (FREEDOM + A) / (FREEDOM + squares / noise)
+        return {
+            **now,
+            # The least squares with one more row, without solving them anew (Sherman and Morrison).
+            'C': now['C'] - gain[..., :, None] * Ck[..., None, :],
+            'M': now['M'] + gain[..., :, None] * error[..., None, :],
+            'noise': (count * noise + trust * squares) / (count + A),
+            'count': (count + A).clamp(max=self.SURE),
+            'log_weight': likely.log_softmax(1),
+            'age': now['age'] + 1,
+        }, -likely.logsumexp(1)
+
+    @torch.no_grad()
+    def write(self, key, value, state):
+        """Show one clip to each of B streams, key (B,d), value (B,v) → the state before the next clip."""
+        now, surprise = self.learn(key, value, state['now'])
+        if self.diagnostics is not None:
+            weight, age, home = now['log_weight'].exp(), now['age'] - 1, now['world'] == self.IS_HOME
+            # The posterior over ages: of 0, 1, 2-3, 4-7 ... clips, and home.
+            place = torch.where(home, 11, (age.log2().floor() + 1).clamp(0, 10).long())
+            ages = torch.zeros_like(weight[:, :1]).repeat(1, 12).scatter_add_(1, place, weight).mean(0)
+            self.diagnostics.append({'surprise': surprise.mean(), 'mean age': (weight * age).sum(1).mean(),
+                                     'home': ages[11], 'ages': ages})
+        known = self.remember(likeliest(now, 1, now['log_weight']), state['known'])
+        # Of each time scale (ages of 1, 2-3, 4-7 ... clips) the likeliest first: the young have yet to learn.
+        scale = now['age'].log2().floor()
+        alike = scale[:, :, None] == scale[:, None]                    # (B,K,K)
+        best = now['log_weight'][:, None].masked_fill(~alike, -math.inf).amax(-1)
+        kept = likeliest(now, self.KEPT, now['log_weight'] + 1e3 * (now['log_weight'] == best))
+        return {'now': {name: torch.cat([kept[name], known[name]], 1) for name in kept}, 'known': known}
+
+    def remember(self, best, known):
+        """The worlds that are known (B,2+FORMER), with the likeliest hypothesis (B,1) if it is old."""
+        old = (best['age'] >= self.OLD) & (best['world'] != self.IS_HOME)
+        same = known['world'] == best['world']
+        # Its own place, or that of the world that was met first.
+        place = torch.where(same.any(1), same.int().argmax(1), 2 + known['world'][:, 2:].argmin(1))
+        here = old & (torch.arange(same.shape[1], device=place.device) == place[:, None])  # (B,2+FORMER)
+        best |= {'log_weight': torch.full_like(best['age'], math.log(self.AGAIN)), 'age': 0 * best['age']}
+        known = {name: torch.where(here.view(*here.shape, *[1] * (part.dim() - 2)), best[name], part)
+                 for name, part in known.items()}
+        known['world'][:, 0] += 1              # the empty one's: the next clip
+        return known
+
+
+def likeliest(now, count, score):
+    """The hypotheses with the greatest scores (B,K): (B,K,...) → (B,count,...), or all if they are few."""
+    order = score.topk(min(count, score.shape[1]), 1).indices
+    stream = torch.arange(len(order), device=order.device)[:, None]
+    return {name: part[stream, order] for name, part in now.items()}
 
 
 class CMS(nn.Module):
@@ -410,26 +511,21 @@ class CMS(nn.Module):
 
 class CMSWriter:
     """
-    The online writes of a predictor's CMS levels along a stream of clips.
+    A predictor whose CMS levels are written along a stream of clips; its own weights stay as they are.
 
-        z_hat, memory = writer(z, a, tau=tau)      the predictor with the written weights
-        writer.tick(loss, initial_loss)            after the look-back at a clip
-
-    The predictor's own weights stay as they are. Level l is written at every C_l-th tick (Eq. 71):
+    It is called like the predictor, and predicts with the written weights. tick() is the look-back at a clip.
+    Level l is written at every C_l-th tick (Eq. 71):
 
         change_l <- change_l - rate / C_l * sum of the gradients of L since the last write
 
     L is loss^2 / 2: a clip that is predicted well causes hardly any write. At every tick changes and sums are
-    multiplied by an earned retention, min(1, L_0 / L)^2, with the L_0 of the unwritten weights. Writes that
-    help are kept; back in the old world they are soon forgotten.
+    multiplied by earned_retention(): they are kept as far as they help.
     """
 
     def __init__(self, predictor, rate):
-        self.predictor = predictor
-        self.rate = rate
+        self.predictor, self.rate = predictor, rate
         self.periods = predictor.sizes.cms_periods
         self.ticks = 0
-        self.retention = torch.ones(())
         named = predictor.named_parameters()
         # The trained weights, their changes, and the sums of their gradients since the last write.
         self.initial = {name: p.detach() for name, p in named if '.cms.levels.' in name}
@@ -452,38 +548,29 @@ class CMSWriter:
             self.sums[name] = self.retention * (self.sums[name] + gradient)
             self.changes[name] = self.retention * self.changes[name]
         for names, period in zip(self.levels, self.periods):
-            if self.ticks % period:
-                continue
-            for name in names:
-                step = self.rate / period * self.sums[name]
-                self.changes[name] = self.changes[name] - step
-                self.sums[name] = torch.zeros_like(step)
+            for name in names if self.ticks % period == 0 else ():
+                self.changes[name] = self.changes[name] - self.rate / period * self.sums[name]
+                self.sums[name] = torch.zeros_like(self.sums[name])
         self.refresh()
 
     def refresh(self):
         """Put the changes into the weights."""
-        self.weights = {}
-        for name, p in self.initial.items():
-            self.weights[name] = (p + self.changes[name]).requires_grad_()
+        self.weights = {name: (p + self.changes[name]).requires_grad_() for name, p in self.initial.items()}
 
     def diagnostics(self):
         """Per level, fast to slow: writes so far, the last retention, and the drift |change| / |initial|."""
         rows = []
         for names, period in zip(self.levels, self.periods):
-            change = get_total_norm([self.changes[name] for name in names])
-            initial = get_total_norm([self.initial[name] for name in names])
-            rows.append({
-                'writes': self.ticks // period,
-                'retention': self.retention.item(),
-                'drift': (change / initial).item(),
-            })
+            change, initial = (get_total_norm([part[name] for name in names])
+                               for part in (self.changes, self.initial))
+            rows.append({'writes': self.ticks // period, 'retention': self.retention.item(),
+                         'drift': (change / initial).item()})
         return rows
 
 
 def earned_retention(loss, initial_loss):
     """min(1, L_0 / L)^2 of the losses of written and of unwritten weights; L is half of the squared loss."""
-    ratio = initial_loss / loss.clamp(min=1e-12)
-    return ratio.clamp(max=1).pow(4)
+    return (initial_loss / loss.clamp(min=1e-12)).clamp(max=1).pow(4)
 
 
 class HopeBlock(nn.Module):
@@ -497,27 +584,27 @@ class HopeBlock(nn.Module):
             self.attn_norm = nn.LayerNorm(width, eps=1e-6)
             self.attn = Attention(width, sizes.heads)
         if sizes.mixer != 'attention':
-            memory = TwoLayerTitanMemory if sizes.memory_hidden else TitanMemory
             self.titan_norm = nn.LayerNorm(width, eps=1e-6)
-            self.titan = memory(sizes)
+            self.titan = (TwoLayerTitanMemory if sizes.memory_hidden else TitanMemory)(sizes)
         self.cms_norm = nn.LayerNorm(width, eps=1e-6)
         self.cms = CMS(width, sizes.cms_hidden, len(sizes.cms_periods))
 
-    def forward(self, x, rope, memory=None):
+    def forward(self, x, rope, memory=None, head=nn.Identity()):
         """x (B,T,P,C), rope: see Predictor.rope, memory: that of this block or None → (B,T,P,C), memory."""
         new = None
         if self.attn:
-            x = x + self.attn(self.attn_norm(x), rope)
+            x = head(x + self.attn(self.attn_norm(x), rope))
         if self.titan:
             y, new = self.titan(self.titan_norm(x), rope, memory)
             x = x + y
+        if not self.attn:
+            x = head(x)
         return x + self.cms(self.cms_norm(x)), new
 
 
 def build(sizes):
     """A ViT-AC or AC-HOPE-ViT with random weights, as its Sizes say."""
-    block = Block if sizes.model == 'vit' else HopeBlock
-    return Predictor(sizes, block, ActionMemory)
+    return Predictor(sizes, Block if sizes.model == 'vit' else HopeBlock, InverseDynamics, WorldHead)
 
 
 def load(path, device='cpu'):

@@ -2,7 +2,7 @@
 The methods of adaptation, a short class each. To add one, derive a class from Method, say in look_back()
 what it learns, and add its line to METHODS.
 
-    method = METHODS['memory'](checkpoint)            # see adapt.Checkpoint
+    method = METHODS['world head'](checkpoint)        # see adapt.Checkpoint
     z_hat = method.predict(z, a)                      # z (S,T,N,D), a (S,T,A): the next clip of S streams
     method.look_back(z, a)                            # they have been scored: learn from them
 """
@@ -33,11 +33,10 @@ class Method:
     def __init__(self, checkpoint, rate=None, experiment=None, streams=1):
         self.rate, self.experiment, self.streams = rate, experiment, streams
         self.loss = LOSSES[checkpoint.loss]
-        self.targets = checkpoint.targets
-        self.precision = checkpoint.precision
+        self.targets, self.precision = checkpoint.targets, checkpoint.precision
         self.predictor = copy.deepcopy(checkpoint.predictor).requires_grad_(False)
         self.net = self.predictor    # what predicts: the same with written weights, where a method writes
-        self.memory = None           # that of each stream, as the predictor takes it
+        self.memory = self.predictor.start(streams)    # home, until a method writes it
         self.start()
 
     def start(self):
@@ -47,8 +46,7 @@ class Method:
         """Clips z (S*b,T,N,D), a (S*b,T,A), b a stream, at targets (K,) from z_1, a_1 alone → (S*b,K,N,D)."""
         targets = self.targets if targets is None else targets
         memory = repeated(self.memory, len(z) // self.streams)
-        # Kept, with its graph, for look_back().
-        self.z_hat = self.loss.predict(self.net, z, a, targets, memory)
+        self.z_hat = self.loss.predict(self.net, z, a, targets, memory)    # with its graph, for look_back()
         return self.z_hat
 
     @torch.no_grad()
@@ -59,11 +57,11 @@ class Method:
             return self.predict(z, a, self.targets[-1:])[:, 0]
 
     @torch.no_grad()
-    def score(self, split, indices, at_once=16):
+    def score(self, split, indices):
         """What each stream loses on clips that are not shown, a list of S means."""
         losses = []
-        for first in range(0, len(indices), at_once):
-            z, a = self.experiment.read(split, indices[first:first + at_once])
+        for first in range(0, len(indices), 16):
+            z, a = self.experiment.read(split, indices[first:first + 16])
             z, a = z.repeat(self.streams, 1, 1, 1), a.repeat(self.streams, 1, 1)
             with self.precision:
                 loss = feature_loss(self.predict(z, a), z[:, self.targets])
@@ -81,30 +79,32 @@ class Method:
         """Of the last clip, two scalars: the loss, with its graph, and that of the weights as trained."""
         loss = feature_loss(self.z_hat, z[:, self.targets])
         with torch.no_grad():
-            unwritten = self.loss.predict(self.predictor, z, a, self.targets)
+            unwritten = self.loss.predict(self.predictor, z, a, self.targets, self.memory)
         return loss[0], feature_loss(unwritten, z[:, self.targets])[0]
 
 
 class TTA(Method):
-    """As in tent (Wang et al., 2021): a step of Adam a clip, on its prediction's loss, on every parameter."""
+    """As tent (Wang et al., 2021): Adam on all parameters, a step a clip. Like a memory it sees all steps."""
+    steps = 1
     rates = 1e-5, 3e-5, 1e-4, 3e-4
     default = {'vit': 1e-5}
     batched = False
     adapts = torch.nn.Module     # the kind of modules whose parameters are adapted
 
     def start(self):
-        for module in self.predictor.modules():
-            if isinstance(module, self.adapts):
-                module.requires_grad_(True)
-        self.parameters = [p for p in self.predictor.parameters() if p.requires_grad]
+        adapted = [module for module in self.predictor.modules() if isinstance(module, self.adapts)]
+        self.parameters = [p.requires_grad_() for module in adapted for p in module.parameters(recurse=False)]
         self.optimizer = torch.optim.Adam(self.parameters, lr=self.rate)
 
     def look_back(self, z, a):
-        loss = feature_loss(self.z_hat, z[:, self.targets]).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
+        for step in range(self.steps):
+            z_hat = self.predict(z, a) if step else self.z_hat
+            forced, _ = teacher_forcing_loss(self.predictor, z, a, {})
+            loss = feature_loss(z_hat, z[:, self.targets]).mean() + forced
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
 
 
 class LNTTA(TTA):
@@ -112,6 +112,14 @@ class LNTTA(TTA):
     rates = 1e-3, 3e-3, 1e-2, 3e-2
     default = {'vit': 3e-3, 'hope': 1e-2}
     adapts = torch.nn.LayerNorm
+
+
+class LNTTA5(LNTTA):
+    """LN-TTA with five steps a clip."""
+    rates = 3e-4, 1e-3, 3e-3, 1e-2
+    default = {'vit': 1e-3, 'hope': 1e-3}
+    control = True
+    steps = 5
 
 
 class CMS(Method):
@@ -127,25 +135,29 @@ class CMS(Method):
         self.net.tick(*self.losses(z, a))
 
     def diagnostics(self):
-        seen = {}
-        for period, level in zip(self.net.periods, self.net.diagnostics()):
-            seen |= {f'{key}, CMS every {period}': value for key, value in level.items()}
-        return seen
+        levels = zip(self.net.periods, self.net.diagnostics())
+        return {f'{key}, CMS every {period}': value
+                for period, level in levels for key, value in level.items()}
 
 
-class Memory(Method):
-    """The action memory is carried from clip to clip, by one forward pass: see hope.ActionMemory."""
-    fits = staticmethod(lambda sizes: sizes.action_memory)
+class WorldHead(Method):
+    """The world head's memory is carried from clip to clip, by forward passes: see hope.WorldHead."""
+    fits = staticmethod(lambda sizes: sizes.world)
 
     def look_back(self, z, a):
-        layer = self.predictor.action_memory
-        layer.diagnostics = []
-        state = self.memory and self.memory['action']
-        self.memory = {'action': layer.write(z[:, :-1], a[:, 0], state)}    # as teacher forcing writes
+        self.predictor.world.diagnostics = []
+        _, memory = teacher_forcing_loss(self.predictor, z, a, self.memory)
+        self.memory = {'world': memory['world']}
 
     def diagnostics(self):
-        report = self.predictor.action_memory.diagnostics[-1]
-        return {f'{key}, action memory': value.item() for key, value in report.items()}
+        *_, report = self.predictor.world.diagnostics or [{}]
+        return {f'{key}, world head': value.tolist() for key, value in report.items()}
+
+    def memory_of(self, split, indices):
+        """The memory of streams whose home is in the world of these clips."""
+        other = copy.deepcopy(self.predictor)
+        other.settle(*self.experiment.read(split, indices))
+        return other.start(self.streams)
 
 
 class TitanMemory(Method):
@@ -157,21 +169,17 @@ class TitanMemory(Method):
     def look_back(self, z, a):
         for block in self.predictor.predictor_blocks:
             block.titan.diagnostics = []
-        _, memory = teacher_forcing_loss(self.predictor, z, a, self.memory)
-        self.memory = {'titan': [self.rate * state for state in memory['titan']]}
+        titan = {name: self.memory[name] for name in self.memory if name == 'titan'}
+        _, memory = teacher_forcing_loss(self.predictor, z, a, titan)
+        self.memory = {**self.memory, 'titan': [self.rate * state for state in memory['titan']]}
 
     def diagnostics(self):
-        seen = {}
-        for b, block in enumerate(self.predictor.predictor_blocks, 1):
-            steps = block.titan.diagnostics
-            for key in steps[0]:
-                mean = torch.stack([step[key] for step in steps]).mean()
-                seen[f'{key}, block {b}'] = mean.item()
-        return seen
+        steps = [block.titan.diagnostics for block in self.predictor.predictor_blocks]
+        return {f'{key}, block {b}': torch.stack([step[key] for step in of_block]).mean().item()
+                for b, of_block in enumerate(steps, 1) for key in of_block[0]}
 
 
 # ---- controls: what could refute that a memory which sees the clips is what helps --------------------------
-
 class GainWriter(Method):
     """One number by which every push is multiplied, written by the rule of the CMS, for any model."""
     rates = 10.0, 20.0, 40.0, 80.0
@@ -195,21 +203,31 @@ class GainWriter(Method):
         return {'gain, written': 1 + self.change.item()}
 
 
-class WrongWorld(Memory):
-    """The memory of clips of another domain, kept as it is."""
+class WorldsKnown(WorldHead):
+    """It is told when the world changes, and which it is then: what any memory could reach."""
     control = True
+    shown = 0
 
     def start(self):
-        for split, index in self.experiment.other:
-            with self.precision:
-                super().look_back(*self.experiment.read(split, [index]))
-        self.memory = repeated(self.memory, self.streams)
+        self.worlds = [self.memory_of(*self.experiment.probes[domain]) for domain in self.experiment.domains]
+        self.memory = self.worlds[0]
 
     def look_back(self, z, a):
-        """Nothing more is learned."""
+        self.shown += 1
+        phase = self.shown // self.experiment.clips
+        self.memory = self.worlds[min(phase, len(self.worlds) - 1)]
 
 
-class Shuffled(Memory):
+class WrongWorld(WorldsKnown):
+    """The memory of clips of another domain, kept as it is."""
+
+    def start(self):
+        (split, _), *_ = self.experiment.other
+        self.worlds = [self.memory_of(split, [index for _, index in self.experiment.other])]
+        self.memory = self.worlds[0]
+
+
+class Shuffled(WorldHead):
     """Each clip is shown with the push of the clip before."""
     control = True
     before = None
@@ -219,13 +237,13 @@ class Shuffled(Memory):
         self.before = a
 
 
-class NoCarry(Memory):
+class NoCarry(WorldHead):
     """The memory is written, but not kept for the next clip."""
     control = True
 
     def look_back(self, z, a):
         super().look_back(z, a)
-        self.memory = None
+        self.memory = self.predictor.start(self.streams)
 
 
 class Copy(Method):
@@ -251,11 +269,13 @@ METHODS = {
     'blank': Blank,
     'frozen': Method,
     'LN-TTA': LNTTA,
+    'LN-TTA x5': LNTTA5,
     'full TTA': TTA,
     'Titan memory': TitanMemory,
     'CMS': CMS,
-    'memory': Memory,
+    'world head': WorldHead,
     'gain writer': GainWriter,
+    'worlds known': WorldsKnown,
     'wrong world': WrongWorld,
     'shuffled': Shuffled,
     'no carry': NoCarry,

@@ -1,9 +1,7 @@
 """
 The predictor of the V-JEPA 2 family: sizes, 3D RoPE, attention, block, action-conditioned predictor, losses.
 
-    z_hat, memory = predictor(z, a, tau=None, memory=None)      # see Predictor.forward and hope.build
-
-ViT-AC is Predictor with the Block below, AC-HOPE-ViT is Predictor with hope.HopeBlock.
+ViT-AC is Predictor with the Block below, AC-HOPE-ViT is Predictor with hope.HopeBlock: see hope.build.
 Source: V-JEPA 2 (Assran et al., 2025), whose parameter names, layout and initialisation are kept.
 """
 import dataclasses
@@ -25,7 +23,7 @@ class Sizes:
     feature_dim: int       # D
     action_dim: int        # A
     state_dim: int         # size of the optional state token; 0 = none
-    action_memory: bool    # actions pass through hope.ActionMemory
+    world: bool            # a memory of the present world in the first block: hope.WorldHead
     steps: int             # T, time steps of a clip
     grid: tuple            # rows and columns of patches, N = rows * columns
     depth: int             # blocks
@@ -35,7 +33,7 @@ class Sizes:
     cms_hidden: int        # HOPE: hidden width of each CMS level
     cms_periods: tuple     # HOPE: ticks between the writes of the CMS levels, fast to slow
     mixer: str             # HOPE: 'titan', 'attention' or 'both', attention first
-    conv: bool             # HOPE: a 3x3 depthwise convolution over the patches of a step, before the memory
+    conv: bool             # a 3x3 depthwise convolution over the patches of a step: see PatchConv
     memory_hidden: int     # HOPE: hidden width of the two-layer Titan memory; 0 = matrix memory
     self_targets: bool     # HOPE: the target of each memory is M(v); if False, v itself
     surprise: bool         # HOPE: the retrieval error gates the writes
@@ -46,8 +44,7 @@ class Sizes:
     @classmethod
     def from_config(cls, config, **more):
         """The sizes among a script's config {name: value}; more: sizes that come from the data."""
-        chosen = {name: config[name] for name in cls.__annotations__ if name in config}
-        return cls(**{**chosen, **more})
+        return cls(**{name: config[name] for name in cls.__annotations__ if name in config} | more)
 
     def __post_init__(self):
         if self.width % self.heads or self.width < 6 * self.heads:
@@ -62,13 +59,9 @@ def rope_angles(position, head_dim, form='paired'):
     published weights, which is no true rotation.
     """
     n = 2 * (head_dim // 3 // 2)
-    exponent = torch.arange(0, n, 2, device=position.device, dtype=torch.float32)
-    omega = 10000 ** (-exponent / n)
+    omega = 10000 ** (-torch.arange(0, n, 2, device=position.device, dtype=torch.float32) / n)
     angles = position[..., None].float() * omega                       # (...,3,n/2)
-    if form == 'paired':
-        angles = angles.repeat_interleave(2, -1)
-    else:
-        angles = torch.cat([angles, angles], -1)
+    angles = angles.repeat_interleave(2, -1) if form == 'paired' else torch.cat([angles, angles], -1)
     return F.pad(angles.flatten(-2), (0, head_dim - 3 * n))
 
 
@@ -92,9 +85,7 @@ def block_causal(q, k, v, P):
     # Under one mask for all steps, half would be computed to be thrown away.
     for first, queries in zip(range(0, tokens, at_once), q.split(at_once, 2)):
         last = first + queries.shape[2]
-        mask = None
-        if last > first + P:
-            mask = step[first:last, None] >= step[:last]
+        mask = step[first:last, None] >= step[:last] if last > first + P else None
         y.append(F.scaled_dot_product_attention(queries, k[:, :, :last], v[:, :, :last], attn_mask=mask))
     return torch.cat(y, 2)
 
@@ -110,31 +101,44 @@ class Attention(nn.Module):
 
     def forward(self, x, rope):
         """x (B,T,P,C), P tokens per step, rope: (cos, sin) of queries and of keys → (B,T,P,C)."""
-        T, P = x.shape[1:3]
         qkv = self.qkv(x.flatten(1, 2)).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()              # each (B,H,T*P,d)
         # On a CPU attention is slower in bfloat16, which autocast would choose again.
         if v.dtype == torch.bfloat16 and v.device.type == 'cpu':
             v = v.float()
-        rope_q, rope_k = rope
-        q = rotate(q, rope_q).to(v.dtype)
-        k = rotate(k, rope_k).to(v.dtype)
+        q, k = (rotate(part, turn).to(v.dtype) for part, turn in zip((q, k), rope))
         with torch.autocast(x.device.type, enabled=False):
-            y = block_causal(q, k, v, P)
-        y = y.transpose(1, 2).flatten(2)                               # (B,T*P,C)
-        return self.proj(y).unflatten(1, (T, P))
+            y = block_causal(q, k, v, x.shape[2])
+        return self.proj(y.transpose(1, 2).flatten(2)).view(x.shape)
 
 
 class MLP(nn.Module):
-    """fc2(gelu(fc1(x))) with the exact-erf GELU."""
+    """fc2(gelu(fc1(x))) with the exact-erf GELU; as wide at its end as at its start, or `out` wide."""
 
-    def __init__(self, width, hidden):
+    def __init__(self, width, hidden, out=None):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc2 = nn.Linear(hidden, out or width)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
+
+
+class PatchConv(nn.Conv2d):
+    """A 3x3 depthwise convolution over the grid of patches, added to the tokens; a no-op at first."""
+
+    def __init__(self, sizes):
+        super().__init__(sizes.width, sizes.width, 3, padding=1, groups=sizes.width)
+        self.grid = sizes.grid
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x):
+        """x (B,T,P,C), of whose P tokens the last N are patches → (B,T,P,C)."""
+        conditions = x.shape[2] - math.prod(self.grid)
+        patches = x[:, :, conditions:].flatten(0, 1).unflatten(1, self.grid)           # (B*T,rows,columns,C)
+        added = super().forward(patches.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
+        return x + F.pad(added, (0, 0, conditions, 0)).view(x.shape)
 
 
 class Block(nn.Module):
@@ -144,20 +148,21 @@ class Block(nn.Module):
         super().__init__()
         width = sizes.width
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.conv = PatchConv(sizes) if sizes.conv else nn.Identity()
         self.attn = Attention(width, sizes.heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width, sizes.mlp_hidden)
 
-    def forward(self, x, rope, memory=None):
-        """x (B,T,P,C), rope: see Predictor.rope → (B,T,P,C), None (no memory)."""
-        x = x + self.attn(self.norm1(x), rope)
+    def forward(self, x, rope, memory=None, head=nn.Identity()):
+        """x (B,T,P,C), rope: see Predictor.rope, head: the world head's → (B,T,P,C), None (no memory)."""
+        x = head(x + self.attn(self.conv(self.norm1(x)), rope))
         return x + self.mlp(self.norm2(x)), None
 
 
 class Predictor(nn.Module):
     """Action-conditioned predictor: Linear D→C, tokens of conditions and patches, blocks, LN, Linear C→D."""
 
-    def __init__(self, sizes, block, action_memory=None):
+    def __init__(self, sizes, block, inverse=None, world=None):
         super().__init__()
         width = sizes.width
         self.sizes = sizes
@@ -173,8 +178,9 @@ class Predictor(nn.Module):
         self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
         self.predictor_proj = nn.Linear(width, sizes.feature_dim)
         self.initialise()
-        # Last, so that the others' initial values do not depend on it.
-        self.action_memory = action_memory(sizes) if sizes.action_memory else None
+        # Last, so that the others' initial values do not depend on them.
+        self.inverse = inverse(sizes) if sizes.world else None
+        self.world = world(sizes) if sizes.world else None
 
     def initialise(self):
         """V-JEPA 2's initial values; the last layer of a residual branch is divided by sqrt(2 * layer)."""
@@ -193,48 +199,52 @@ class Predictor(nn.Module):
 
         A query sits at the time of the step that it predicts, a key at the time of the step that it comes
         from. If both were rotated by the same time, the rotations would cancel. In the published form a query
-        that predicts step t + 1 sits at t. Conditioning tokens come first and are rotated in time only.
+        that predicts step t + 1 sits at t. Conditioning tokens come first and are rotated in time only. They
+        predict nothing: in a jump, too, their queries sit one step later, whatever step is asked for.
         """
         time = torch.arange(steps, device=device).view(1, steps, 1, 1)
-        query_time = time + 1
-        if tau is not None:
-            query_time = tau.view(-1, 1, 1, 1)
+        next_time = time + 1
+        query_time = next_time if tau is None else tau.view(-1, 1, 1, 1)
         if self.sizes.rope == 'vjepa2':
-            query_time = query_time - 1
-        return self.rotation(query_time, conditions), self.rotation(time, conditions)
+            next_time, query_time = next_time - 1, query_time - 1
+        return self.rotation(query_time, next_time, conditions), self.rotation(time, time, conditions)
 
-    def rotation(self, time, conditions):
-        """Times (b,steps,1,1) of steps → (cos, sin), each (b,1,steps*P,d)."""
+    def rotation(self, time, condition_time, conditions):
+        """Times of patches (b,steps,1,1), of conditions (1,steps,1,1) → (cos, sin), each (b,1,steps*P,d)."""
         rows, columns = self.sizes.grid
         row = torch.arange(rows, device=time.device) * 1.0
         # The published scale: columns span as much as rows, whatever their number.
         column = torch.arange(columns, device=time.device) * (rows / columns)
         place = F.pad(torch.cartesian_prod(row, column), (1, 0, conditions, 0))            # (P,3)
-        position = F.pad(time, (0, 2)) + place                         # (b,steps,P,3)
+        of_conditions = condition_time.expand(len(time), -1, conditions, 1)
+        of_patches = time.expand(-1, -1, rows * columns, 1)
+        position = F.pad(torch.cat([of_conditions, of_patches], 2), (0, 2)) + place        # (b,steps,P,3)
         head_dim = self.sizes.width // self.sizes.heads
         angle = rope_angles(position, head_dim, self.sizes.rope).flatten(1, 2).unsqueeze(1)
         return angle.cos(), angle.sin()
 
     def forward(self, z, a, tau=None, memory=None, states=None):
         """
-        Predict features, by teacher forcing or by a jump → (z_hat, memory or None).
+        Predict features, by teacher forcing or by a jump → (z_hat, memory).
+
         tau None: z (B,T,N,D), a (B,T,A) → z_hat (B,T,N,D); z_hat[:,t] predicts z[:,t+1] from steps <= t.
         tau (B,) integer, 0-based: z (B,1,N,D), a (B,1,A) → z_hat (B,N,D) predicts step tau in one pass.
         states (B,T or more,S): where the predictor has a state token.
-        memory: what an earlier call returned, or None for the initial one; {'action': (B,2A,3A) or None,
-        'titan': [a tensor (B,...) per block]}. Clip b of the batch reads and writes its own only, and never
-        sees what it writes to the action memory.
+        memory: what an earlier call returned, None for that of new streams, {} for none at all; {'world': see
+        hope.WorldHead.forward, 'titan': [a tensor (B,...) per block]}, each clip of the batch with its own. A
+        jump reads 'world', teacher forcing over two steps or more, which show motion, writes it.
         """
-        T, N = z.shape[1:3]
+        B, T, N, _ = z.shape
         assert tau is None or T == 1, 'a jump takes the first step alone'
         assert (states is None) == (self.state_encoder is None), 'states are given if there is a state token'
-        memory = memory or {}
-        new_memory = {}
-        if self.action_memory is not None:
-            new_memory['action'] = state = memory.get('action')
-            if tau is None and T > 1:      # a jump only reads, and a single step shows no motion
-                new_memory['action'] = self.action_memory.write(z, a[:, 0], state)
-            a = self.action_memory(a, state)
+        memory = self.start(B) if memory is None else memory
+        uses_world = 'world' in memory and (tau is not None or T > 1)
+        new_memory = {'world': memory['world']} if 'world' in memory else {}
+        shown = self.inverse.look(z, a[:, 0]) if uses_world and tau is None else None
+
+        def head(x):
+            x, new_memory['world'] = self.world(x, z, a[:, 0], memory['world'], shown)
+            return x
         conditions = [self.action_encoder(a)]
         if states is not None:
             conditions.append(self.state_encoder(states[:, :T]))
@@ -242,20 +252,28 @@ class Predictor(nn.Module):
         rope = self.rope(T, len(conditions), tau, z.device)
         titan = memory.get('titan', [None] * len(self.predictor_blocks))
         written = []
-        for block, state in zip(self.predictor_blocks, titan):
-            if self.checkpointing:
-                x, new = checkpoint(block, x, rope, state, use_reentrant=False)
-            else:
-                x, new = block(x, rope, state)
+        for i, (block, state) in enumerate(zip(self.predictor_blocks, titan)):
+            given = [x, rope, state, head] if i == 0 and uses_world else [x, rope, state]
+            x, new = checkpoint(block, *given, use_reentrant=False) if self.checkpointing else block(*given)
             written.append(new)
         if written[0] is not None:
             new_memory['titan'] = written
         z_hat = self.predictor_proj(self.predictor_norm(x[:, :, -N:]))
         if self.sizes.normed_output:
             z_hat = F.layer_norm(z_hat, z_hat.shape[-1:])
-        if tau is not None:
-            z_hat = z_hat[:, 0]
-        return z_hat, new_memory or None
+        return z_hat if tau is None else z_hat[:, 0], new_memory
+
+    def start(self, streams):
+        """The memory that so many new streams start from: home, if there is a world head."""
+        return {'world': self.world.start(streams)} if self.world else {}
+
+    @torch.no_grad()
+    def settle(self, z, a):
+        """Make A home: the world head keeps what clips z (B,T,N,D), a (B,T,A) show."""
+        rope = self.rope(1, 1, None, z.device)
+        x = torch.cat([self.action_encoder(a[:, :1, None]), self.predictor_embed(z[:, :1])], 2)
+        shown = self.inverse.look(z[:, :-1], a[:, 0])
+        self.predictor_blocks[0](x, rope, None, lambda x: self.world.settle(x, z, a[:, 0], shown))
 
 
 def feature_loss(z_hat, z):
@@ -264,20 +282,25 @@ def feature_loss(z_hat, z):
 
 
 def teacher_forcing_loss(predictor, z, a, memory=None, states=None):
-    """
-    Mean L1 of all one-step predictions (V-JEPA 2, Eq. 2): z (B,T,N,D), a (B,T,A) → scalar, memory after them.
-    The last step is only a target: after a write of it, which training never made, jumps to it would suffer.
-    """
+    """Mean L1 of all one-step predictions (V-JEPA 2, Eq. 2): z (B,T,N,D), a (B,T,A) → scalar, new memory."""
+    # The last step is only a target: after a write of it, which no training made, jumps to it would suffer.
     z_hat, memory = predictor(z[:, :-1], a[:, :-1], memory=memory, states=states)
-    loss = feature_loss(z_hat[None], z[None, :, 1:])       # the batch as one clip: a mean over all
-    return loss[0], memory
+    return feature_loss(z_hat[None], z[None, :, 1:])[0], memory      # the batch as one clip: a mean over all
 
 
 def jump_loss(predictor, z, a, tau, states=None):
     """L1 of step tau predicted from z_1, a_1 alone: z (B,T,N,D), a (B,T,A), tau (B,) → (B,), one per clip."""
-    z_hat, _ = predictor(z[:, :1], a[:, :1], tau=tau, states=states)
-    clip = torch.arange(len(z), device=z.device)
-    return feature_loss(z_hat, z[clip, tau])
+    z_hat, _ = predictor(z[:, :1], a[:, :1], tau, {}, states)
+    return feature_loss(z_hat, z[torch.arange(len(z), device=z.device), tau])
+
+
+def stream_loss(predictor, z, a, tau, clips):
+    """jump_loss of each clip with what those before it in its stream wrote → L1 (S,n), -log p(e) (S,n)."""
+    shown = predictor.inverse.look(z[:, :-1], a[:, 0])
+    shown = type(shown)(*(part.unflatten(0, (-1, clips)) for part in shown))
+    z_hat, memory = predictor(z[:, :1], a[:, :1], tau, {'world': shown})
+    lost = feature_loss(z_hat, z[torch.arange(len(z), device=z.device), tau])
+    return lost.unflatten(0, (-1, clips)), memory['world']
 
 
 def repeated(memory, times):
@@ -292,10 +315,8 @@ def repeated(memory, times):
 def predict_jumps(predictor, z, a, targets, memory=None, states=None):
     """Jumps to the target steps (K,) from step 1 and the action alone: z (B,T,N,D), a (B,T,A) → (B,K,N,D)."""
     K = len(targets)
-    first = repeated(z[:, :1], K)                                      # (B*K,1,N,D)
-    push = repeated(a[:, :1], K)                                       # (B*K,1,A)
-    tau = targets.repeat(len(z))
-    z_hat, _ = predictor(first, push, tau, repeated(memory, K), repeated(states, K))
+    first, push, memory, states = (repeated(part, K) for part in (z[:, :1], a[:, :1], memory, states))
+    z_hat, _ = predictor(first, push, targets.repeat(len(z)), memory, states)          # (B*K,N,D)
     return z_hat.unflatten(0, (-1, K))
 
 
@@ -323,12 +344,30 @@ LOSSES = {
 }
 
 
-def parameter_groups(predictor, weight_decay):
-    """For AdamW, by role: matrices of linear maps decay, all else (a memory's retention, biases) does not."""
-    matrices = [module.weight for module in predictor.modules() if isinstance(module, nn.Linear)]
-    decaying = set(matrices)
-    others = [p for p in predictor.parameters() if p not in decaying]
-    return [{'params': matrices, 'weight_decay': weight_decay}, {'params': others, 'weight_decay': 0.0}]
+def make_optimizers(predictor, kind, rate, muon_rate, beta2, weight_decay):
+    """
+    'adamw': AdamW of all parameters; 'muon': Muon (Jordan et al., 2024) of the matrices of the blocks and of
+    the world head, AdamW of the rest. Group 'scale': the peak of its rate over that of AdamW. Decay by role:
+    matrices of linear maps decay, all else (a memory's retention, biases) does not.
+    """
+    modules = predictor.named_modules()
+    matrices = {f'{name}.weight' for name, module in modules if isinstance(module, nn.Linear)}
+    of_muon, decaying, others = [], [], []
+    for name, p in predictor.named_parameters():
+        if name not in matrices:
+            others.append(p)
+        elif kind == 'muon' and name.startswith(('predictor_blocks', 'world')):
+            of_muon.append(p)
+        else:
+            decaying.append(p)
+    groups = [{'params': decaying, 'weight_decay': weight_decay, 'scale': 1.0},
+              {'params': others, 'weight_decay': 0.0, 'scale': 1.0}]
+    optimizers = [torch.optim.AdamW(groups, lr=rate, betas=(0.9, beta2), fused=True)]
+    if of_muon:
+        # Its steps are as large as AdamW's would be.
+        group = {'params': of_muon, 'scale': muon_rate / rate}
+        optimizers.append(torch.optim.Muon([group], muon_rate, weight_decay, adjust_lr_fn='match_rms_adamw'))
+    return optimizers
 
 
 def rate_at(step, steps, start, peak, warmup, decay):

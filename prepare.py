@@ -75,8 +75,8 @@ def load_encoder(config, device):
     return encode, net.config.crop_size
 
 
-def decide(config, kind):
-    """The options that decide what is in a set, as meta.json holds them; refuses what would be ignored."""
+def open_set(config, kind, folder):
+    """meta.json of a set, as it is or new; refuses options that would be ignored or that it does not have."""
     physics = config['source'] == 'physics'
     encoder = 'none' if kind == 'features' else config['encoder'] or 'patch'
     used = {'physics': physics, 'own clips': not physics, 'pictures': kind == 'pictures',
@@ -88,11 +88,8 @@ def decide(config, kind):
     assert config['size'] % PATCH == 0, f'--size must be a multiple of {PATCH}'
     zoom = config['zoom'] and physics and config['clips'] >= FEWEST_CLIPS
     chosen = {**config, 'encoder': encoder, 'zoom': zoom}
-    return {key: value for key, value in chosen.items() if key not in ('name', 'device', 'batch')}
-
-
-def open_set(folder, chosen):
-    """meta.json of a set, a new one if there is none; refuses a set that was made with other options."""
+    for key in 'name', 'device', 'batch':
+        del chosen[key]
     if not os.path.exists(os.path.join(folder, 'meta.json')):
         return {'config': chosen, 'patch': PATCH}
     meta = data.read_meta(folder)
@@ -109,8 +106,7 @@ def simulate_splits(config, device):
         return data.render({key: values[indices] for key, values in physics.items()}, size, device)
     clips, few = config['clips'], config['test_clips']
     drawn = {'train': ('A', clips, 1), 'val': ('A', few, 1), 'fit_B': ('B', max(few, clips // 5), 1)}
-    for domain in data.DOMAINS:
-        drawn[f'test_{domain}'] = domain, few, 1
+    drawn |= {f'test_{domain}': (domain, few, 1) for domain in data.DOMAINS}
     if config['zoom']:
         drawn['zoom'] = 'A', clips // 2, ZOOM ** zoom_levels(clips // 2)
     splits = {}
@@ -166,17 +162,6 @@ def fit_decoder(train, frames, device):
     return torch.linalg.solve(xx, xy).float().cpu().numpy()
 
 
-def draw_clips(path, seed):
-    """A picture of clips of each domain, with the same random numbers: only the physics differs."""
-    rows = {}
-    for domain, physics in data.DOMAINS.items():
-        drawn = data.simulate(domain, 8, seed, 'test_A')
-        label = f'{domain}\nμ {physics.mu}, {physics.mass} kg'
-        rows[label] = data.render(drawn, 128).float().div(255).numpy()
-    plots.draw_domains(path, rows)
-    print(f'pictures of each domain: {path}')
-
-
 def main():
     """Make what is missing of a data set."""
     folder, where = data.folder_of(name), pick_device(device)
@@ -185,8 +170,8 @@ def main():
         found = own_clips.find_clips(source, split)
         first = found['train'][0]
         kind = content or ('features' if own_clips.content(first, 'features') else 'pictures')
-    chosen = decide(config, kind)
-    meta = open_set(folder, chosen)
+    meta = open_set(config, kind, folder)
+    chosen = meta['config']
     if source == 'physics':
         splits = simulate_splits(chosen, where)
     else:
@@ -210,13 +195,13 @@ def main():
             features = write_features(f'{path}.npy.tmp', len(actions), frames, encode_frames, pixels)
             shape = features.shape[1:]
         if part == 'zoom':
-            known = [data.Clips(folder, other) for other in ('train', 'val')]
-            known = [(other.features[0], other.actions) for other in known]
+            known = [(np.load(f'{folder}/{other}.npy', 'r'), splits[other][0]['actions'])
+                     for other in ('train', 'val')]
             actions[:, 0], meta['zoom'] = read_zoomed(*known, (features, actions), seed, where)
             print('zoom read {share_read:.0%}, explained {explained:.0%}, used {used}'.format(**meta['zoom']))
         name_split(path, meta, shape, arrays)
     if missing and source == 'physics':
-        draw_clips(os.path.join(folder, 'clips.png'), seed)
+        plots.draw_domains(os.path.join(folder, 'clips.png'), seed)
     decoder = os.path.join(folder, 'decoder.npy')
     if kind == 'features' and not (own_clips.content(first, 'pictures') and find_spec('imageio')):
         print('no pictures beside the features, or no package imageio: predictions will not be drawn')

@@ -31,7 +31,7 @@ COLUMNS = [
     ('t50', 't50', '.0f', 'clips to half of the own final gain (never: no gain of 1 %; 2/5: in two of five)'),
     ('savings', 'saving', '.2f', 'clips to 90 % of the final gain, second visit over first'),
     ('harm', 'harm', '+.4f', 'loss minus frozen loss where nothing changes'),
-    ('metres_B', 'cm', 'cm', 'distance of the object from where the prediction has it, away from home'),
+    ('cm_B', 'cm', '.1f', 'distance of the object from where the prediction has it, away from home'),
     ('ms', 'ms', '.1f', 'time of a clip: predicted, scored and shown'),
 ]
 CONTINUAL = [
@@ -41,47 +41,35 @@ CONTINUAL = [
     ('plasticity', 'plastic', '+.3f', 'gained by the first visit of a shift'),
 ]
 # What is compared, with which other rows (first of all tuned LN-TTA), and on which figures.
-OURS = 'HOPE memory'
-AGAINST = ['ViT-AC LN-TTA', 'HOPE LN-TTA', 'ViT-AC memory']
+OURS = 'HOPE world head'
+AGAINST = ['ViT-AC LN-TTA', 'HOPE LN-TTA', 'ViT-AC + head world head']
 COMPARED = ['gap_closed', 'way_back', 'return_cost', 'harm']
 
 
 def read(folders):
-    """Folders of runs on the same stream → the run.json of the first, the finished rows of all."""
-    first, every = None, []
+    """Folders of runs on the same stream → the run.json of the first, {model and method: rows of all}."""
+    first, groups = None, {}
     for folder in map(Path, folders):
-        if not (folder / 'run.json').is_file():
-            refuse(f'{folder} has no run.json; python adapt.py --out={folder} makes one')
         run = json.loads((folder / 'run.json').read_text('utf-8'))
         first = first or run
         for name in ('phases', 'clips', 'streams', 'loss', 'target_steps'):
             if run[name] != first[name]:
                 refuse(f'{folders[0]} and {folder} cannot be compared: {name} = {first[name]}, {run[name]}')
         files = [folder / name for name in run['rows'] if (folder / name).is_file()]
+        rows = [json.loads(file.read_text('utf-8')) | {'run': str(folder)} for file in files]
         shape = run['streams'], len(run['phases']), run['clips']
-        rows = [json.loads(file.read_text('utf-8')) for file in files]
-        for row, file in zip(rows, files):
-            row |= {'run': str(folder), 'file': file, 'loss': np.reshape(row['loss'], shape)}
-            row['metres'] = row['metres'] and np.reshape(row['metres'], shape)
+        for row in rows:
+            row |= {name: np.reshape(row[name], shape) for name in ('loss', 'metres') if row[name]}
         for row in rows:
             row['figures'] = figures(row, rows, run)
-        every += rows
-    return first, every
-
-
-def grouped(rows):
-    """Rows that belong together, of all runs and seeds → {model and method: rows}."""
-    groups = {}
-    for row in rows:
-        plan = f' {row["rate"]:g}' if row['rate_from'] == 'plan' else ''
-        name = f'{row["model"]} {row["method"]}{plan}'.strip()
-        groups.setdefault(name, []).append(row)
-    return groups
+            plan = f' {row["rate"]:g}' if row['rate_from'] == 'plan' else ''
+            groups.setdefault(f'{row["model"]} {row["method"]}{plan}'.strip(), []).append(row)
+    return first, groups
 
 
 def over(values, phases):
-    """Mean of values (S,P,n) over the clips of some phases → (S,), or None where there is nothing."""
-    return values[:, phases].mean((1, 2)) if phases and values is not None else None
+    """Mean of values (S,P,n) over the clips of some phases → (S,), or None where there are none."""
+    return values[:, phases].mean((1, 2)) if phases else None
 
 
 def figures(row, rows, run):
@@ -90,20 +78,14 @@ def figures(row, rows, run):
     away = [i for i, domain in enumerate(domains) if domain != domains[0]]
     back = [i for i in range(1, len(domains)) if i not in away and i - 1 in away]
     found = {f'phase {i + 1}': over(loss, [i]) for i in range(len(domains))}
-    found |= {
-        'A1': over(loss, [0]),
-        'A2': over(loss, back),
-        'B': over(loss, away),
-        'B_first': over(loss[..., :EARLY], away),
-        'B_last': over(loss[..., -EARLY:], away),
-        'metres_B': over(row['metres'], away),
-        # Streams that are run as one batch have no time of their own.
-        'ms': [1000 * np.median(row['seconds'])] if len(loss) == 1 else None,
-    }
+    found['B_first'] = over(loss[..., :EARLY], away)
+    if row['metres'] is not None:
+        found['cm_B'] = over(100 * row['metres'], away)
+    if len(loss) == 1:      # streams that are run as one batch have no time of their own
+        found['ms'] = [1000 * np.median(row['seconds'])]
     if row['probes']:
         at = [run['probe_at'].index(i * run['clips']) for i in range(len(domains) + 1)]
-        R = {domain: np.transpose(losses)[at] for domain, losses in row['probes'].items()}
-        found |= continual(R, domains)
+        found |= continual({key: np.transpose(losses)[at] for key, losses in row['probes'].items()}, domains)
     losses = {(other['model'], other['method'], other['seed']): other['loss'] for other in rows}
     frozen = losses.get((row['model'], 'frozen', row['seed']))
     # Where there is one oracle only, it serves all seeds.
@@ -119,8 +101,7 @@ def of_planning(phases):
     found = {}
     for phase in phases or []:
         label, cm = phase['phase'], 100 * np.array(phase['distance'])
-        found[f'{label} <2cm'] = [np.mean(cm <= 2)]
-        found[f'{label} <5cm'] = [np.mean(cm <= 5)]
+        found |= {f'{label} <{limit}cm': [np.mean(cm <= limit)] for limit in (2, 5)}
         found[f'{label} cm'] = [np.median(cm)]
         if phase['ms']:
             found['plan ms'] = [phase['ms']]
@@ -130,7 +111,6 @@ def of_planning(phases):
 def continual(R, domains):
     """
     Figures of held-out clips → {name: (S,)}. R: {domain: losses (1+P,S) after 0 ... P phases}.
-
     Forgetting as in Avalanche (arXiv:2104.00405), transfer as by Lopez-Paz & Ranzato 2017 (arXiv:1706.08840),
     forward from the checkpoint, not from random weights. Signs turn, as those have accuracies.
     """
@@ -145,8 +125,7 @@ def continual(R, domains):
         'plasticity': [loss[i - 1] - loss[i] for loss, i in new],
         'forgetting': [home[i] - home[i - 1] for _, i in new[:1]],
     }
-    found = {name: np.mean(several, axis=0) for name, several in differences.items() if several}
-    return found | {f'R{i}{domain}': R[domain][i] for domain in R for i in range(P + 1)}
+    return {name: np.mean(several, axis=0) for name, several in differences.items() if several}
 
 
 def clips_to(share, loss, frozen):
@@ -170,7 +149,6 @@ def against_frozen(loss, frozen, oracle, domains, away, back):
     name, best = ('way_back', over(frozen, [0])) if oracle is None else ('gap_closed', over(oracle, away))
     return {
         't50': clips_to(0.5, loss[:, away[0]], frozen[:, away[0]]),
-        't90': t90[0],
         'savings': t90[1] / t90[0] if len(t90) > 1 else None,
         'return_cost': over(-gain[..., :EARLY], back),
         name: over(gain, away) / (over(frozen, away) - best),
@@ -179,44 +157,35 @@ def against_frozen(loss, frozen, oracle, domains, away, back):
 
 def tidy(groups):
     """A line for each run, row, seed, stream and figure → DataFrame; the value is missing for "never"."""
-    lines = []
-    for name, rows in groups.items():
-        for row in rows:
-            about = {key: row.get(key) for key in ('run', 'model', 'method', 'rate', 'rate_from', 'seed')}
-            for figure, values in row['figures'].items():
-                for stream, value in enumerate(values, 1):
-                    lines.append({'row': name, **about, 'stream': stream, 'figure': figure, 'value': value})
-    return pd.DataFrame(lines)
+    return pd.DataFrame([
+        {'row': name, **{key: row.get(key) for key in ('run', 'rate', 'seed')},
+         'stream': stream, 'figure': figure, 'value': value}
+        for name, rows in groups.items() for row in rows
+        for figure, values in row['figures'].items() for stream, value in enumerate(values, 1)])
 
 
 def cell(values, form):
-    """Mean, and half the 95 % t interval over means of seeds or streams of one; values: by run, seed."""
+    """Mean ± half the 95 % t interval over means of seeds or streams of one; values: by run, seed."""
     # A mean without those that never got there would be a lie.
     if values.hasnans:
-        return f'{values.count()}/{len(values)}' if values.count() else 'never', ''
-    if form == 'cm':
-        values, form = 100 * values, '.1f'
+        return f'{values.count()}/{len(values)}' if values.count() else 'never'
     seeds = values.groupby(['run', 'seed']).mean()
     means = seeds if len(seeds) > 1 else values
-    mean = '' if means.empty else format(means.mean(), form)
     half = stats.t.ppf(0.975, len(means) - 1) * means.sem()
-    return mean, format(half, form.lstrip('+')) if len(means) > 1 else ''
+    return format(means.mean(), form) + (f'±{format(half, form.lstrip("+"))}' if len(means) > 1 else '')
 
 
 def table(corner, lines, columns):
     """Those columns that some row has → DataFrame, and text: the table, and what its columns are."""
-    columns = [column for column in columns if column[0] in set(lines.figure)]
-    names, body = [], []
-    for name, row in lines.set_index(['run', 'seed']).groupby('row', sort=False):
-        cells = [cell(row.value[row.figure == figure], form) for figure, _, form, _ in columns]
-        for title, texts in zip((name, '±'), zip(*cells)):
-            if any(texts):
-                names.append(title)
-                body.append(texts)
-    if not body:
+    columns = {figure: about for figure, *about in columns if figure in set(lines.figure)}
+    lines = lines[lines.figure.isin(columns)]
+    if lines.empty:
         return None, ''
-    frame = pd.DataFrame(body, names, [heading for _, heading, _, _ in columns]).rename_axis(columns=corner)
-    meanings = [f'{heading}: {what}.' for _, heading, _, what in columns if what]
+    values = lines.set_index(['run', 'seed']).groupby(['row', 'figure']).value
+    cells = values.apply(lambda values: cell(values, columns[values.name[1]][1]))
+    frame = cells.unstack(fill_value='').loc[lines.row.unique(), [*columns]].rename_axis(None)
+    frame.columns = pd.Index([heading for heading, *_ in columns.values()], name=corner)
+    meanings = [f'{heading}: {what}.' for heading, _, what in columns.values() if what]
     return frame, '\n'.join([frame.to_string(line_width=100), '', *meanings])
 
 
@@ -240,14 +209,13 @@ def rates(groups, run):
     """Where learning rates come from, with a warning for each that lies on the edge of what was tried."""
     lines = []
     for name, rows in groups.items():
-        chosen = {row['rate'] for row in rows}
-        if chosen != {None}:
-            lines.append(f'Rate of {name}: {str(sorted(chosen))[1:-1]}, {rows[0]["rate_from"]}')
-        if rows[0]['tried']:
-            tried = sorted(map(float, rows[0]['tried']))
-            lines[-1] += f' on {", ".join(run["tuned_on"])} among {str(tried)[1:-1]}'
-            if chosen & {tried[0], tried[-1]}:
-                lines.append(f'Warning: that of {name} lies on the edge of these; one beyond may be better')
+        chosen = sorted({row['rate'] for row in rows} - {None})
+        tried = sorted(map(float, rows[0]['tried'] or ()))
+        if chosen:
+            among = f' on {", ".join(run["tuned_on"])} among {str(tried)[1:-1]}' if tried else ''
+            lines.append(f'Rate of {name}: {str(chosen)[1:-1]}, {rows[0]["rate_from"]}{among}')
+        if {*chosen} & {*tried[:1], *tried[-1:]}:
+            lines.append(f'Warning: that of {name} lies on the edge of these; one beyond may be better')
     return '\n'.join(lines)
 
 
@@ -259,11 +227,13 @@ def tables(run, groups):
     pushes = [(name, name, '.0%' if '<' in name else '.1f', '') for name in simulated]
     pushes.append(('plan ms', 'ms', '.0f', 'of a plan; before, distances from the goal as the clip ends'))
     main, text = table('loss on the stream', lines, losses + COLUMNS)
-    seeds, steps = max(map(len, groups.values())), ', '.join(map(str, run['target_steps']))
+    counts = {'seed': max(map(len, groups.values())), 'stream': run['streams']}
+    counted = ', '.join(f'{count} {what}' + 's' * (count > 1) for what, count in counts.items())
+    steps = ', '.join(map(str, run['target_steps']))
     texts = [
         text,
-        f'{run["loss"]} loss at steps {steps}; {seeds} seeds, {run["streams"]} streams, {run["clips"]} clips '
-        'a phase.\n±: half the 95 % t interval over means of seeds, or streams of one.',
+        f'{run["loss"]} loss at steps {steps}; {counted}, {run["clips"]} clips a phase.\n'
+        '±: half the 95 % t interval over means of seeds, or streams of one.',
         comparisons(lines),
         rates(groups, run),
         table('held-out clips', lines, CONTINUAL)[1],
@@ -274,20 +244,18 @@ def tables(run, groups):
 
 def write(folders, out):
     """Print the table of one or several finished runs; write it, its figures and pictures into a folder."""
-    run, rows = read(folders)
-    groups = grouped(rows)
+    run, groups = read(folders)
     text, main = tables(run, groups)
     print(f'\n{text}\ntables, figures and pictures: in {out}')
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / 'table.txt').write_text(text, 'utf-8')
     latex = main.to_latex(escape=True, column_format='l' + 'r' * main.shape[1])
-    symbols = str.maketrans({'±': r'$\pm$', '₁': '$_1$', '₂': '$_2$', '₃': '$_3$', '₄': '$_4$', '₅': '$_5$'})
+    symbols = str.maketrans({'±': r'$\pm$', **{digit: f'$_{i}$' for i, digit in enumerate('₀₁₂₃₄₅₆₇₈₉')}})
     (out / 'table.tex').write_text(latex.translate(symbols), 'utf-8')
     tidy(groups).to_csv(out / 'figures.csv', index=False)
     plots.draw_stream(out / 'results.png', run, groups)
-    shown = plots.shown_clips(run, groups)
-    if shown:
+    if shown := plots.shown_clips(run, groups):
         plots.draw_animation(out / 'switch.gif', shown)
 
 

@@ -1,8 +1,10 @@
 # Fine-tunes the official V-JEPA 2-AC predictor (305 M parameters) on own clips by its published losses:
 # teacher forcing and a rollout of two steps. Needs vjepa2-ac-vitg.pt, a GPU of 40 GB (not tried on one yet),
 # features of ViT-g: python prepare.py --name=mine_vitg --source=clips --encoder=vitg
-# Clips with states: --states. Clips of several pushes: --action_memory=False.
+# Clips with states: --states. Clips of several pushes are fine.
 model = 'vit'
+world = False
+conv = False
 init_from = 'vjepa2-ac-vitg.pt'
 rope = 'vjepa2'
 depth = 24
@@ -20,6 +22,7 @@ batch_size = 32
 accumulation = 4
 teacher_every = 1
 inverse_batch = 32
+optimizer = 'adamw'
 learning_rate = 7.5e-5
 warmup = 0.05
 decay = 0.5

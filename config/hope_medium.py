@@ -10,10 +10,11 @@ depth = 4
 width = 256
 heads = 8
 cms_hidden = 576
-batch_size = 16
-accumulation = 4
-teacher_every = 4
-# 256, as on the laptop, would read a gigabyte a step. So a step reads 16 + 32 clips, 200 MB.
+batch_size = 32
+accumulation = 2
+teacher_every = 16
+stream_clips = 16
+# 256, as on the laptop, would read a gigabyte a step. So a step reads 32 + 32 clips, 270 MB.
 inverse_batch = 32
 max_iters = 4000
 learning_rate = 1e-3

@@ -2,6 +2,9 @@
 # Needs a GPU (not tried on one yet) and data:
 #   python prepare.py --name=slide256 --size=256 --dim=1024 --clips=5000
 model = 'vit'
+world = False
+worlds = False
+conv = False
 data = 'slide256'
 depth = 24
 width = 384
@@ -11,6 +14,7 @@ batch_size = 256
 accumulation = 8
 teacher_every = 1
 inverse_batch = 32
+optimizer = 'adamw'
 # As V-JEPA 2-AC was trained: up from 7.5e-5 over 4,500 steps, constant for 85,500, down to 0 over 4,500.
 max_iters = 94_500
 start_rate = 7.5e-5

@@ -2,6 +2,9 @@
 # A night on a workstation: 1,000 steps take 70 minutes on two cores of an AMD EPYC 9004, and 3 GB of memory.
 # Not trained to the end yet, and not tried on a GPU, which needs no accumulation: --accumulation=1.
 model = 'vit'
+world = False
+worlds = False
+conv = False
 data = 'mine'
 depth = 6
 width = 256
@@ -10,7 +13,7 @@ mlp_hidden = 1024
 batch_size = 16
 accumulation = 4
 teacher_every = 4
-# 256, as on the laptop, would read a gigabyte a step. So a step reads 16 + 32 clips, 200 MB.
+# With --world=True: 256, as on the laptop, would read a gigabyte a step.
 inverse_batch = 32
 max_iters = 4000
 learning_rate = 1e-3

@@ -10,16 +10,11 @@ from configurator import refuse
 
 
 def pick_device(name):
-    """'auto' → CUDA, else MPS, else CPU; any other name as it is. Refuses a device that is not here."""
-    if name == 'auto':
-        if torch.cuda.is_available():
-            return 'cuda'
-        return 'mps' if torch.backends.mps.is_available() else 'cpu'
-    try:
-        torch.empty(1, device=name)
-    except (AssertionError, RuntimeError):
-        refuse(f'--device={name}: there is no such device here; --device=cpu runs anywhere')
-    return name
+    """'auto' → the accelerator of this machine (CUDA, MPS), else the CPU; any other name as it is."""
+    if name != 'auto':
+        return name
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found.type if found else 'cpu'
 
 
 def autocast(device, dtype, width):
@@ -69,14 +64,12 @@ def read_checkpoint(path, device='cpu'):
 
 def launched():
     """(rank, rank on this machine, number of processes), as torchrun sets them; without it (0, 0, 1)."""
-    return tuple(int(os.environ.get(name, default)) for name, default in
-                 (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+    names = {'RANK': 0, 'LOCAL_RANK': 0, 'WORLD_SIZE': 1}
+    return [int(os.environ.get(name, default)) for name, default in names.items()]
 
 
 def average_gradients(predictor, processes):
-    """Average the gradients over all processes, in one message."""
-    gradients = [p.grad for p in predictor.parameters() if p.grad is not None]
-    together = torch.cat([g.flatten() for g in gradients]) / processes
-    dist.all_reduce(together)
-    for g, mean in zip(gradients, together.split([g.numel() for g in gradients])):
-        g.copy_(mean.view_as(g))
+    """Average the gradients over all processes."""
+    for p in predictor.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad.div_(processes))

@@ -38,26 +38,24 @@ def clips_by_number(source, ranges):
         if not match:
             refuse(f'--split={ranges}: {written!r} is not name:first-last, such as train:17000-21999')
         name, first, last = match.groups()
-        folders = named.setdefault(name, [])
         for number in range(int(first), int(last) + 1):
             if number not in numbered:
                 refuse(f'{source}/clip_{number:05d}: clip is missing, or in two ranges of --split')
-            folders.append(numbered.pop(number))
+            named.setdefault(name, []).append(numbered.pop(number))
     return named
 
 
 def find_clips(source, ranges):
     """The folders of clips → {split: [folder, ...]}. Without a val, every tenth clip of train is held out."""
-    named = {os.path.basename(folder): paths_in(folder) for folder in paths_in(source)}
-    if ranges:
-        named = clips_by_number(source, ranges)
-    usual = re.compile('train|val|(fit|test)_.*')
-    found = {name if usual.fullmatch(name) else f'test_{name}': clips for name, clips in named.items()}
+    in_folders = {os.path.basename(folder): paths_in(folder) for folder in paths_in(source)}
+    named = clips_by_number(source, ranges) if ranges else in_folders
+    found = {name if re.fullmatch('train|val|(fit|test)_.*', name) else f'test_{name}': clips
+             for name, clips in named.items()}
     if len(found.get('train', ())) < 2 or not all(found.values()):
         refuse(f'--source={source}: no clips of train, or of another split; see docs/own_data.md')
     if 'val' not in found:
-        found['val'] = found['train'][9::10] or found['train'][-1:]
-        found['train'] = [folder for folder in found['train'] if folder not in found['val']]
+        found['val'] = found['train'][::-10]
+        del found['train'][::-10]
         print(f'no split val: {len(found["val"])} of the clips of train, every tenth, are held out as val')
     return found
 
@@ -71,10 +69,7 @@ def read_file(path):
     """A .npy array, or a folder of numbered pictures or a video file → (F,H,W,3) uint8."""
     if path.endswith('.npy'):
         return np.load(path)
-    try:
-        import imageio.v3
-    except ImportError:
-        refuse(f'{path}: pictures and videos need packages: pip install imageio av')
+    import imageio.v3
     if not os.path.isdir(path):
         return imageio.v3.imread(path, plugin='pyav')
     pictures = sorted(paths_in(path), key=lambda path: [int(number) for number in re.findall(r'\d+', path)])
@@ -95,10 +90,7 @@ def read(folder, kind, dtype=None):
 
 
 def read_rows(folder, kind, steps):
-    """
-    Actions or states of a clip → (steps,numbers) float32. One push is at step 1, wherever it stands; several
-    stand at their steps, maybe without the last. Of states per frame, the first of each step is taken.
-    """
+    """Actions or states of a clip → (steps,numbers) float32. A single push is at step 1, wherever it was."""
     path, rows = read(folder, kind, np.float32)
     filled = rows.any(-1)
     if kind == 'actions' and filled.sum() == 1:
@@ -108,19 +100,6 @@ def read_rows(folder, kind, steps):
     elif len(rows) not in (steps - 1, steps) or not filled.any():
         refuse(f'{path}: needs a row per step, {steps}, which are not all zero; has {len(rows)}')
     return np.pad(rows, ((0, steps - len(rows)), (0, 0)))
-
-
-def read_arrays(folders, steps, first):
-    """{'actions': (n,steps,A), 'states': (n,steps,S) if any} of clips that are like the clip `first`."""
-    arrays = {}
-    kinds = ['actions', 'states'] if any(content(folder, 'states') for folder in folders) else ['actions']
-    for kind in kinds:
-        rows = [read_rows(folder, kind, steps) for folder in (first, *folders)]
-        for folder, row in zip(folders, rows[1:]):
-            if row.shape != rows[0].shape:
-                refuse(f'{folder}: {kind} are {row.shape}, those of {first} {rows[0].shape}')
-        arrays[kind] = np.stack(rows[1:])
-    return arrays
 
 
 def read_features(folder, shape=None):
@@ -133,9 +112,11 @@ def read_features(folder, shape=None):
     return path, z.shape
 
 
-def read_frames(folder, size, vjepa2=False):
+def read_frames(folder, size, vjepa2=False, steps=None):
     """The middle of a clip's pictures → (F,size,size,3) uint8; for V-JEPA 2 224/256 of it, as in training."""
     path, frames = read(folder, 'pictures')
+    if steps and len(frames) != steps * TUBELET:
+        refuse(f'{path}: has {len(frames)} pictures; {steps} steps have {TUBELET} each')
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
         refuse(f'{path}: must be (frames,height,width,3) uint8, not {frames.shape} {frames.dtype}')
     x = torch.from_numpy(frames).permute(0, 3, 1, 2).float()           # (F,3,H,W)
@@ -147,20 +128,16 @@ def read_frames(folder, size, vjepa2=False):
     return x[..., top:top + size, left:left + size].clamp(0, 255).round().byte().permute(0, 2, 3, 1)
 
 
-def read_clips(folders, steps, vjepa2, device, indices, size):
-    """The pictures of some clips → (n,F,size,size,3) uint8, F = TUBELET * steps."""
-    clips = []
-    for i in indices:
-        clips.append(read_frames(folders[i], size, vjepa2))
-        if len(clips[-1]) != steps * TUBELET:
-            refuse(f'{folders[i]}: has {len(clips[-1])} pictures; {steps} steps have {TUBELET} each')
-    return torch.stack(clips).to(device)
-
-
 def open_splits(found, kind, vjepa2, device):
     """{split: [folder, ...]} → {split: (arrays for its .npz, frames(indices, size))}, as prepare.py wants."""
     first = found['train'][0]
     steps = read_features(first)[1][0] if kind == 'features' else len(read_frames(first, 16)) // TUBELET
-    return {split: (read_arrays(folders, steps, first),
-                    functools.partial(read_clips, folders, steps, vjepa2, device))
-            for split, folders in found.items()}
+    kinds = ['actions', 'states'] if content(first, 'states') else ['actions']
+
+    def frames(folders, indices, size):
+        return torch.stack([read_frames(folders[i], size, vjepa2, steps) for i in indices]).to(device)
+    splits = {}
+    for split, folders in found.items():
+        arrays = {kind: np.stack([read_rows(folder, kind, steps) for folder in folders]) for kind in kinds}
+        splits[split] = arrays, functools.partial(frames, folders)
+    return splits

@@ -10,13 +10,13 @@ The planner sees features only, and chooses the push whose predicted last step i
 """
 import math
 import time
-import typing
+from collections import namedtuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 
-from data import DOMAINS, FPS, FRAMES, TUBELET, WORLD, Physics, batch_indices, displacement, turn
+from data import DOMAINS, FPS, FRAMES, TUBELET, WORLD, batch_indices, slide
 from model import feature_loss
 
 SEED = 1
@@ -59,46 +59,30 @@ def fit_readout(clips, device):
     return readout
 
 
-class Goals(typing.NamedTuple):
-    """G goals: what the planner sees, and what only the simulator knows."""
-
-    z: torch.Tensor              # features of the start, (G,1,N,D)
-    target: torch.Tensor         # features of the goal, (G,N,D)
-    start: np.ndarray            # positions in metres, (G,2)
-    end: np.ndarray
-    physics: Physics             # its mu and mass are (G,1)
+# G goals. The planner sees features: z (G,1,N,D) of the start, target (G,N,D). The simulator knows start and
+# end (G,2) in metres, and the physics, whose mu and mass are (G,1).
+Goals = namedtuple('Goals', 'z target start end physics')
 
 
 def make_goals(clips, domain, indices, device):
     """The Goals of some data.Clips, which show this domain of data.DOMAINS, on a device."""
-    simulated = 'mu' in clips.physics and domain in DOMAINS
-    assert simulated, f'planning: {clips.name} was not simulated, so no push can be tried there'
+    assert 'mu' in clips.physics, f'planning: {clips.name} was not simulated, so no push can be tried there'
     indices = np.asarray(indices)
     z = clips[indices][0].to(device)
     position = clips.physics['position'][indices]
     mu, mass = (clips.physics[name][indices, None] for name in ('mu', 'mass'))
-    physics = Physics(mu, mass, DOMAINS[domain].camera)
+    physics = DOMAINS[domain]._replace(mu=mu, mass=mass)
     return Goals(z[:, :1], z[:, -1], position[:, 0], position[:, -1], physics)
 
 
 def pushed(start, pushes, physics, seconds=SECONDS):
     """Where objects at `start` (...,2), in metres, are `seconds` after pushes (...,2) in N·s → (...,2)."""
-    size = np.linalg.norm(pushes, axis=-1, keepdims=True)
-    heading = turn(pushes, physics.camera) / np.maximum(size, 1e-12)
-    return start + displacement(size, physics, seconds) * heading
+    return start + slide(pushes, physics, seconds)
 
 
 def reached(goals, pushes):
     """How far from its goal each push (...,G,2) brings the object by the clip's end → (...,G) metres."""
     return np.linalg.norm(pushed(goals.start, pushes, goals.physics) - goals.end, axis=-1)
-
-
-def spread(largest):
-    """Pushes (FIRST,2), spread evenly over all of at most `largest`, as seeds are in a sunflower."""
-    k = torch.arange(FIRST, dtype=torch.float64)
-    size = largest * ((k + 0.5) / FIRST).sqrt()
-    angle = k * math.pi * (3 - math.sqrt(5))
-    return torch.stack([size * angle.cos(), size * angle.sin()], -1)
 
 
 def cross_entropy(cost, goals, largest):
@@ -108,7 +92,10 @@ def cross_entropy(cost, goals, largest):
     cost: pushes (goals,k,2) → (goals,k). All goals and all calls share the same random numbers.
     """
     generator = torch.Generator().manual_seed(SEED)
-    tried = spread(largest).expand(goals, FIRST, 2)
+    # At first spread evenly over all, as seeds are in a sunflower.
+    k = torch.arange(FIRST, dtype=torch.float64)
+    size, angle = largest * ((k + 0.5) / FIRST).sqrt(), k * math.pi * (3 - math.sqrt(5))
+    tried = torch.stack([size * angle.cos(), size * angle.sin()], -1).expand(goals, FIRST, 2)
     for _ in range(ROUNDS):
         best = cost(tried).topk(ELITES, dim=1, largest=False).indices  # (goals,ELITES)
         elites = tried.gather(1, best[..., None].expand(-1, -1, 2))    # (goals,ELITES,2)
@@ -126,10 +113,9 @@ def cross_entropy(cost, goals, largest):
 def plan_pushes(predict, goals, largest):
     """For each goal the push, of at most `largest` N·s, whose predicted last step is nearest in L1, (G,2)."""
     def cost(tried):
-        """The loss of candidates (G,k,2) → (G,k), one goal after the other."""
-        losses = []
-        for z, target, pushes in zip(goals.z, goals.target, tried.float().to(goals.z.device)):
-            losses.append(feature_loss(predict(z.expand(len(pushes), 1, -1, -1), pushes), target))
+        each = zip(goals.z, goals.target, tried.float().to(goals.z.device))
+        losses = [feature_loss(predict(z.expand(len(pushes), 1, -1, -1), pushes), target)
+                  for z, target, pushes in each]
         return torch.stack(losses).cpu()
     return cross_entropy(cost, len(goals.z), largest).numpy()
 
@@ -137,7 +123,6 @@ def plan_pushes(predict, goals, largest):
 def plan_with_simulator(goals, largest):
     """plan_pushes with the physics as predictor and metres as loss → (G,2): what the planner can do."""
     def cost(tried):
-        """How far from the goal candidates (G,k,2) come → (G,k)."""
         return torch.from_numpy(reached(goals, tried.transpose(0, 1).numpy())).T
     return cross_entropy(cost, len(goals.start), largest).numpy()
 

@@ -1,4 +1,4 @@
-"""All pictures, one function each. run and groups: what report.read() and report.grouped() return."""
+"""All pictures, one function each. run and groups: what report.read() returns."""
 from pathlib import Path
 
 import matplotlib
@@ -12,10 +12,13 @@ import data
 from support.planning import positions
 
 # What is drawn first, and how, in colours that the colour-blind can tell apart (Okabe and Ito, 2008).
-FIRST = ['HOPE memory', 'HOPE frozen', 'ViT-AC LN-TTA', 'ViT-AC memory', 'HOPE LN-TTA', 'blank']
+FIRST = ['HOPE world head', 'HOPE frozen', 'ViT-AC LN-TTA', 'ViT-AC + head world head', 'HOPE LN-TTA',
+         'blank']
 COLOURS = ['#D55E00', 'black', '#0072B2', '#009E73', '#56B4E9', '0.6']
 DASHES = ['-', '--', '-.', (0, (7, 1)), (0, (2, 1)), ':']
 STYLE = {'font.size': 8, 'legend.fontsize': 7, 'axes.spines.top': False, 'axes.spines.right': False}
+# In clips; the last hypothesis of a world head is that the world is home again.
+AGES = ['0', '1', '2-3', '4-7', '8-15', '16-31', '32-63', '64-127', '128-255', '256-511', '512+', 'home']
 BESIDE = {'loc': 'upper left', 'bbox_to_anchor': (1, 1), 'frameon': False}
 
 
@@ -41,18 +44,21 @@ def draw_stream(path, run, groups):
         panels.append((draw_losses, 'metres', 'position error [m]\nmean of 10 clips'))
     for domain in dict.fromkeys(run['domains']):
         panels.append((draw_probes, domain, f'loss on held-\nout clips of {domain}'))
-    for kind, lines in reported(groups).items():
-        panels.append((draw_diagnostics, lines, kind))
-    heights = [2, *[1 for _ in panels[1:]]]
-    fig = Figure(figsize=(6.3, 0.8 + 1.1 * sum(heights)), layout='constrained')
-    axes = fig.subplots(len(panels), 1, height_ratios=heights, sharex=True)
+    kinds = reported(groups)
+    for kind in sorted(kinds, key=lambda kind: kind != 'ages'):
+        panels.append((draw_ages if kind == 'ages' else draw_diagnostics, kinds[kind], kind))
+    fig = Figure(figsize=(6.3, 0.8 + 1.3 * len(panels)), layout='constrained')
+    axes = fig.subplots(len(panels), sharex=True)
+    n, domains = run['clips'], run['domains']
     for ax, (draw, what, label) in zip(axes, panels):
-        shade_phases(ax, run)
+        # Phases away from home are shaded, and a thin line stands between two phases.
+        for i, domain in enumerate(domains):
+            ax.axvspan(i * n, (i + 1) * n, color='white' if domain == domains[0] else '0.93', lw=0, zorder=0)
+            ax.axvline(i * n, color='0.8', lw=0.6, zorder=1)
+        ax.set(ylabel=label, xlim=(0, n * len(domains)))
         draw(ax, run, groups, what)
-        ax.set_ylabel(label)
     for i, label in enumerate(run['labels']):
-        middle = (i + 0.5) * run['clips']
-        axes[0].text(middle, 1.03, label, transform=axes[0].get_xaxis_transform(), ha='center')
+        axes[0].text((i + 0.5) * n, 1.03, label, transform=axes[0].get_xaxis_transform(), ha='center')
     axes[0].legend(**BESIDE)
     axes[-1].set_xlabel('clip of the stream; bands: one standard deviation of seeds, or of streams of one')
     fig.align_ylabels()
@@ -60,26 +66,14 @@ def draw_stream(path, run, groups):
 
 
 def reported(groups):
-    """What the first memory that reports more than a surprise has to say → {kind: {line: (seeds,clips)}}."""
+    """What the first group that reports anything has to say → {kind: {line: (seeds,clips,...)}}."""
+    rows = max(drawn(groups, 6).values(), key=lambda rows: bool(rows[0]['diagnostics'][0]))
     kinds = {}
-    for name, rows in groups.items():
-        keys = rows[0]['diagnostics'][0] if rows[0]['diagnostics'] else []
-        if len(keys) > 1 and not kinds:
-            for key in keys:
-                kind, _, block = key.partition(', ')
-                values = [[clip[key] for clip in row['diagnostics']] for row in rows]
-                kinds.setdefault(kind, {})[f'{name} {block}'.strip()] = np.array(values)
+    for key in rows[0]['diagnostics'][0]:
+        kind, _, block = key.partition(', ')
+        values = [[clip[key] for clip in row['diagnostics']] for row in rows]
+        kinds.setdefault(kind, {})[block] = np.array(values)
     return kinds
-
-
-def shade_phases(ax, run):
-    """Phases away from home are shaded, and a thin line stands between two phases."""
-    n = run['clips']
-    for i, domain in enumerate(run['domains']):
-        if domain != run['domains'][0]:
-            ax.axvspan(i * n, (i + 1) * n, color='0.93', lw=0, zorder=0)
-        ax.axvline(i * n, color='0.8', lw=0.6, zorder=0)
-    ax.set_xlim(0, n * len(run['domains']))
 
 
 def draw_band(ax, values, **style):
@@ -112,6 +106,16 @@ def draw_probes(ax, run, groups, domain):
     ax.set_ylim(0, None)
 
 
+def draw_ages(ax, run, groups, lines):
+    """The weights of a world head's hypotheses by AGES, the mean of seeds, at each clip of the stream."""
+    [weights] = lines.values()                                                   # (seeds,clips,ages)
+    clips, ages = weights.shape[1:]
+    ax.imshow(weights.mean(0).T, 'Greys', vmin=0, vmax=1, aspect='auto', interpolation='nearest',
+              origin='lower', extent=(0, clips, -0.5, ages - 0.5))
+    ax.set_yticks(range(ages), AGES, fontsize=6)
+    ax.set_ylabel('clips since the\nworld changed')
+
+
 def draw_diagnostics(ax, run, groups, lines):
     """What a memory reports of one kind, such as its surprise: a line for each block or level."""
     for (name, values), dashes in zip(lines.items(), DASHES):
@@ -127,74 +131,69 @@ def shown_clips(run, groups):
     (clips,steps,H,W,3)}, loss: {name: (clips,)}, places: (clips,steps,2) of the object in px, or None}.
     """
     folder = Path(data.folder_of(run['config']['data']))
-    files = {name: rows[0]['file'].with_suffix('.npz') for name, rows in drawn(groups, 5).items()}
+    files = {name: Path(row['run'], f'{row["file"]}.npz') for name, [row, *_] in drawn(groups, 2).items()}
     kept = {name: np.load(file) for name, file in files.items() if file.is_file()}
     if not kept or not (folder / 'decoder.npy').is_file():
         return None
     decoder = torch.from_numpy(np.load(folder / 'decoder.npy'))
     clips = [(data.Clips(str(folder), split), index) for split, index in run['shown']]
-    meta = clips[0][0].meta
-    at = [0] + [step - 1 for step in run['target_steps']]
-
-    def decode(z):
-        """Features (clips,k,N,D) → pictures (clips,k,H,W,3)."""
-        seen = data.pictures(z.flatten(0, 1).float(), decoder, meta['grid'], meta['patch'])
-        return seen.unflatten(0, z.shape[:2]).numpy()
-    came = decode(torch.stack([split[index][0] for split, index in clips])[:, at])
-    pictures, losses = {'what came': came}, {}
+    meta, at = clips[0][0].meta, [0, *[step - 1 for step in run['target_steps']]]
+    z = {'what came': torch.stack([split[index][0] for split, index in clips])[:, at]}
+    losses, places = {}, None
     for name, file in kept.items():
-        numbers = file['numbers']
-        pictures[name] = np.concatenate([came[:, :1], decode(torch.from_numpy(file['predicted']))], 1)
+        predicted, numbers = torch.from_numpy(file['predicted']), file['numbers']
+        z[name] = torch.cat([z['what came'][:, :1], predicted], 1)               # (clips,steps,N,D)
         losses[name] = groups[name][0]['loss'][0].ravel()[numbers]
-    places = None
-    if all('position' in split.physics for split, _ in clips):
+    pictures = {}
+    for name, features in z.items():
+        seen = data.pictures(features.flatten(0, 1), decoder, meta['grid'], meta['patch'])
+        pictures[name] = seen.unflatten(0, features.shape[:2]).numpy()
+    if 'position' in clips[0][0].physics:
         metres = torch.cat([positions(split, [index]) for split, index in clips])
-        places = metres[:, at].numpy() / data.WORLD * came.shape[2] - 0.5
+        places = metres[:, at].numpy() / data.WORLD * pictures['what came'].shape[2] - 0.5
     titles = [f'{run["labels"][i // run["clips"]]}, clip {i % run["clips"] + 1}' for i in numbers]
     steps = [f'step {step + 1}' for step in at]
     return {'clips': titles, 'steps': steps, 'pictures': pictures, 'loss': losses, 'places': places}
 
 
-def show_picture(ax, shown, title, clip, step):
-    """A picture of a clip, its loss below it, and in it a ring where the object really is."""
-    picture = shown['pictures'][title][clip, step]
-    ax.imshow(picture, interpolation='bicubic')
-    ax.set(xticks=[], yticks=[])
-    ax.spines[:].set_visible(False)
-    if step and title in shown['loss']:
-        ax.set_xlabel(f'loss {shown["loss"][title][clip]:.3f}')
-    if shown['places'] is not None:
-        ring = Circle(shown['places'][clip, step], 0.15 * len(picture), fill=False, color='white', lw=0.8)
-        ax.add_patch(ring)
-
-
 def draw_animation(path, shown):
-    """GIF of the first twelve of the shown_clips(), step by step: what came, what two methods predicted."""
-    titles = list(shown['pictures'])[:3]
+    """GIF of the shown_clips(), step by step: what came, what two methods predicted, a ring where it came."""
+    pictures, places = shown['pictures'], shown['places']
     writer = PillowWriter(fps=3)
-    fig = Figure(figsize=(2.4 * len(titles), 3.1))
-    axes = fig.subplots(1, len(titles))
+    fig = Figure(figsize=(2.4 * len(pictures), 3.1))
+    axes = fig.subplots(1, len(pictures))
     fig.subplots_adjust(left=0.01, right=0.99, bottom=0.08, top=0.82, wspace=0.03)
     with writer.saving(fig, path, dpi=80):
-        for clip, step in np.ndindex(min(12, len(shown['clips'])), len(shown['steps'])):
-            for ax, title in zip(axes, titles):
+        for clip, step in np.ndindex(len(shown['clips']), len(shown['steps'])):
+            for ax, (title, seen) in zip(axes, pictures.items()):
                 ax.clear()
-                ax.set_title(title)
-                show_picture(ax, shown, title, clip, step)
+                ax.imshow(seen[clip, step], interpolation='bicubic')
+                ax.set(title=title, xticks=[], yticks=[])
+                ax.spines[:].set_visible(False)
+                if step and title in shown['loss']:
+                    ax.set_xlabel(f'loss {shown["loss"][title][clip]:.3f}')
+                if places is not None:
+                    ax.add_patch(Circle(places[clip, step], 0.15 * seen.shape[2], fill=False, lw=0.8))
             fig.suptitle(f'{shown["clips"][clip]}: {shown["steps"][step]}')
             writer.grab_frame()
 
 
-def draw_domains(path, rows):
-    """Clips of domains, {label: frames (n,F,H,W,3) float in [0,1]}: a row per domain, a picture per clip."""
-    fig = Figure(figsize=(9, 1.4 * len(rows)), layout='constrained')
-    axes = fig.subplots(len(rows), 1, squeeze=False)
-    for ax, (label, frames) in zip(axes[:, 0], rows.items()):
-        dimmed = np.maximum(0.4 * frames[:, 0], 0.65 * frames[:, frames.shape[1] // 2])
-        pictures = np.maximum(dimmed, frames[:, -1])
-        pictures[:, :, -2:] = 1          # a white line between two clips
-        ax.imshow(np.hstack(pictures))
-        ax.set(xticks=[], yticks=[])
-        ax.set_ylabel(label, fontsize=8)
-    fig.suptitle('The same impulses in every domain: first (dim), middle and last (bright) frame')
+def draw_domains(path, seed):
+    """A row of clips for each domain, with the same random numbers: only the physics differs."""
+    rows, labels = [], []
+    for domain, physics in data.DOMAINS.items():
+        frames = 1 - data.render(data.simulate(domain, 8, seed, 'test_A'), 128).numpy() / 255
+        frames[:, :, -2:] = frames[:, :, :, -2:] = 0.7         # a dark line between two pictures
+        first, middle, last = frames[:, 0], frames[:, data.FRAMES // 2], frames[:, -1]
+        # The plane is light: where frames overlap, the darker one is seen.
+        rows.append(np.hstack(1 - np.maximum(np.maximum(0.35 * first, 0.6 * middle), last)))
+        special = [f'{field} {value}' for field, value in physics._asdict().items()
+                   if value != physics._field_defaults.get(field)]
+        labels.append('\n'.join([domain, *special]))
+    fig = Figure(figsize=(9, 0.4 + 1.05 * len(rows)), layout='constrained')
+    ax = fig.subplots()
+    ax.imshow(np.vstack(rows))
+    ax.set_yticks(128 * np.arange(len(rows)) + 64, labels, fontsize=8)
+    ax.set_xticks([])
+    ax.set_title('The same pushes in every domain: first (faint), middle and last (dark) frame', fontsize=9)
     fig.savefig(path, dpi=90)

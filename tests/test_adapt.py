@@ -7,22 +7,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import own_phases
 from test_methods import CONFIG
 
 import adapt
-import methods
-
-
-@pytest.fixture(scope='module')
-def own_phases(tiny, tmp_path_factory):
-    """A copy of the tiny set with phases as users have them, val, B and A2, no other domain and no pictures."""
-    folder = str(shutil.copytree(tiny, tmp_path_factory.mktemp('own') / 'set'))
-    for name, other in (('A2', 'A'), ('A3', 'mass')):
-        for end in 'npz', 'npy':
-            os.rename(f'{folder}/test_{other}.{end}', f'{folder}/test_{name}.{end}')
-    for file in 'test_C.npy', 'test_friction.npy', 'test_ice.npy', 'test_turned.npy', 'decoder.npy':
-        os.remove(f'{folder}/{file}')
-    return folder
+from methods import METHODS
 
 
 def adapted(data, out, **changes):
@@ -57,7 +46,7 @@ def changed(path, new, **changes):
     return str(new)
 
 
-# ---- which clips are used for what -------------------------------------------------------------------------------
+# ---- which clips are used for what -------------------------------------------------------------------------
 
 @pytest.mark.parametrize('changes', [
     {'phases': 'A,B,A', 'streams': 4},
@@ -65,7 +54,7 @@ def changed(path, new, **changes):
     {'phases': 'A,B,A,B', 'clips': 200, 'probe_clips': 200, 'tune_clips': 25},
 ])
 def test_no_clip_serves_twice(tiny, changes):
-    """Every stream has clips of its phases, and none of the probes or of tuning; the first takes the first ones."""
+    """Streams have clips of their phases, none of the probes or of tuning; the first takes the first ones."""
     config = adapt.resolved({**CONFIG, 'data': tiny, **changes})
     experiment = adapt.Experiment(config)
     probes = [(split, i) for split, indices in experiment.probes.values() for i in indices]
@@ -96,14 +85,15 @@ def test_names_of_phases():
     assert adapt.labels_of(['A1', 'B', 'A2']) == ['A1', 'B', 'A2']
 
 
-# ---- whole runs --------------------------------------------------------------------------------------------------
+# ---- whole runs --------------------------------------------------------------------------------------------
 
 def test_rows_are_run_once_and_another_run_is_refused(tiny, trained, tmp_path, refusal):
     """A row that is missing is run, and no other file of a row changes; methods may be added."""
     ckpt = f'{trained["hope"]},{trained["vit"]}'
     rows, about = adapted(tiny, tmp_path, ckpt=ckpt)
-    both = ['frozen', 'LN-TTA tuned', 'memory']
-    hope, vit = ['Titan memory tuned', 'CMS tuned'], ['LN-TTA plan', 'full TTA tuned']
+    both = ['frozen', 'LN-TTA tuned']
+    hope = ['Titan memory tuned', 'CMS tuned', 'world head']
+    vit = ['LN-TTA plan', 'full TTA tuned']
     assert set(rows) == {'copy', 'blank', *(f'HOPE {name}' for name in both + hope),
                          *(f'ViT-AC {name}' for name in both + vit)}
     assert about['labels'] == ['A₁', 'B', 'A₂'] and about['probe_at'] == [0, 6, 12, 18]
@@ -112,15 +102,15 @@ def test_rows_are_run_once_and_another_run_is_refused(tiny, trained, tmp_path, r
         assert not row['model'] or np.shape(row['probes']['B']) == (1, 4)
         assert name == 'blank' or np.shape(row['metres']) == (1, 18)
         if row['rate_from'] == 'tuned':
-            rates = methods.METHODS[row['method']].rates
+            rates = METHODS[row['method']].rates
             assert row['rate'] == min(rates, key=lambda rate: row['tried'][str(rate)])
-    predicted = np.load(tmp_path / 'HOPE_1_memory.npz')['predicted']
+    predicted = np.load(tmp_path / 'HOPE_1_world_head.npz')['predicted']
     assert predicted.shape == (len(about['shown']), 3, 4, 24) == (8, 3, 4, 24)
 
-    os.remove(tmp_path / 'HOPE_1_memory.json')
+    os.remove(tmp_path / 'HOPE_1_world_head.json')
     times = {file: file.stat().st_mtime_ns for file in tmp_path.glob('*_*.json')}
-    again, _ = adapted(tiny, tmp_path, ckpt=ckpt, methods='frozen, memory, no carry')
-    assert again['HOPE memory']['loss'] == rows['HOPE memory']['loss']
+    again, _ = adapted(tiny, tmp_path, ckpt=ckpt, methods='frozen, world head, no carry')
+    assert again['HOPE world head']['loss'] == rows['HOPE world head']['loss']
     assert again['HOPE no carry']['loss'] == rows['HOPE frozen']['loss']
     assert 'run.json is of another run: clips = 6, not 5' in refusal(tiny, tmp_path, ckpt=ckpt, clips=5)
     assert all(file.stat().st_mtime_ns == time for file, time in times.items())
@@ -130,11 +120,11 @@ def test_seeds_orders_and_worlds_that_come_back(tiny, trained, tmp_path):
     """Rows that run side by side are the same; one oracle serves all seeds."""
     second = shutil.copy(trained['hope'], tmp_path / 'hope_2.pt')
     options = {'ckpt': f'{trained["hope"]},{second}', 'oracle': trained['vit'], 'clips': 2, 'probe_clips': 2,
-               'phases': 'A,B,A,B', 'streams': 3, 'methods': 'LN-TTA, memory', 'rates': 'LN-TTA=0.01'}
+               'phases': 'A,B,A,B', 'streams': 3, 'methods': 'LN-TTA, world head', 'rates': 'LN-TTA=0.01'}
     alone, about = adapted(tiny, tmp_path / 'one', **options)
     rows, _ = adapted(tiny, tmp_path / 'two', **options, processes=2)
     assert about['labels'] == ['A₁', 'B₁', 'A₂', 'B₂'] and about['probe_at'] == [0, 2, 4, 6, 8]
-    assert list(rows) == ['copy', 'blank', 'HOPE LN-TTA given', 'HOPE memory', 'oracle frozen']
+    assert list(rows) == ['copy', 'blank', 'HOPE LN-TTA given', 'HOPE world head', 'oracle frozen']
     assert len(about['rows']) == 7
     for name, row in rows.items():
         assert row['loss'] == alone[name]['loss'] and np.shape(row['loss']) == (3, 8)
@@ -144,22 +134,25 @@ def test_seeds_orders_and_worlds_that_come_back(tiny, trained, tmp_path):
 def test_planning_and_a_rollout_beside_a_jump(tiny, trained, tmp_path, refusal):
     """Both are scored at the same target steps."""
     rollout = changed(trained['hope'], tmp_path / 'x.pt', loss='rollout')
-    options = {'plan': True, 'tune_on': '', 'clips': 2, 'methods': 'memory', 'probe_clips': 1, 'phases': 'A,B'}
+    options = dict(plan=True, tune_on='', clips=2, methods='world head', probe_clips=1, phases='A,B')
     rows, about = adapted(tiny, tmp_path / 'aba', ckpt=f'{trained["hope"]},{rollout}', **options)
     assert about['loss'] == 'jump and rollout' and about['tuned_on'] == []
-    for row in (about['simulator'], rows['HOPE memory']['planning']):
+    for row in (about['simulator'], rows['HOPE world head']['planning']):
         assert [(phase['phase'], len(phase['distance'])) for phase in row] == [('A', 1), ('B', 1)]
     fewer = changed(trained['hope'], tmp_path / 'y.pt', jump_last=2)
     assert 'have other target steps' in refusal(tiny, tmp_path, ckpt=f'{trained["hope"]},{fewer}')
 
 
-def test_own_phases_with_fewer_clips_than_asked_for(own_phases, trained, tmp_path, capsys):
-    rows, about = adapted(own_phases, tmp_path, ckpt=trained['hope'], methods='frozen, LN-TTA', clips=200,
+def test_own_phases_with_fewer_clips_than_asked_for(tiny, trained, tmp_path, capsys):
+    folder = own_phases(tiny, tmp_path / 'set')
+    rows, about = adapted(folder, tmp_path / 'out', ckpt=trained['hope'], methods='frozen, LN-TTA', clips=200,
                           probe_clips=200, tune_clips=25)
-    assert about['phases'] == ['val', 'B', 'A2'] and about['domains'] == ['A', 'B', 'A'] and not about['shown']
-    assert about['tuned_on'] == [] and about['clips'] == 12 and len(rows['HOPE frozen']['loss'][0]) == 36
+    assert about['phases'] == ['val', 'B', 'A2'] and about['domains'] == ['A', 'B', 'A']
+    assert about['shown'] == about['tuned_on'] == [] and about['clips'] == 12
+    assert len(rows['HOPE frozen']['loss'][0]) == 36
     said = capsys.readouterr().out
-    assert all(words in said for words in ('clips = 12:', 'probe_clips = 12:', 'learning rates are the defaults'))
+    for words in 'clips = 12:', 'probe_clips = 12:', 'learning rates are the defaults':
+        assert words in said
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -168,12 +161,13 @@ def test_what_is_learned_is_seen_at_the_next_clip(tiny, trained, dtype):
     config = {**CONFIG, 'data': tiny, 'ckpt': trained['vit'], 'dtype': dtype}
     (checkpoint,) = adapt.read_checkpoints(config)
     experiment = adapt.Experiment(adapt.resolved(config))
-    frozen, learned = (adapt.run_stream(method(checkpoint, 1e-2, experiment.bare()), experiment.streams)['loss']
-                       for method in (methods.Method, methods.TTA))
+    frozen, learned = [
+        adapt.run_stream(METHODS[name](checkpoint, 1e-2, experiment.bare()), experiment.streams)['loss']
+        for name in ('frozen', 'full TTA')]
     assert frozen[0] == learned[0] and frozen[1] != learned[1]
 
 
-# ---- refusals ----------------------------------------------------------------------------------------------------
+# ---- refusals ----------------------------------------------------------------------------------------------
 
 def test_a_checkpoint_of_another_data_set_is_refused(tiny, trained, tmp_path, refusal):
     """Not one of the same with more clips, or with other random numbers."""
@@ -187,10 +181,10 @@ def test_a_checkpoint_of_another_data_set_is_refused(tiny, trained, tmp_path, re
 
 @pytest.mark.parametrize('changes, words', [
     ({'ckpt': 'nothing.pt'}, 'no checkpoint at nothing.pt'),
-    ({'methods': 'memori'}, 'memori is no method'),
+    ({'methods': 'memory'}, 'memory is no method'),
     ({'methods': 'CMS'}, 'CMS is no method, or can adapt none of'),
     ({'methods': 'wrong world', 'tune_on': ''}, 'wrong world is no method'),
-    ({'rates': 'memory=1'}, 'memory is no method'),
+    ({'rates': 'world head=1'}, 'world head is no method'),
     ({'phases': 'A,moon'}, "no split 'test_moon'"),
 ])
 def test_mistakes_are_refused_in_one_line(tiny, trained, tmp_path, refusal, changes, words):

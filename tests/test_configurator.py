@@ -1,6 +1,7 @@
 """Config files and flags over a script's knobs, and what is refused."""
 import ast
 import os
+import sys
 
 import pytest
 from conftest import ROOT, TINY, refused, run
@@ -22,14 +23,14 @@ not_a_knob = 3           # below the line
 
 
 @pytest.fixture
-def configured(tmp_path):
+def configured(tmp_path, monkeypatch):
     """configured(*argv) → the globals of a small script after it was run with these arguments."""
     path = tmp_path / 'script.py'
     path.write_text(SCRIPT)
 
     def configured(*argv):
-        scope = {'__file__': str(path), '__doc__': 'What the script does.'}
-        scope['configure'] = lambda scope: configure(scope, list(argv))
+        scope = {'__file__': str(path), '__doc__': 'What the script does.', 'configure': configure}
+        monkeypatch.setattr(sys, 'argv', [str(path), *argv])
         exec(SCRIPT, scope)
         return scope
     return configured
@@ -39,23 +40,23 @@ def test_flags_and_files_apply_in_order(configured, tmp_path):
     (tmp_path / 'a.py').write_text("'''What it is.'''\nsteps = 20\nname = 'from file'\nshare = 1 / 4\n")
     scope = configured('--steps=5', str(tmp_path / 'a.py'), '--rate=2')
     assert (scope['steps'], scope['name'], scope['share'], scope['rate']) == (20, 'from file', 0.25, 2.0)
-    assert type(scope['rate']) is float and scope['config']['steps'] == 20 and 'not_a_knob' not in scope['config']
+    assert type(scope['rate']) is float and scope['config'].items() <= scope.items()
+    assert 'not_a_knob' not in scope['config']
 
 
-@pytest.mark.parametrize('flag, knob, value', [
-    ('--name=a=b', 'name', 'a=b'), ('--name=12', 'name', '12'), ('--flag', 'flag', True), ('--flag=True', 'flag', True),
-    ('--periods=(1,2)', 'periods', (1, 2)), ('--periods=1,2', 'periods', (1, 2)), ('--rate=1e-4', 'rate', 1e-4),
-])
-def test_ways_to_write_a_flag(configured, flag, knob, value):
-    assert configured(flag)[knob] == value
+@pytest.mark.parametrize('flag, value', [
+    ('--name=a=b', 'a=b'), ('--name=12', '12'), ('--flag', True), ('--flag=True', True),
+    ('--rate=1e-4', 1e-4), ('--periods=(1,2)', (1, 2)), ('--periods=1,2', (1, 2))])
+def test_ways_to_write_a_flag(configured, flag, value):
+    assert configured(flag)[flag.strip('-').partition('=')[0]] == value
 
 
 @pytest.mark.parametrize('written, words', [
     ('stepz = 3', "no option is called 'stepz'; did you mean --steps?"),
     ('not_a_knob = 3', "no option is called 'not_a_knob'"),
-    ('steps = 2.5', 'steps must be a whole number, not 2.5'),
-    ('flag = 1', 'flag must be True or False, not 1'),
-    ('periods = 3', 'periods must be a tuple, not 3'),
+    ('steps = 2.5', 'steps must be of type int, not 2.5'),
+    ('flag = 1', 'flag must be of type bool, not 1'),
+    ('periods = 3', 'periods must be of type tuple, not 3'),
     ('steps = 0', 'steps = 0 is not allowed; allowed: 1..100'),
     ('rate = 0', 'rate = 0.0 is not allowed; allowed: >0'),
     ('share = 1.5', 'share = 1.5 is not allowed; allowed: 0..1'),
@@ -63,7 +64,7 @@ def test_ways_to_write_a_flag(configured, flag, knob, value):
 ])
 @pytest.mark.parametrize('in_a_file', [False, True])
 def test_what_is_refused(configured, tmp_path, capsys, written, words, in_a_file):
-    """On the command line and in a config file alike: one line that names the knob, the value, what is allowed."""
+    """On the command line and in a config file alike: one line, with the knob, the value, what is allowed."""
     path = tmp_path / 'a.py'
     path.write_text(written + '\n')
     with pytest.raises(SystemExit) as end:
@@ -73,22 +74,13 @@ def test_what_is_refused(configured, tmp_path, capsys, written, words, in_a_file
 
 
 @pytest.mark.parametrize('argument, words', [
-    ('missing.py', 'config file missing.py not found'), ('steps=5', 'neither a config file'),
-    ('--steps', 'steps must be a whole number, not True'),
+    ('missing.py', 'config file missing.py not found'), ('steps=5', 'options are written --key=value'),
+    ('--steps', 'steps must be of type int, not True'),
 ])
 def test_other_arguments_are_refused(configured, capsys, argument, words):
     with pytest.raises(SystemExit):
         configured(argument)
     assert words in capsys.readouterr().err
-
-
-def test_nothing_is_changed_by_a_refusal(tmp_path):
-    path = tmp_path / 'script.py'
-    path.write_text(SCRIPT)
-    scope = {'__file__': str(path), 'steps': 10}
-    with pytest.raises(SystemExit):
-        configure(scope, ['--steps=5', '--stepz=3'])
-    assert scope['steps'] == 10
 
 
 def test_help_prints_every_knob_with_default_and_comment(configured, capsys):
@@ -111,8 +103,8 @@ def test_scripts_and_configs_are_found_from_any_folder(tiny, tmp_path):
 
 def test_imports_run_one_way():
     """None of these files imports a later one."""
-    order = ['configurator', 'support.files', 'model', 'hope', 'data', 'vjepa2', 'support.zoom', 'support.own_clips',
-             'support.planning', 'methods', 'support.plots', 'report']
+    order = ['configurator', 'support.files', 'model', 'hope', 'support.worlds', 'data', 'vjepa2',
+             'support.zoom', 'support.own_clips', 'support.planning', 'methods', 'support.plots', 'report']
     for place, module in enumerate(order):
         with open(os.path.join(ROOT, *module.split('.')) + '.py', encoding='utf-8') as f:
             nodes = list(ast.walk(ast.parse(f.read())))

@@ -106,7 +106,6 @@ FEATURES, ACTIONS = 'feature_maps/vjepa2_vitl16.npy', 'actions_states/actions.np
 z, push = np.ones((8, 4, 24), np.float16), np.eye(16, 2)
 BAD = [
     ('features', FEATURES, None, 'must have features once, not 0 times'),
-    ('features', FEATURES, np.array([{}]), 'cannot be read'),
     ('features', FEATURES, z * np.nan, 'finite'),
     ('features', FEATURES, z[:6], 'alike in all clips'),
     ('features', FEATURES, z[0], 'must be (T*256,D) or (T,N,D)'),
@@ -114,8 +113,6 @@ BAD = [
     ('features', ACTIONS, 0 * push, 'not all zero'),
     ('features', ACTIONS, np.full((1, 2), np.inf), 'not finite'),
     ('features', ACTIONS, np.ones((16, 2)), 'needs a row per step, 8, which are not all zero; has 16'),
-    ('features', ACTIONS, np.eye(1, 3), 'actions are (8, 3)'),
-    ('features', 'states.npy', np.ones((9, 3)), 'clip_17000: must have states once, not 0 times'),
     ('pictures', 'video.npy', np.zeros((16, 32, 32), np.uint8), 'must be (frames,height,width,3) uint8'),
     ('pictures', 'video.npy', np.zeros((12, 32, 32, 3), np.uint8), 'has 12 pictures; 8 steps'),
     ('pictures', 'video_2.npy', np.zeros((16, 32, 32, 3), np.uint8), 'must have pictures once, not 2 times'),

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,7 +45,6 @@ def test_a_set_on_disk(tiny):
     """Every split of the world, encoded; the push at step 1; what simulate() returned; how it was made."""
     meta = data.read_meta(tiny)
     assert meta['shape'] == [8, 4, 24] and meta['grid'] == [2, 2] and meta['patch'] == 16
-    assert meta['config']['clips'] == 48 and 'name' not in meta['config'] and 'device' not in meta['config']
     counts = {'train': 48, 'val': 24, 'fit_B': 24, **{f'test_{domain}': 24 for domain in data.DOMAINS}}
     named = {file[:-4] for file in os.listdir(tiny) if file.endswith('.npz')}
     assert named == set(counts) and not [file for file in os.listdir(tiny) if file.endswith('.tmp')]
@@ -61,16 +61,18 @@ def test_a_set_on_disk(tiny):
     assert os.path.getsize(f'{tiny}/clips.png') > 1000
 
 
-def test_the_decoder_turns_features_back_into_pictures(tiny):
-    decoder = torch.from_numpy(np.load(f'{tiny}/decoder.npy'))
-    clips = data.Clips(tiny, 'test_B')
+def test_the_decoder_turns_features_back_into_pictures(tmp_path):
+    """At the usual size of the patch encoder; 2 x 2 patches with D = 24 show too little."""
+    run('prepare.py', f'--name={tmp_path}', '--clips=48', '--test_clips=8')
+    decoder = torch.from_numpy(np.load(tmp_path / 'decoder.npy'))
+    clips = data.Clips(str(tmp_path), 'test_B')
     z, _ = clips[range(8)]
-    frames = data.render({name: values[:8] for name, values in clips.physics.items()}, 32).float() / 255
+    frames = data.render(clips.physics, 64).float() / 255
     for step in (0, 7):
-        shown = data.pictures(z[:, step], decoder, (2, 2), 16)
+        shown = data.pictures(z[:, step], decoder, (4, 4), 16)
         # (8,8): each picture is nearest to its own frame.
         error = (shown[:, None] - frames[None, :, 2 * step + 1]).square().mean((2, 3, 4))
-        assert error.argmin(1).tolist() == list(range(8)) and error.diagonal().mean() < 0.5 * error.mean()
+        assert error.argmin(1).tolist() == list(range(8)) and error.diagonal().mean() < 0.3 * error.mean()
 
 
 def bytes_of(folder):
@@ -78,34 +80,23 @@ def bytes_of(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix != '.png'}
 
 
-def test_a_stopped_run_goes_on(tiny, tmp_path):
-    """What has its name is left as it is; half a split and a missing one are made, with the same bytes."""
-    folder = tmp_path / 'set'
-    shutil.copytree(tiny, folder)
-    whole = bytes_of(folder)
-    os.remove(folder / 'test_C.npy')
-    os.remove(folder / 'val.npz')
-    os.rename(folder / 'val.npy', folder / 'val.npy.tmp')
-    (folder / 'val.npy.tmp').write_bytes(b'half')
-    written = os.stat(folder / 'train.npy').st_mtime_ns
-    out = run('prepare.py', f'--name={folder}', *SMALL_SET).stdout
-    assert 'val: 24 clips' in out and 'test_C: 24 clips' in out and 'train:' not in out
-    assert bytes_of(folder) == whole and os.stat(folder / 'train.npy').st_mtime_ns == written
-    assert not (folder / 'val.npy.tmp').exists()
-    assert 'is complete; nothing to do' in run('prepare.py', f'--name={folder}', *SMALL_SET).stdout
+def test_a_killed_run_goes_on(tiny, tmp_path):
+    """What has its name is whole and stays; the rest is made, with the bytes of a run that went through."""
+    folder, whole = tmp_path / 'set', bytes_of(Path(tiny))
+    args = f'--name={folder}', *SMALL_SET
 
-
-def test_a_killed_run_goes_on(tmp_path):
-    """Killed while it encodes: what it wrote has no name yet, and the same command makes the whole set."""
     def kill(pid):
-        while not (tmp_path / 'set' / 'train.npy.tmp').exists():
-            time.sleep(0.01)
+        while not list(folder.glob('val.npy*')):
+            time.sleep(0.001)
         os.kill(pid, signal.SIGKILL)
-    args = f'--name={tmp_path}/set', *SMALL_SET, '--clips=1500', '--test_clips=2', '--batch=4', '--zoom=False'
     assert run('prepare.py', *args, ok=False, meanwhile=kill).returncode == -signal.SIGKILL
-    assert os.listdir(tmp_path / 'set') == ['train.npy.tmp']
-    run('prepare.py', *args)
-    assert len(data.Clips(f'{tmp_path}/set', 'train')) == 1500
+    left = {name: content for name, content in bytes_of(folder).items() if not name.endswith('.tmp')}
+    assert {'train.npy', 'train.npz', 'meta.json'} <= left.keys() and left.items() <= whole.items()
+    (folder / 'test_C.npy.tmp').write_bytes(b'half')
+    written = os.stat(folder / 'train.npy').st_mtime_ns
+    assert 'train:' not in run('prepare.py', *args).stdout
+    assert bytes_of(folder) == whole and os.stat(folder / 'train.npy').st_mtime_ns == written
+    assert 'is complete; nothing to do' in run('prepare.py', *args).stdout
 
 
 def test_a_new_domain_makes_one_split_and_moves_no_clip(tiny, tmp_path):
@@ -125,34 +116,8 @@ def test_a_new_domain_makes_one_split_and_moves_no_clip(tiny, tmp_path):
     assert set(after) - set(before) == {'test_moon.npy', 'test_moon.npz'} and after.items() >= before.items()
 
 
-@pytest.mark.parametrize('change, words', [
-    ('--clips=49', 'clips = 48, not 49'), ('--dim=23', 'dim = 24, not 23'), ('--seed=2', 'seed = 1, not 2'),
-    ('--test_clips=20', 'test_clips = 24, not 20'), ('--size=64', 'size = 32, not 64'),
-])
-def test_another_config_is_refused(change, words, tiny):
-    line = refused(run('prepare.py', f'--name={tiny}', *SMALL_SET, change, ok=False))
-    assert f'{tiny} was made with {words}' in line
-
-
 @pytest.mark.parametrize('option, words', [
+    ('--clips=49', 'was made with clips = 48, not 49'), ('--seed=2', 'was made with seed = 1, not 2'),
     ('--split=B:1-2', 'own clips alone'), ('--encode=clip', 'V-JEPA 2 alone')])
-def test_no_option_is_ignored(option, words, tmp_path):
-    assert words in refused(run('prepare.py', f'--name={tmp_path}/set', option, ok=False))
-    assert not (tmp_path / 'set').exists()
-
-
-def test_clips_encoded_by_v_jepa_2(tmp_path):
-    """A tiny model in Hugging Face's format; pictures of the model's own size."""
-    transformers = pytest.importorskip('transformers')
-    small = {f'{part}{key}': value for part in ('', 'pred_') for key, value in
-             (('hidden_size', 24), ('num_hidden_layers', 1), ('num_attention_heads', 2))}
-    sizes = transformers.VJEPA2Config(crop_size=32, **small)
-    transformers.VJEPA2Model(sizes).save_pretrained(tmp_path / 'net')
-    args = f'--encoder={tmp_path}/net', '--clips=8', '--test_clips=4', '--zoom=False', '--dtype=float32'
-    run('prepare.py', f'--name={tmp_path}/set', *args)
-    clips = data.Clips(f'{tmp_path}/set', 'val')
-    import vjepa2
-    net = vjepa2.load_encoder(f'{tmp_path}/net', 'cpu')
-    z = vjepa2.encode(data.render(clips.physics, 32), net, 'step', 'float32')
-    assert clips.meta['shape'] == [8, 4, 24] and clips.meta['config']['encoder'] == f'{tmp_path}/net'
-    torch.testing.assert_close(clips.stored(range(4))[0].float(), z, atol=2e-3, rtol=2e-3)
+def test_no_option_is_ignored(option, words, tiny):
+    assert words in refused(run('prepare.py', f'--name={tiny}', *SMALL_SET, option, ok=False))

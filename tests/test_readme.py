@@ -35,7 +35,7 @@ def small(script, *args):
         content = CODED if '--content=pictures' in args else ['--content=features']
         return ['--split=train:17000-17079,B:22000-22011,fit_B:22012-22023,A2:23000-23023', *content]
     if script == 'adapt.py' and '--methods' not in str(args) and '--out=out/aba_both' not in args:
-        return [*SMALL[script], '--methods=frozen, memory']
+        return [*SMALL[script], '--methods=frozen, world head']
     return SMALL[script] + ['--init_from='] * ('config/finetune_vjepa2_ac.py' in args)
 
 
@@ -81,7 +81,7 @@ def test_commands(page, tiny, trained, tmp_path):
 def test_the_tests_pass_in_a_folder_that_has_been_used(tmp_path):
     """They neither read, refuse nor change what the first command has left there."""
     place = shutil.copytree(ROOT, tmp_path / 'project', ignore=MADE)
-    left = [place / name for name in ('out/hope.pt', 'out/hope_best.pt', 'out/aba/run.json', 'data/slide/meta.json')]
+    left = [place / name for name in ('out/hope.pt', 'out/hope_best.pt', 'out/aba/run.json', 'data/slide/x')]
     for path in left:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text('left')
