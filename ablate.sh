@@ -15,7 +15,7 @@ while read -r name method config options; do
     for seed in $seeds; do
         file=$out/${name}_$seed.pt
         resume=$([ ! -e "$file" ] || echo --resume)
-        python train.py config/$config.py $options "$@" --seed=$seed --out=$file $resume
+        python train.py config/$config.py --max_iters=2500 $options "$@" --seed=$seed --out=$file $resume
         checkpoints+=${checkpoints:+,}$file
     done
     python adapt.py --ckpt=$checkpoints --oracle="$oracle" --methods="frozen,${method//_/ }" --out=$out/$name
