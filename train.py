@@ -147,7 +147,7 @@ else:
     predictor = build(sizes).to(device)
     if world:
         predictor.inverse.scale.fill_(push)
-        predictor.world.get_to_know(train_clips[:2048][0].to(device))
+        predictor.world.get_to_know(train_clips[:min(2048, 2**28 // (T * N * D))][0].to(device))
     if init_from:
         new, dropped = start_from(predictor, init_from)
         print0(f'starting from {init_from}; new: {new}; dropped: {dropped}')
