@@ -6,7 +6,7 @@ A→B→A: how a trained predictor adapts when the physics changes, and what it 
     python adapt.py --ckpt=out/hope.pt --methods=all       with the controls that could refute the result
     python adapt.py --ckpt=out/hope.pt --phases=A,B,A,B    any other stream of worlds
     python adapt.py --ckpt=out/hope.pt --plan              and how well pushes are chosen with what is learned
-    python adapt.py config/report.py                       five seeds, twenty orders of the clips, intervals
+    python adapt.py config/report.py                       three seeds, with intervals
 
 Nobody tells the model where a phase ends. Each clip is predicted and scored from its first step and action
 alone; only then is it shown, and the method may learn from it. Each row of the table is a file in `out`; the
@@ -183,7 +183,8 @@ class Experiment:
             for split in splits:
                 total = sum(clips for other, clips in wanted if other == split)
                 count = min(count, asked * len(self.splits[split]) // total)
-            assert count, f'{self.config["data"]} has too few clips for stream, tuning and probes'
+            if not count:
+                refuse(f'data set {self.config["data"]} has too few clips for stream, tuning and probes')
             if count < asked:
                 print(f'{option} = {count}: data set {self.config["data"]} has no more')
             yield count

@@ -58,7 +58,7 @@ def measure(path, T, jump):
         net.zero_grad(set_to_none=True)
         started = time.perf_counter()
         with autocast(device, dtype, net.sizes.width):
-            loss = jump_loss(net, z, a, tau).mean() if jump else teacher_forcing_loss(net, z, a)[0]
+            loss = jump_loss(net, z, a, tau).mean() if jump else teacher_forcing_loss(net, z, a, {})[0]
         loss.backward()
         # item() waits for the device. The last gradient is that of the first layer.
         net.predictor_embed.weight.grad.sum().item()

@@ -60,11 +60,9 @@ DOMAINS = {
 }
 # Objects start where they would stay in view under each of these: so the start tells nothing of the domain,
 # and a new domain moves no clip. One that slides further needs a wider room, which moves all.
-ROOM = (
-    Physics(mu=0.01, mass=0.6),
-    Physics(mu=0.01, mass=1.0, camera=90), Physics(mu=0.01, mass=1.0, camera=-90),
-    Physics(mu=0.01, mass=1.0, wind=(0.2, 0.2)), Physics(mu=0.01, mass=1.0, wind=(-0.2, -0.2)),
-)
+ROOM = [Physics(mu=0.01, mass=0.6)]
+ROOM += [Physics(mu=0.01, mass=1.0, camera=camera) for camera in (90, -90)]
+ROOM += [Physics(mu=0.01, mass=1.0, wind=(wind, wind)) for wind in (0.2, -0.2)]
 
 
 def displacement(impulse, physics, seconds):

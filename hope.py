@@ -221,9 +221,9 @@ class TwoLayerTitanMemory(TitanMemory):
         return torch.cat([new1, new2.mT], 1)
 
 
-# What clips have shown, of B clips or of S streams of n: the last hidden layer of the inverse dynamics
-# (...,HIDDEN), and how the push that it reads differs from the given one, over its length (...,A).
-Shown = namedtuple('Shown', 'hidden deviation')
+# What B clips have shown: the last hidden layer of the inverse dynamics (B,HIDDEN), and how the push that it
+# reads differs from the given one, over its length (B,A). In training also in how many streams the clips are.
+Shown = namedtuple('Shown', 'hidden deviation streams', defaults=[None])
 FREEDOM = 3      # degrees of freedom of Student's t: few, which forgives single outliers
 
 
@@ -353,7 +353,7 @@ class WorldHead(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             key, value = self.associate(x, z, a, state if training else shown)
             if training:
-                found, state, _ = self.along(key, value, len(state.hidden))
+                found, state, _ = self.along(key, value, state.streams)
             elif shown:
                 return x, self.write(key, value, state)
             else:
@@ -371,8 +371,8 @@ class WorldHead(nn.Module):
         key = a.any(-1, keepdim=True) * (self.key(asked) + self.key_mlp(asked))
         if shown is None:
             return key, None
-        seen = self.seen(shown.hidden.flatten(0, -2)) - self.expected(asked)
-        return key, torch.cat([seen, shown.deviation.flatten(0, -2)], -1)
+        seen = self.seen(shown.hidden) - self.expected(asked)
+        return key, torch.cat([seen, shown.deviation], -1)
 
     def looks(self, z):
         """How unlike the empty scene step 1 is, z (B,N,D) → (B,LOOKS), each of variance 1 over clips of A."""

@@ -296,8 +296,7 @@ def jump_loss(predictor, z, a, tau, states=None):
 
 def stream_loss(predictor, z, a, tau, clips):
     """jump_loss of each clip with what those before it in its stream wrote → L1 (S,n), -log p(e) (S,n)."""
-    shown = predictor.inverse.look(z[:, :-1], a[:, 0])
-    shown = type(shown)(*(part.unflatten(0, (-1, clips)) for part in shown))
+    shown = predictor.inverse.look(z[:, :-1], a[:, 0])._replace(streams=len(z) // clips)
     z_hat, memory = predictor(z[:, :1], a[:, :1], tau, {'world': shown})
     lost = feature_loss(z_hat, z[torch.arange(len(z), device=z.device), tau])
     return lost.unflatten(0, (-1, clips)), memory['world']

@@ -50,6 +50,8 @@ def read(folders):
     """Folders of runs on the same stream → the run.json of the first, {model and method: rows of all}."""
     first, groups = None, {}
     for folder in map(Path, folders):
+        if not (folder / 'run.json').is_file():
+            refuse(f'{folder} has no run.json; python adapt.py --out={folder} makes one')
         run = json.loads((folder / 'run.json').read_text('utf-8'))
         first = first or run
         for name in ('phases', 'clips', 'streams', 'loss', 'target_steps'):

@@ -21,7 +21,6 @@ lambda_end = 0.5
 batch_size = 32
 accumulation = 4
 teacher_every = 1
-inverse_batch = 32
 optimizer = 'adamw'
 learning_rate = 7.5e-5
 warmup = 0.05

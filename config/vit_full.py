@@ -13,7 +13,6 @@ mlp_hidden = 1536
 batch_size = 256
 accumulation = 8
 teacher_every = 1
-inverse_batch = 32
 optimizer = 'adamw'
 # As V-JEPA 2-AC was trained: up from 7.5e-5 over 4,500 steps, constant for 85,500, down to 0 over 4,500.
 max_iters = 94_500

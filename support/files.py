@@ -10,11 +10,12 @@ from configurator import refuse
 
 
 def pick_device(name):
-    """'auto' → the accelerator of this machine (CUDA, MPS), else the CPU; any other name as it is."""
-    if name != 'auto':
-        return name
+    """'auto' → the accelerator of this machine (CUDA, MPS), else the CPU. Refuses a device that is not here."""
     found = torch.accelerator.current_accelerator(check_available=True)
-    return found.type if found else 'cpu'
+    here = found.type if found else 'cpu'
+    if name.partition(':')[0] not in ('auto', 'cpu', here):
+        refuse(f'--device={name}: there is no such device here; --device=cpu runs anywhere')
+    return here if name == 'auto' else name
 
 
 def autocast(device, dtype, width):
@@ -69,7 +70,8 @@ def launched():
 
 
 def average_gradients(predictor, processes):
-    """Average the gradients over all processes."""
-    for p in predictor.parameters():
-        if p.grad is not None:
-            dist.all_reduce(p.grad.div_(processes))
+    """Average the gradients over all processes, in one message."""
+    gradients = [p.grad for p in predictor.parameters() if p.grad is not None]
+    together = torch.nn.utils.parameters_to_vector(gradients) / processes
+    dist.all_reduce(together)
+    torch.nn.utils.vector_to_parameters(together, gradients)

@@ -40,3 +40,10 @@ def test_a_flipped_bit_and_a_cut_are_refused(tmp_path, capsys, at):
         with pytest.raises(SystemExit) as end:
             hope.load(str(path))
         assert end.value.code == 2 and 'x.pt is damaged' in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_here_is_refused(capsys):
+    assert files.pick_device('cpu') == 'cpu' and files.pick_device('auto') in ('cpu', 'cuda', 'mps')
+    with pytest.raises(SystemExit) as end:
+        files.pick_device('xpu:77')
+    assert end.value.code == 2 and '--device=xpu:77: there is no such device' in capsys.readouterr().err
