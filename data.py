@@ -76,14 +76,18 @@ def displacement(impulse, physics, seconds):
     return v0 * t - 0.5 * brake * t * t
 
 
+def acting(impulse, physics):
+    """The push (...,2) in N·s that acts, as the picture has it: the given one and the wind, turned."""
+    x, y = np.moveaxis(impulse + np.asarray(physics.wind), -1, 0)
+    cos, sin = np.cos(np.deg2rad(physics.camera)), np.sin(np.deg2rad(physics.camera))
+    return np.stack([cos * x - sin * y, sin * x + cos * y], axis=-1)       # from x towards y
+
+
 def slide(impulse, physics, seconds):
     """Metres (...,2) from the start, `seconds` after impulses (...,2) in N·s as given, without the wind."""
-    acting = impulse + np.asarray(physics.wind)
-    size = np.linalg.norm(acting, axis=-1, keepdims=True)
-    x, y = np.moveaxis(acting / np.maximum(size, 1e-9), -1, 0)
-    cos, sin = np.cos(np.deg2rad(physics.camera)), np.sin(np.deg2rad(physics.camera))
-    heading = np.stack([cos * x - sin * y, sin * x + cos * y], axis=-1)    # from x towards y
-    return displacement(size, physics, seconds) * heading
+    push = acting(impulse, physics)
+    size = np.linalg.norm(push, axis=-1, keepdims=True)
+    return displacement(size, physics, seconds) * push / np.maximum(size, 1e-9)
 
 
 def path(impulse, mass, physics):

@@ -244,11 +244,14 @@ class InverseDynamics(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(self.steps * step_size, self.HIDDEN), nn.GELU(),
                                  nn.Linear(self.HIDDEN, self.HIDDEN), nn.GELU())
         self.push = nn.Linear(self.HIDDEN, sizes.action_dim)
-        self.register_buffer('scale', torch.ones(()))          # mean length of a push in training
+        # Set by train.py: mean length of a push, and the empty scene, without which a textured plane is in the way.
+        self.register_buffer('scale', torch.ones(()))
+        self.register_buffer('scene', torch.zeros(math.prod(sizes.grid), sizes.feature_dim))
 
     def forward(self, z, shown=None):
         """z (B,T,N,D), shown (B,): how many steps count, None for all → push (B,A), hidden (B,HIDDEN)."""
         T = z.shape[1]
+        z = z - self.scene
         # Pooled before embedded: both are linear, and there are fewer slots than patches.
         place = self.place + self.embed.bias                           # (N,channels)
         scores = F.linear(z, self.query.weight @ self.embed.weight) + self.query(place)
@@ -380,9 +383,9 @@ class WorldHead(nn.Module):
         return ((far - self.looks_mean) @ self.looks_map).clamp(-5, 5)
 
     @torch.no_grad()
-    def get_to_know(self, z):
-        """Find the scene and the directions of looks() in clips z (B,T,N,D) of A; missing ones stay zero."""
-        self.scene.copy_(z.flatten(0, 1).median(0).values)
+    def get_to_know(self, z, scene):
+        """Find the directions of looks() in clips z (B,T,N,D) of A before an empty scene (N,D)."""
+        self.scene.copy_(scene)
         far = (z[:, 0] - self.scene).abs().sum(1)                      # (B,D)
         self.looks_mean.copy_(far.mean(0))
         _, scale, directions = torch.linalg.svd(far - far.mean(0), full_matrices=False)

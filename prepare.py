@@ -5,14 +5,17 @@ Prepare features: simulate or import clips, encode them with a frozen encoder, w
     python prepare.py --name=slide256 --size=256 --dim=1024 --clips=1000       full-size tensors
     python prepare.py --name=mine --source=clips         your own clips: see docs/own_data.md
     python prepare.py --name=slide_vitl --encoder=vitl --clips=1000    V-JEPA 2, downloaded once
+    python prepare.py --name=mujoco --source=mujoco --clips=3000       a real engine: see docs/own_data.md
 
-The split `zoom` is A seen from nearer by, with farther motion than A ever shows (support/zoom.py). The same
-command makes what is missing of a set, such as the split of a new domain, and leaves the rest as it is.
+The split `zoom` is A seen from nearer by, with farther motion than A ever shows. The same command makes what
+is missing of a set, such as the split of a new domain, and leaves the rest as it is.
 """
 import functools
 import json
 import math
 import os
+import runpy
+import time
 from importlib.util import find_spec
 
 import numpy as np
@@ -25,18 +28,18 @@ import data
 from configurator import configure, read_knobs, refuse
 from support import own_clips, plots
 from support.files import pick_device, write_atomically
-from support.zoom import FEWEST_CLIPS, ZOOM, read_zoomed, zoom_levels
 
 name = 'slide'           # data set: data/<name> beside the code, or a folder if it contains a slash
-source = 'physics'       # physics, or a folder of your own clips: <source>/<split>/<clip>, or <source>/<clip>
+source = 'physics'       # physics, mujoco, or a folder of own clips: <source>/<split>/<clip> or <source>/<clip>
 split = ''               # own clips: by their numbers, train:17000-21999,B:22000-22999; '' = by folder
 content = ''             # own clips: what to take; '' = features where there are any [ | features | pictures]
-clips = 30000            # physics: clips in train; fit_B, for the oracle, has a fifth of them [1..]
-test_clips = 600         # physics: clips in val and in each test_<domain> [1..]
-zoom = True              # also A seen from nearer by, half as many clips; takes 64 clips of train or more
-seed = 1                 # physics: of the clips, and of the inverse dynamics that reads zoomed ones [0..]
-size = 0                 # pictures: side in pixels, a multiple of 16; 0 = 64 for patch, V-JEPA 2's own [0..]
-encoder = ''             # pictures: patch, or V-JEPA 2: vitl, vith, vitg, vitg384, a path; '' = patch
+frame_time = 0.0         # own clips: seconds of a row of actions, in N, which are added up; 0 = they are N·s [0..]
+clips = 30000            # simulated: clips in train; fit_B, for the oracle, has a fifth of them [1..]
+test_clips = 600         # simulated: clips in val and in each test_<domain> [1..]
+zoom = True              # physics: also A seen from nearer by, as many clips as in train
+seed = 1                 # simulated: of the clips [0..]
+size = 0                 # pictures: side in pixels, a multiple of 16; 0 = V-JEPA 2's or the pictures' own [0..]
+encoder = ''             # pictures: patch, file.py:function, V-JEPA 2: vitl, vith, vitg, a path; '' = patch
 dim = 48                 # patch: D, the number of lowest frequencies of a patch that are kept [3..1536]
 encode = 'step'          # V-JEPA 2: each step alone, or all at once: z_1 then sees the future [step | clip]
 dtype = 'auto'           # V-JEPA 2: auto is bfloat16 where the machine has it [auto | float32 | bfloat16]
@@ -45,6 +48,7 @@ batch = 32               # clips encoded at once [1..]
 config = configure(globals()) if __name__ == '__main__' else {}
 
 PATCH = 16               # pixels per patch side, as in ViT-L/16
+ZOOMS = 1.2, 1.44, 1.728, 2.074       # factors of the split `zoom`, each for a quarter of its clips
 FRAME_BYTES = 2**19      # bytes of frames encoded at once: as floats they fit into a processor's cache
 
 
@@ -65,29 +69,44 @@ def patch_encode(frames, basis):
     return torch.cat([data.tubelets(clips, PATCH).mT.flatten(-2) @ basis for clips in parts])
 
 
+def encode_pictures(frames, net):
+    """uint8 frames (n,F,H,W,3) → features (n,T,N,D), by a net for pictures: the mean over a step's frames."""
+    n = len(frames)
+    maps = net(frames.flatten(0, 1).permute(0, 3, 1, 2) / 255)         # (n*F,D,rows,columns)
+    return maps.flatten(2).mT.unflatten(0, (n, -1, data.TUBELET)).mean(2)
+
+
 def load_encoder(config, device):
-    """The frozen encoder, and its own size of pictures in pixels."""
+    """The frozen encoder, and the size of pictures in pixels that it wants, 0 for any."""
     if config['encoder'] == 'patch':
-        return functools.partial(patch_encode, basis=cosine_basis(config['dim']).to(device)), 64
+        return functools.partial(patch_encode, basis=cosine_basis(config['dim']).to(device)), 0
+    file, _, function = config['encoder'].rpartition(':')
+    if file:
+        if not os.path.isfile(file) or function not in (found := runpy.run_path(file)):
+            refuse(f'--encoder={config["encoder"]}: there is no such function')
+        return functools.partial(encode_pictures, net=found[function]), 0
     import vjepa2
     net = vjepa2.load_encoder(config['encoder'], device)
     encode = functools.partial(vjepa2.encode, net=net, encode=config['encode'], dtype=config['dtype'])
     return encode, net.config.crop_size
 
 
+def is_vjepa2(encoder):
+    return encoder not in ('none', 'patch') and ':' not in encoder
+
+
 def open_set(config, kind, folder):
     """meta.json of a set, as it is or new; refuses options that would be ignored or that it does not have."""
-    physics = config['source'] == 'physics'
+    physics, simulated = config['source'] == 'physics', config['source'] in ('physics', 'mujoco')
     encoder = 'none' if kind == 'features' else config['encoder'] or 'patch'
-    used = {'physics': physics, 'own clips': not physics, 'pictures': kind == 'pictures',
-            'patch': encoder == 'patch', 'V-JEPA 2': encoder not in ('none', 'patch')}
+    used = {'physics': physics, 'simulated': simulated, 'own clips': not simulated, 'pictures': kind == 'pictures',
+            'patch': encoder == 'patch', 'V-JEPA 2': is_vjepa2(encoder)}
     for key, (default, comment) in read_knobs(__file__).items():
         what = comment.partition(':')[0]
         if config[key] != default and not used.get(what, True):
             refuse(f'--{key}={config[key]}: is for {what} alone, and would be ignored here')
     assert config['size'] % PATCH == 0, f'--size must be a multiple of {PATCH}'
-    zoom = config['zoom'] and physics and config['clips'] >= FEWEST_CLIPS
-    chosen = {**config, 'encoder': encoder, 'zoom': zoom}
+    chosen = {**config, 'encoder': encoder, 'zoom': config['zoom'] and physics}
     for key in 'name', 'device', 'batch':
         del chosen[key]
     if not os.path.exists(os.path.join(folder, 'meta.json')):
@@ -100,29 +119,84 @@ def open_set(config, kind, folder):
     return meta
 
 
+def centres(frames):
+    """Where the object is in pictures (n,H,W,3) uint8 of one scene → (n,2), x and y in pixels."""
+    scene = frames.median(0).values                                    # (H,W,3)
+    weight = (frames.float() - scene).abs().sum(-1)                    # (n,H,W)
+    rows, columns = (torch.arange(side, device=frames.device) * 1.0 for side in weight.shape[1:])
+    total = weight.sum((1, 2)).clamp(min=1e-6)
+    return torch.stack([weight.sum(1) @ columns / total, weight.sum(2) @ rows / total], 1)
+
+
+def friction_push(frames, pushes):
+    """
+    What friction takes of a push, N·s, read from clips (n,F,H,W,3) and their pushes (n,2): the c in
+
+        push = alpha * displacement + c * its direction
+
+    by least squares. The displacement is that at the middle of the last three steps, to which jumps go.
+    """
+    moved = (centres(frames[:, -3]) - centres(frames[:, 0])).double().cpu().numpy()
+    direction = moved / np.linalg.norm(moved, axis=1, keepdims=True).clip(1e-6)
+    columns = np.stack([moved.ravel(), direction.ravel()], 1)          # (2n,2)
+    return np.linalg.lstsq(columns, pushes.ravel())[0][1]
+
+
+def world_of(config):
+    """The module that simulates and renders a simulated world."""
+    if config['source'] == 'physics':
+        return data
+    from support import mujoco_world
+    return mujoco_world
+
+
 def simulate_splits(config, device):
-    """The built-in physics → {split: (arrays for its .npz, frames(indices, size) → (n,F,size,size,3))}."""
+    """A simulated world → {split: (arrays for its .npz, frames(indices, size) → (n,F,size,size,3))}."""
+    world = world_of(config)
+
     def draw(physics, indices, size):
-        return data.render({key: values[indices] for key, values in physics.items()}, size, device)
+        return world.render({key: values[indices] for key, values in physics.items()}, size, device)
     clips, few = config['clips'], config['test_clips']
     drawn = {'train': ('A', clips, 1), 'val': ('A', few, 1), 'fit_B': ('B', max(few, clips // 5), 1)}
     drawn |= {f'test_{domain}': (domain, few, 1) for domain in data.DOMAINS}
+    factors = np.repeat(ZOOMS, -(-clips // 4))[:clips, None]           # (n,1)
     if config['zoom']:
-        drawn['zoom'] = 'A', clips // 2, ZOOM ** zoom_levels(clips // 2)
+        drawn['zoom'] = 'A', len(factors), factors[:, 0]
     splits = {}
     for split, (domain, count, factor) in drawn.items():
-        physics = data.simulate(domain, count, config['seed'], split, factor)
+        physics = world.simulate(domain, count, config['seed'], split, factor)
         actions = np.zeros((count, data.FRAMES // data.TUBELET, 2), np.float32)
         actions[:, 0] = physics['impulse']
         splits[split] = {'actions': actions, **physics}, functools.partial(draw, physics)
+    if config['zoom']:
+        # What moves s times as far was pushed s times as hard, but friction takes its part only once.
+        val, frames = splits['val']
+        seen = np.arange(min(64, few))
+        taken = friction_push(frames(seen, 64), val['impulse'][seen])
+        push = splits['zoom'][0]['actions'][:, 0]
+        push *= factors - (factors - 1) * taken / np.linalg.norm(push, axis=1, keepdims=True)
     return splits
 
 
-def write_features(path, clips, frames, encode, size):
+def channel_scale(z):
+    """
+    Mean and deviation of each channel of features z (n,T,N,D), two lists, by which a set is standardised; 0 and
+    1 where no channel has a tenth of the squares, so that z is kept as it is.
+    """
+    z = z.flatten(0, 2)
+    power = z.square().mean(0)
+    if power.max() < 0.1 * power.sum():
+        return [0.0], [1.0]
+    return z.mean(0).tolist(), z.std(0).clamp(min=1e-6).tolist()
+
+
+def write_features(path, clips, frames, encode, size, scale):
     """Encode so many clips into a new file → their features (clips,T,N,D) float16, memory-mapped."""
     features = None
     for indices in tqdm(np.split(np.arange(clips), range(batch, clips, batch)), path, disable=None):
         z = encode(frames(indices, size))
+        mean, deviation = torch.tensor(scale, device=z.device)
+        z = (z - mean) / deviation
         if features is None:
             features = np.lib.format.open_memmap(path, 'w+', np.float16, (clips, *z.shape[1:]))
         features[indices] = z.half().cpu().numpy()
@@ -141,7 +215,6 @@ def name_split(path, meta, shape, arrays):
     write_atomically(f'{path}.npz', lambda f: np.savez(f, **arrays))
     if split not in meta.get('files', ()):
         os.replace(f'{path}.npy.tmp', f'{path}.npy')
-    print(f'{split}: {len(arrays["actions"]):,} clips', flush=True)
 
 
 def fit_decoder(train, frames, device):
@@ -165,43 +238,47 @@ def fit_decoder(train, frames, device):
 def main():
     """Make what is missing of a data set."""
     folder, where = data.folder_of(name), pick_device(device)
+    simulated = source in ('physics', 'mujoco')
     kind = 'pictures'
-    if source != 'physics':
+    if not simulated:
         found = own_clips.find_clips(source, split)
         first = found['train'][0]
         kind = content or ('features' if own_clips.content(first, 'features') else 'pictures')
+        print(f'train: {len(found["train"]):,} clips; for the defaults of training take 3,000 or more', flush=True)
     meta = open_set(config, kind, folder)
     chosen = meta['config']
-    if source == 'physics':
-        splits = simulate_splits(chosen, where)
+    if simulated:
+        splits, usual_size = simulate_splits(chosen, where), 64 if source == 'physics' else 128
     else:
-        splits = own_clips.open_splits(found, kind, chosen['encoder'] not in ('none', 'patch'), where)
+        splits = own_clips.open_splits(found, kind, is_vjepa2(chosen['encoder']), frame_time, where)
     ending = 'npz' if kind == 'features' else 'npy'
     missing = [part for part in splits if not os.path.exists(os.path.join(folder, f'{part}.{ending}'))]
     os.makedirs(folder, exist_ok=True)
     if missing and kind == 'pictures':
-        encode_frames, usual_size = load_encoder(chosen, where)
-        pixels = size or usual_size
+        encode_frames, own_size = load_encoder(chosen, where)
+        pixels = size or own_size or (usual_size if simulated else own_clips.side(first) // PATCH * PATCH)
         print(f'{folder}: pictures of {pixels} x {pixels}, encoded by {chosen["encoder"]}', flush=True)
+        if ':' in chosen['encoder'] and 'scale' not in meta:
+            few = np.arange(min(64, len(splits['train'][0]['actions'])))
+            meta['scale'] = channel_scale(encode_frames(splits['train'][1](few, pixels)))
     for part in missing:
         path = os.path.join(folder, part)
         arrays, frames = splits[part]
-        actions = arrays['actions']
+        started, clips = time.time(), len(arrays['actions'])
         if kind == 'features':
             _, shape = own_clips.read_features(first)
             listed = tqdm(found[part], part, disable=None)
             meta.setdefault('files', {})[part] = [own_clips.read_features(clip, shape)[0] for clip in listed]
         else:
-            features = write_features(f'{path}.npy.tmp', len(actions), frames, encode_frames, pixels)
+            scale = meta.get('scale', ([0.0], [1.0]))
+            features = write_features(f'{path}.npy.tmp', clips, frames, encode_frames, pixels, scale)
             shape = features.shape[1:]
-        if part == 'zoom':
-            known = [(np.load(f'{folder}/{other}.npy', 'r'), splits[other][0]['actions'])
-                     for other in ('train', 'val')]
-            actions[:, 0], meta['zoom'] = read_zoomed(*known, (features, actions), seed, where)
-            print('zoom read {share_read:.0%}, explained {explained:.0%}, used {used}'.format(**meta['zoom']))
         name_split(path, meta, shape, arrays)
-    if missing and source == 'physics':
-        plots.draw_domains(os.path.join(folder, 'clips.png'), seed)
+        print(f'{part}: {clips:,} clips, {clips / (time.time() - started):.0f} a second', flush=True)
+    if missing and simulated:
+        plots.draw_domains(os.path.join(folder, 'clips.png'), seed, world_of(chosen))
+    elif missing:
+        print(own_clips.say_what_step_1_tells(data.Clips(folder, 'train'), data.Clips(folder, 'val')))
     decoder = os.path.join(folder, 'decoder.npy')
     if kind == 'features' and not (own_clips.content(first, 'pictures') and find_spec('imageio')):
         print('no pictures beside the features, or no package imageio: predictions will not be drawn')

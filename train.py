@@ -117,7 +117,7 @@ precision = autocast(device, dtype, width)
 torch.backends.cuda.matmul.allow_tf32 = True
 
 val_clips = Clips(data, 'val')
-zoomed = zoom and split == 'train' and val_clips.meta.get('zoom', {}).get('used')
+zoomed = zoom and split == 'train' and has_split(data, 'zoom')
 train_clips = Clips(data, 'train', 'zoom') if zoomed else Clips(data, split)
 T, N, D = train_clips.meta['shape']
 if jump_last >= T:
@@ -127,7 +127,8 @@ for clips in train_clips, val_clips:
         refuse(f'{clips.name} has clips of several pushes, a jump knows one: --loss=rollout --world=False')
 
 push = mean_push(train_clips.actions)
-sizes_of_A = np.linalg.norm(val_clips.actions[:, 0], axis=-1)
+scene = median_scene(train_clips).to(device)
+lengths_of_A = np.linalg.norm(val_clips.actions[:, 0], axis=-1)
 
 # ---- predictor and optimiser -------------------------------------------------------------------------------
 torch.manual_seed(seed)
@@ -147,7 +148,8 @@ else:
     predictor = build(sizes).to(device)
     if world:
         predictor.inverse.scale.fill_(push)
-        predictor.world.get_to_know(train_clips[:min(2048, 2**28 // (T * N * D))][0].to(device))
+        predictor.inverse.scene.copy_(scene)
+        predictor.world.get_to_know(train_clips[:min(2048, 2**28 // (T * N * D))][0].to(device), scene)
     if init_from:
         new, dropped = start_from(predictor, init_from)
         print0(f'starting from {init_from}; new: {new}; dropped: {dropped}')
@@ -180,10 +182,11 @@ def indices_of(step):
     """The clips of a step (batch_size,), one stream after the other; they suit the worlds of the streams."""
     if not worlds:
         return batch_indices(len(train_clips), batch_size, seed, step)
-    drawn = batch_indices(len(train_clips), 4 * batch_size, seed, step).reshape(-1, 4 * stream_clips)
+    drawn = batch_indices(len(train_clips), 16 * batch_size, seed, step).reshape(-1, 16 * stream_clips)
     pushes = torch.from_numpy(train_clips.actions[drawn, 0])
-    chosen = fitting(worlds_of(step), pushes, push, sizes_of_A.min(), sizes_of_A.max(), stream_clips)
-    return np.take_along_axis(drawn, chosen.numpy(), 1).ravel()
+    rng = np.random.default_rng([seed, 4, step])
+    chosen = fitting(rng, worlds_of(step), pushes, push, lengths_of_A, stream_clips)
+    return np.take_along_axis(drawn, chosen, 1).ravel()
 
 
 def batches_of(steps):
@@ -242,7 +245,6 @@ def evaluate():
 
 
 # ---- training ----------------------------------------------------------------------------------------------
-scene = median_scene(train_clips).to(device)
 print0(f'{model}: {sum(p.numel() for _, p in named):,} parameters, {T * (1 + N)} tokens per clip, '
        f'{len(train_clips):,} training clips, {device}, processes: {processes}')
 if rank == 0:

@@ -89,9 +89,14 @@ def read(folder, kind, dtype=None):
     return os.path.abspath(paths[0]), array
 
 
-def read_rows(folder, kind, steps):
-    """Actions or states of a clip → (steps,numbers) float32. A single push is at step 1, wherever it was."""
+def read_rows(folder, kind, steps, frame_time=0):
+    """
+    Actions or states of a clip → (steps,numbers) float32. A single push is at step 1, wherever it was. With a
+    frame_time, in seconds, actions are forces, added up to one impulse.
+    """
     path, rows = read(folder, kind, np.float32)
+    if kind == 'actions' and frame_time:
+        rows = frame_time * rows.sum(0, keepdims=True)
     filled = rows.any(-1)
     if kind == 'actions' and filled.sum() == 1:
         rows = rows[filled]
@@ -128,7 +133,7 @@ def read_frames(folder, size, vjepa2=False, steps=None):
     return x[..., top:top + size, left:left + size].clamp(0, 255).round().byte().permute(0, 2, 3, 1)
 
 
-def open_splits(found, kind, vjepa2, device):
+def open_splits(found, kind, vjepa2, frame_time, device):
     """{split: [folder, ...]} → {split: (arrays for its .npz, frames(indices, size))}, as prepare.py wants."""
     first = found['train'][0]
     steps = read_features(first)[1][0] if kind == 'features' else len(read_frames(first, 16)) // TUBELET
@@ -138,6 +143,39 @@ def open_splits(found, kind, vjepa2, device):
         return torch.stack([read_frames(folders[i], size, vjepa2, steps) for i in indices]).to(device)
     splits = {}
     for split, folders in found.items():
-        arrays = {kind: np.stack([read_rows(folder, kind, steps) for folder in folders]) for kind in kinds}
+        arrays = {kind: np.stack([read_rows(folder, kind, steps, frame_time) for folder in folders])
+                  for kind in kinds}
         splits[split] = arrays, functools.partial(frames, folders)
     return splits
+
+
+def side(folder):
+    """The short side of a clip's pictures in pixels."""
+    return min(read(folder, 'pictures')[1].shape[1:3])
+
+
+def say_what_step_1_tells(train, val):
+    """
+    How well a linear map reads the push from z_1, which should not know it: ridge regression on up to 400 clips
+    of train, data.Clips, correlation on up to 200 of val → a sentence.
+    """
+    def first_steps(clips, most):
+        count = min(most, len(clips))
+        parts = np.split(np.arange(count), range(20, count, 20))
+        z = torch.cat([clips[part][0][:, 0].flatten(1) for part in parts])             # (n,N*D)
+        return z, torch.from_numpy(clips.actions[:count, 0])
+    (x, a), (x_val, a_val) = first_steps(train, 400), first_steps(val, 200)
+    centre = x.mean(0)
+    x, x_val = x - centre, x_val - centre
+    # As many equations as clips, not as features.
+    gram = x @ x.T
+    gram.diagonal().add_(0.1 * gram.diagonal().mean())
+    read_out = x_val @ (x.T @ torch.linalg.solve(gram, a - a.mean(0)))
+    a_val = a_val - a_val.mean(0)
+    found = ((read_out * a_val).sum() / (read_out.norm() * a_val.norm()).clamp(min=1e-12)).item()
+    chance = 3 / a_val.numel() ** 0.5
+    if found < chance:
+        return f'step 1 does not tell the push: correlation {found:.2f}, chance is up to {chance:.2f}'
+    return (f'WARNING: step 1 tells the push: correlation {found:.2f}, chance is up to {chance:.2f}. Either it was '
+            'encoded together with later pictures;\nthen it has seen the future, and jump losses prove nothing: '
+            'encode again, each step alone (--encode=step).\nOr pushes go with the places where objects start.')

@@ -178,11 +178,11 @@ def draw_animation(path, shown):
             writer.grab_frame()
 
 
-def draw_domains(path, seed):
-    """A row of clips for each domain, with the same random numbers: only the physics differs."""
+def draw_domains(path, seed, world):
+    """A row of clips of a world for each domain, with the same random numbers: only the physics differs."""
     rows, labels = [], []
     for domain, physics in data.DOMAINS.items():
-        frames = 1 - data.render(data.simulate(domain, 8, seed, 'test_A'), 128).numpy() / 255
+        frames = 1 - world.render(world.simulate(domain, 8, seed, 'test_A'), 128).numpy() / 255
         frames[:, :, -2:] = frames[:, :, :, -2:] = 0.7         # a dark line between two pictures
         first, middle, last = frames[:, 0], frames[:, data.FRAMES // 2], frames[:, -1]
         # The plane is light: where frames overlap, the darker one is seen.

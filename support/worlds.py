@@ -13,6 +13,8 @@ import torch
 
 from hope import WorldHead
 
+# Motion that goes far is the last that a predictor learns, so many worlds are light, with large gains.
+LIGHT = 0.5
 # Another camera is a turn or a mirror, a slope or wind a push on top, friction an amount along the push, a
 # mass that depends on the object a gain by looks. Shares of the worlds, and standard deviations:
 TURNED = 0.5                   # by any angle
@@ -38,7 +40,8 @@ def draw_worlds(rng, streams, numbers, gain, plain):
         return (rng.random((streams, 1)) < p) * 1.0
     other = 1 - share(plain)
     matrix = np.empty((streams, numbers, numbers))
-    gains = np.exp(other * rng.uniform(-gain, gain, (streams, 1)))
+    light = share(LIGHT)
+    gains = np.exp(other * rng.uniform(light * gain / 3 - (1 - light) * gain, gain, (streams, 1)))
     turned, squeezed, mirrored = (other * share(p) for p in (TURNED, SQUEEZED, MIRRORED))
     for s in range(streams):
         turn, (axis, *_) = random_turn(rng, numbers), random_turn(rng, numbers)
@@ -77,9 +80,16 @@ def given_pushes(worlds, pushes, looks, mean_push):
     return torch.linalg.solve(worlds.matrix[:, None], push[..., None])[..., 0]
 
 
-def fitting(worlds, pushes, mean_push, least, most, count):
-    """Indices (S,count) of candidates' pushes (S,m,A), first those that are then as long as pushes of A."""
+def fitting(rng, worlds, pushes, mean_push, usual, count):
+    """
+    Indices (S,count) of candidates' pushes (S,m,A) which are then given as strong as those of A, whose lengths
+    are usual (n,): of each eighth of these equally many, as far as there are any. So in a world where pushes
+    count for much, a stream has motion that goes far.
+    """
     looks = pushes.new_zeros(pushes[..., 0].numel(), WorldHead.LOOKS)
-    length = given_pushes(worlds, pushes, looks, mean_push).norm(dim=-1)
-    fits = (length >= least) & (length <= most)
-    return fits.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    length = given_pushes(worlds, pushes, looks, mean_push).norm(dim=-1).numpy()
+    part = np.searchsorted(np.quantile(usual, np.linspace(0, 1, 9)), length)           # (S,m)
+    alike = (part[:, :, None] == part[:, None]).sum(2)
+    fits = (part > 0) & (part < 9)
+    # The greatest of log w + Gumbel noise are a draw by the weights w.
+    return np.argsort(np.log(alike) - 1e3 * fits - rng.gumbel(size=part.shape), axis=1)[:, :count]

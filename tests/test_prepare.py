@@ -14,7 +14,7 @@ from conftest import ROOT, SMALL_SET, refused, run
 from scipy.fft import dctn
 
 import data
-from prepare import cosine_basis, patch_encode
+from prepare import ZOOMS, cosine_basis, patch_encode, simulate_splits
 
 
 def test_the_patch_encoder_is_a_cosine_transform():
@@ -41,11 +41,25 @@ def test_each_step_is_encoded_from_its_own_frames_alone():
     assert changed[:, 3].all() and not changed[:, [0, 1, 2, 4, 5, 6, 7]].any()
 
 
+def test_zoomed_clips_have_the_pushes_that_they_look_like():
+    """The law of A, read from its pictures: the push after which an object of A is where theirs is seen."""
+    splits = simulate_splits(dict(source='physics', clips=200, test_clips=64, seed=1, zoom=True), 'cpu')
+    zoomed, _ = splits['zoom']
+    assert len(zoomed['actions']) == 200 and not zoomed['actions'][:, 1:].any()
+    assert (zoomed['impulse'] == data.simulate('A', 200, 1, 'zoom')['impulse']).all()
+    seconds = (data.FRAMES - 3 - 1) / data.FPS                         # the first step rests
+    slid = np.linalg.norm(zoomed['position'][:, -3] - zoomed['position'][:, 0], axis=1)
+    true = slid / seconds + 0.5 * data.DOMAINS['A'].mu * data.GRAVITY * seconds
+    read = np.linalg.norm(zoomed['actions'][:, 0], axis=1)
+    np.testing.assert_allclose(read, true, rtol=0.005)
+    assert true[-50:].max() > 1.4 * data.IMPULSE[1] and len(ZOOMS) == 4
+
+
 def test_a_set_on_disk(tiny):
     """Every split of the world, encoded; the push at step 1; what simulate() returned; how it was made."""
     meta = data.read_meta(tiny)
     assert meta['shape'] == [8, 4, 24] and meta['grid'] == [2, 2] and meta['patch'] == 16
-    counts = {'train': 48, 'val': 24, 'fit_B': 24, **{f'test_{domain}': 24 for domain in data.DOMAINS}}
+    counts = {'train': 48, 'val': 24, 'fit_B': 24, 'zoom': 48, **{f'test_{domain}': 24 for domain in data.DOMAINS}}
     named = {file[:-4] for file in os.listdir(tiny) if file.endswith('.npz')}
     assert named == set(counts) and not [file for file in os.listdir(tiny) if file.endswith('.tmp')]
     for split, clips in counts.items():

@@ -1,0 +1,125 @@
+"""
+The domains of data.py in a real engine: a box, cylinder or capsule slides on a textured plane in MuJoCo (Todorov
+et al., 2012), with contact friction, seen in perspective, with a shadow.
+
+    clips = simulate('B', 100, 1, 'test_B')      # as data.simulate
+    frames = render(clips, 128)                  # as data.render
+
+Needs pip install mujoco, and without a screen apt-get install libosmesa6. The plane is data.py's, its x to the
+right and y towards the viewer.
+"""
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+
+import data
+from configurator import refuse
+
+if not find_spec('mujoco'):
+    refuse('--source=mujoco needs the package mujoco: pip install mujoco')
+if sys.platform == 'linux' and 'DISPLAY' not in os.environ:
+    os.environ.setdefault('MUJOCO_GL', 'osmesa')
+try:
+    import mujoco
+except (ImportError, AttributeError, OSError) as error:
+    refuse(f'mujoco finds no screen ({error}): apt-get install libosmesa6, and MUJOCO_GL=osmesa')
+
+SUBSTEPS = 4                   # of the engine in a frame
+SETTLE = 20                    # engine steps in which an object comes to rest on the plane
+# The object moves along x, y and z and turns about z. It does not tip over or roll: friction alone stops it.
+MODEL = f'''
+<mujoco>
+  <option timestep="{1 / data.FPS / SUBSTEPS}" cone="elliptic" impratio="10"/>
+  <visual>
+    <quality shadowsize="1024" offsamples="4"/>
+    <headlight ambient=".35 .35 .35" diffuse=".15 .15 .15" specular="0 0 0"/>
+  </visual>
+  <asset>
+    <texture name="plane" type="2d" builtin="checker" rgb1=".98 .95 .90" rgb2=".84 .81 .76" width="64" height="64"/>
+    <material name="plane" texture="plane" texrepeat="8 8"/>
+  </asset>
+  <worldbody>
+    <light directional="true" dir=".8 .4 -1" diffuse=".6 .6 .6" castshadow="true"/>
+    <camera name="camera" pos="0 -.9 1.5" xyaxes="1 0 0 0 1.5 .9" fovy="30"/>
+    <geom type="plane" size="1 1 .1" material="plane"/>
+    <body>
+      <joint type="slide" axis="1 0 0"/>
+      <joint type="slide" axis="0 1 0"/>
+      <joint type="slide" axis="0 0 1"/>
+      <joint type="hinge" axis="0 0 1"/>
+      <geom type="box" size="1 1 1" mass="1" priority="1"/>
+      <geom type="cylinder" size="1 1" mass="1" priority="1"/>
+      <geom type="capsule" size="1 1" mass="1" priority="1" euler="90 0 0"/>
+    </body>
+  </worldbody>
+</mujoco>'''
+# The sizes of each shape, in radii of the object, and half its height.
+SHAPES = [(0.65, 0.65, 0.65), (0.8, 0.6, 0), (0.5, 0.5, 0)]
+HEIGHTS = [0.65, 0.6, 0.5]
+
+
+def place_object(model, clips, i):
+    """Make the model's object that of clip i → half its height in metres."""
+    shape = i % len(SHAPES)
+    radius = clips['radius'][i]
+    model.geom_contype[1:], model.geom_conaffinity[1:], model.geom_rgba[1:, 3] = 0, 0, 0
+    model.geom_contype[1 + shape] = 1
+    model.geom_conaffinity[1 + shape] = 1
+    model.geom_rgba[1 + shape] = *clips['colour'][i], 1
+    model.geom_size[1 + shape] = radius * np.array(SHAPES[shape])
+    model.geom_rbound[1 + shape] = 2 * radius
+    model.geom_friction[1:, 0] = clips['mu'][i]
+    model.body_mass[1] = clips['mass'][i]
+    model.body_inertia[1] = 0.4 * clips['mass'][i] * radius**2
+    return radius * HEIGHTS[shape]
+
+
+def simulate(domain, clips, seed, split, zoom=1):
+    """data.simulate(), with the positions as the engine finds them."""
+    drawn = data.simulate(domain, clips, seed, split, zoom)
+    velocity = data.acting(drawn['impulse'], data.DOMAINS[domain]) / drawn['mass'][:, None]
+    model = mujoco.MjModel.from_xml_string(MODEL)
+    for i in range(clips):
+        height = place_object(model, drawn, i)
+        state = mujoco.MjData(model)
+        mujoco.mj_setConst(model, state)
+        x, y = drawn['position'][i, 0] - data.WORLD / 2
+        state.qpos[:] = x, -y, height, -drawn['angle'][i]
+        mujoco.mj_step(model, state, SETTLE)
+        # The impulse acts at the centre of mass, at the last frame of the first step.
+        state.qvel[:2] = velocity[i] * (1, -1)
+        for frame in range(data.TUBELET, data.FRAMES):
+            mujoco.mj_step(model, state, SUBSTEPS)
+            drawn['position'][i, frame] = state.qpos[:2] * (1, -1) + data.WORLD / 2
+    return drawn
+
+
+def render(clips, size, device='cpu'):
+    """Pictures of the clips of simulate() → uint8 (n,FRAMES,size,size,3)."""
+    n = len(clips['mu'])
+    frames = np.empty((n, data.FRAMES, size, size, 3), np.uint8)
+
+    def draw(indices):
+        """Fill in the frames of some clips, with a renderer of its own, as a thread must."""
+        model = mujoco.MjModel.from_xml_string(MODEL)
+        state = mujoco.MjData(model)
+        with mujoco.Renderer(model, size, size) as renderer:
+            for i in indices:
+                height = place_object(model, clips, i)
+                for frame in range(data.FRAMES):
+                    if frame and (clips['position'][i, frame] == clips['position'][i, frame - 1]).all():
+                        frames[i, frame] = frames[i, frame - 1]
+                        continue
+                    x, y = clips['position'][i, frame] - data.WORLD / 2
+                    state.qpos[:] = x, -y, height, -clips['angle'][i]
+                    mujoco.mj_forward(model, state)
+                    renderer.update_scene(state, 'camera')
+                    renderer.render(out=frames[i, frame])
+    workers = min(n, os.cpu_count())
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(draw, np.array_split(np.arange(n), workers)))
+    return torch.from_numpy(frames).to(device)
