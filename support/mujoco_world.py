@@ -8,9 +8,10 @@ et al., 2012), with contact friction, seen in perspective, with a shadow.
 Needs pip install mujoco, and without a screen apt-get install libosmesa6. The plane is data.py's, its x to the
 right and y towards the viewer.
 """
+import atexit
+import functools
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
 import numpy as np
@@ -62,6 +63,15 @@ SHAPES = [(0.65, 0.65, 0.65), (0.8, 0.6, 0), (0.5, 0.5, 0)]
 HEIGHTS = [0.65, 0.6, 0.5]
 
 
+@functools.cache
+def open_renderer(size):
+    """The model, its state and what draws it: opened once for all clips, as that takes half a second."""
+    model = mujoco.MjModel.from_xml_string(MODEL)
+    renderer = mujoco.Renderer(model, size, size)
+    atexit.register(renderer.close)
+    return model, mujoco.MjData(model), renderer
+
+
 def place_object(model, clips, i):
     """Make the model's object that of clip i → half its height in metres."""
     shape = i % len(SHAPES)
@@ -102,24 +112,16 @@ def render(clips, size, device='cpu'):
     """Pictures of the clips of simulate() → uint8 (n,FRAMES,size,size,3)."""
     n = len(clips['mu'])
     frames = np.empty((n, data.FRAMES, size, size, 3), np.uint8)
-
-    def draw(indices):
-        """Fill in the frames of some clips, with a renderer of its own, as a thread must."""
-        model = mujoco.MjModel.from_xml_string(MODEL)
-        state = mujoco.MjData(model)
-        with mujoco.Renderer(model, size, size) as renderer:
-            for i in indices:
-                height = place_object(model, clips, i)
-                for frame in range(data.FRAMES):
-                    if frame and (clips['position'][i, frame] == clips['position'][i, frame - 1]).all():
-                        frames[i, frame] = frames[i, frame - 1]
-                        continue
-                    x, y = clips['position'][i, frame] - data.WORLD / 2
-                    state.qpos[:] = x, -y, height, -clips['angle'][i]
-                    mujoco.mj_forward(model, state)
-                    renderer.update_scene(state, 'camera')
-                    renderer.render(out=frames[i, frame])
-    workers = min(n, os.cpu_count())
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(draw, np.array_split(np.arange(n), workers)))
+    model, state, renderer = open_renderer(size)
+    for i in range(n):
+        height = place_object(model, clips, i)
+        for frame in range(data.FRAMES):
+            if 0 < frame < data.TUBELET:
+                frames[i, frame] = frames[i, 0]
+                continue
+            x, y = clips['position'][i, frame] - data.WORLD / 2
+            state.qpos[:] = x, -y, height, -clips['angle'][i]
+            mujoco.mj_forward(model, state)
+            renderer.update_scene(state, 'camera')
+            renderer.render(out=frames[i, frame])
     return torch.from_numpy(frames).to(device)

@@ -26,7 +26,7 @@ def all_losses(net, z, a, tau=TAU):
 
 def train(net, steps=5):
     """A few optimiser steps, so that nothing is at its initial value any more; then these clips are home."""
-    net.world.get_to_know(clips()[0])
+    net.world.get_to_know(clips()[0], clips()[0].flatten(0, 1).median(0).values)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
     for i in range(steps):
         optimizer.zero_grad()

@@ -86,6 +86,33 @@ def test_features_are_read_in_place(few, tmp_path):
     assert 'is complete; nothing to do' in prepare(tmp_path / 'set', few).stdout
 
 
+def test_forces_are_added_up(few, tmp_path):
+    """Newtons in several rows, of 0.01 s each, are one impulse at step 1."""
+    forces = np.random.default_rng(0).normal(size=(16, 2)).astype(np.float32)
+    np.save(few / 'train' / 'clip_17000' / 'actions_states' / 'actions.npy', forces)
+    prepare(tmp_path / 'set', few, '--content=features', '--frame_time=0.01')
+    actions = data.Clips(str(tmp_path / 'set'), 'train').actions
+    np.testing.assert_allclose(actions[0, 0], 0.01 * forces.sum(0), rtol=1e-5)
+    assert not actions[:, 1:].any()
+
+
+def test_a_first_step_that_has_seen_the_future_is_said(tmp_path):
+    """Features of clips in which z_1 knows the push, and of clips in which it knows nothing."""
+    rng = np.random.default_rng(0)
+    for told, words in (4, 'WARNING: step 1 tells the push'), (0, 'step 1 does not tell the push'):
+        for i in range(150):
+            push = rng.normal(size=2)
+            z = rng.normal(size=(8, 16, 24))
+            z[:, :2, 5] += told * push
+            folder = tmp_path / f'clips{told}' / f'clip_{i:05d}'
+            folder.mkdir(parents=True)
+            np.save(folder / 'actions.npy', push[None])
+            (folder / 'feature_maps').mkdir()
+            np.save(folder / 'feature_maps' / 'x.npy', z.astype(np.float16))
+        out = prepare(tmp_path / f'set{told}', tmp_path / f'clips{told}', '--split=train:0-99,val:100-149').stdout
+        assert words in out and '100 clips; for the defaults of training take 3,000' in out
+
+
 def test_several_pushes_and_states(few, tmp_path):
     """(8,2) is kept, (7,2) gets a row of zeros, a single push acts at step 1; states of steps or frames."""
     rows = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)

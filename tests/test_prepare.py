@@ -135,3 +135,35 @@ def test_a_new_domain_makes_one_split_and_moves_no_clip(tiny, tmp_path):
     ('--split=B:1-2', 'own clips alone'), ('--encode=clip', 'V-JEPA 2 alone')])
 def test_no_option_is_ignored(option, words, tiny):
     assert words in refused(run('prepare.py', f'--name={tiny}', *SMALL_SET, option, ok=False))
+
+
+def test_the_domains_in_a_real_engine(tmp_path):
+    """Contact friction stops a slide as Coulomb's law says; one line where the engine or the file is missing."""
+    try:
+        from support import mujoco_world
+    except SystemExit:
+        pytest.skip('the package mujoco or libosmesa6 is missing')
+    for domain in ('A', 'B', 'turned', 'wind', 'colour'):
+        physics, law = mujoco_world.simulate(domain, 6, 1, 'x'), data.simulate(domain, 6, 1, 'x')
+        np.testing.assert_allclose(physics['position'], law['position'], atol=2e-3)
+    frames = mujoco_world.render(physics, 64)
+    assert frames.shape == (6, 16, 64, 64, 3) and (frames[:, 0] == frames[:, 1]).all()
+    # What differs between two frames is where the object is, and its shadow.
+    changed = (frames[0, 15].int() - frames[0, 0].int()).abs().sum(-1) > 60
+    assert 10 < changed.sum() < 500
+    (tmp_path / 'encoder.py').write_text('import torch\ndef encode(pictures):\n'
+                                         '    small = torch.nn.functional.avg_pool2d(pictures, 16)\n'
+                                         '    return torch.cat([small, 99 + 0 * small], 1)\n')
+    folder = tmp_path / 'set'
+    wanted = f'--name={folder}', '--source=mujoco', '--size=32', '--clips=6', '--test_clips=2'
+    assert 'a second' in run('prepare.py', *wanted, f'--encoder={tmp_path}/encoder.py:encode').stdout
+    clips = data.Clips(str(folder), 'train')
+    # Three of six channels are constant and large: without a scale they would be all that is left.
+    z = clips.stored(range(6))[0].float()
+    assert clips.meta['shape'] == [8, 4, 6] and (z[..., 3:] == 0).all()
+    torch.testing.assert_close(z[..., :3].flatten(0, 2).std(0), torch.ones(3), atol=0.05, rtol=0)
+    pixels = mujoco_world.render(clips.physics, 32).float() / 255
+    mean, deviation = (torch.tensor(part)[:3] for part in clips.meta['scale'])
+    expected = (pixels.unflatten(1, (8, 2)).mean(2)[:, :, :16, :16].mean((2, 3)) - mean) / deviation
+    torch.testing.assert_close(z[:, :, 0, :3], expected, atol=2e-2, rtol=0)
+    assert 'no such function' in refused(run('prepare.py', f'--name={tmp_path}/x', '--encoder=x.py:f', ok=False))
