@@ -95,7 +95,7 @@ def test_the_tests_pass_in_a_folder_that_has_been_used(tmp_path):
 
 def test_the_python_examples(tiny, trained):
     """That of docs/code.md, and the notebook."""
-    [example] = re.findall(r'^```python\n(.*?)^```$', ''.join(PAGES.values()), re.S | re.M)
+    [example] = re.findall(r'^```python\n(.*?)^```$', PAGES[Path(ROOT, 'docs', 'code.md')], re.S | re.M)
     exec(example.replace('out/hope.pt', trained['hope']).replace("'slide'", repr(tiny)), scope := {})
     assert scope['z_8'].shape == scope['z'][:, 7].shape
     matplotlib.use('Agg')
