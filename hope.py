@@ -244,7 +244,7 @@ class InverseDynamics(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(self.steps * step_size, self.HIDDEN), nn.GELU(),
                                  nn.Linear(self.HIDDEN, self.HIDDEN), nn.GELU())
         self.push = nn.Linear(self.HIDDEN, sizes.action_dim)
-        # Set by train.py: mean length of a push, and the empty scene, without which a textured plane is in the way.
+        # Set by train.py: mean length of a push, and the empty scene, as a textured plane hides what moves.
         self.register_buffer('scale', torch.ones(()))
         self.register_buffer('scene', torch.zeros(math.prod(sizes.grid), sizes.feature_dim))
 

@@ -30,15 +30,15 @@ from support import own_clips, plots
 from support.files import pick_device, write_atomically
 
 name = 'slide'           # data set: data/<name> beside the code, or a folder if it contains a slash
-source = 'physics'       # physics, mujoco, or a folder of own clips: <source>/<split>/<clip> or <source>/<clip>
+source = 'physics'       # physics, mujoco, or a folder of own clips: with <split>/<clip>, or <clip>, in it
 split = ''               # own clips: by their numbers, train:17000-21999,B:22000-22999; '' = by folder
 content = ''             # own clips: what to take; '' = features where there are any [ | features | pictures]
-frame_time = 0.0         # own clips: seconds of a row of actions, in N, which are added up; 0 = they are N·s [0..]
+frame_time = 0.0         # own clips: seconds of a row of actions in N, added up; 0 = they are in N·s [0..]
 clips = 30000            # simulated: clips in train; fit_B, for the oracle, has a fifth of them [1..]
 test_clips = 600         # simulated: clips in val and in each test_<domain> [1..]
 zoom = True              # physics: also A seen from nearer by, as many clips as in train
 seed = 1                 # simulated: of the clips [0..]
-size = 0                 # pictures: side in pixels, a multiple of 16; 0 = V-JEPA 2's or the pictures' own [0..]
+size = 0                 # pictures: side in pixels, a multiple of 16; 0 = V-JEPA 2's, or their own [0..]
 encoder = ''             # pictures: patch, file.py:function, V-JEPA 2: vitl, vith, vitg, a path; '' = patch
 dim = 48                 # patch: D, the number of lowest frequencies of a patch that are kept [3..1536]
 encode = 'step'          # V-JEPA 2: each step alone, or all at once: z_1 then sees the future [step | clip]
@@ -47,6 +47,7 @@ device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or
 batch = 32               # clips encoded at once [1..]
 config = configure(globals()) if __name__ == '__main__' else {}
 
+SIMULATED = 'physics', 'mujoco'       # sources that are no folder
 PATCH = 16               # pixels per patch side, as in ViT-L/16
 ZOOMS = 1.2, 1.44, 1.728, 2.074       # factors of the split `zoom`, each for a quarter of its clips
 FRAME_BYTES = 2**19      # bytes of frames encoded at once: as floats they fit into a processor's cache
@@ -69,19 +70,46 @@ def patch_encode(frames, basis):
     return torch.cat([data.tubelets(clips, PATCH).mT.flatten(-2) @ basis for clips in parts])
 
 
-def encode_pictures(frames, net):
-    """uint8 frames (n,F,H,W,3) → features (n,T,N,D), by a net for pictures: the mean over a step's frames."""
+def encode_pictures(frames, net, scale=((0.0,), (1.0,))):
+    """
+    uint8 frames (n,F,H,W,3) → features (n,T,N,D), by a net for pictures: the mean over a step's frames, less the
+    mean of each channel and over its deviation, which channel_scale() found.
+    """
     n = len(frames)
     maps = net(frames.flatten(0, 1).permute(0, 3, 1, 2) / 255)         # (n*F,D,rows,columns)
-    return maps.flatten(2).mT.unflatten(0, (n, -1, data.TUBELET)).mean(2)
+    z = maps.flatten(2).mT.unflatten(0, (n, -1, data.TUBELET)).mean(2)
+    mean, deviation = torch.tensor(scale, device=z.device)
+    return (z - mean) / deviation
+
+
+def channel_scale(z):
+    """
+    Mean and deviation of each channel of features z (n,T,N,D), two lists; 0 and 1, which change nothing, where no
+    channel has a tenth of the squares.
+    """
+    z = z.flatten(0, 2)
+    power = z.square().mean(0)
+    if power.max() < 0.1 * power.sum():
+        return [0.0], [1.0]
+    return z.mean(0).tolist(), z.std(0).clamp(min=1e-6).tolist()
+
+
+def is_function(encoder):
+    """Whether an encoder is given as file.py:function."""
+    return '.py:' in encoder
+
+
+def is_vjepa2(encoder):
+    """Whether an encoder is V-JEPA 2: a name of its size, or a folder."""
+    return encoder not in ('none', 'patch') and not is_function(encoder)
 
 
 def load_encoder(config, device):
     """The frozen encoder, and the size of pictures in pixels that it wants, 0 for any."""
     if config['encoder'] == 'patch':
         return functools.partial(patch_encode, basis=cosine_basis(config['dim']).to(device)), 0
-    file, _, function = config['encoder'].rpartition(':')
-    if file:
+    if is_function(config['encoder']):
+        file, _, function = config['encoder'].rpartition(':')
         if not os.path.isfile(file) or function not in (found := runpy.run_path(file)):
             refuse(f'--encoder={config["encoder"]}: there is no such function')
         return functools.partial(encode_pictures, net=found[function]), 0
@@ -91,16 +119,12 @@ def load_encoder(config, device):
     return encode, net.config.crop_size
 
 
-def is_vjepa2(encoder):
-    return encoder not in ('none', 'patch') and ':' not in encoder
-
-
 def open_set(config, kind, folder):
     """meta.json of a set, as it is or new; refuses options that would be ignored or that it does not have."""
-    physics, simulated = config['source'] == 'physics', config['source'] in ('physics', 'mujoco')
+    physics, simulated = config['source'] == 'physics', config['source'] in SIMULATED
     encoder = 'none' if kind == 'features' else config['encoder'] or 'patch'
-    used = {'physics': physics, 'simulated': simulated, 'own clips': not simulated, 'pictures': kind == 'pictures',
-            'patch': encoder == 'patch', 'V-JEPA 2': is_vjepa2(encoder)}
+    used = {'physics': physics, 'simulated': simulated, 'own clips': not simulated,
+            'pictures': kind == 'pictures', 'patch': encoder == 'patch', 'V-JEPA 2': is_vjepa2(encoder)}
     for key, (default, comment) in read_knobs(__file__).items():
         what = comment.partition(':')[0]
         if config[key] != default and not used.get(what, True):
@@ -113,7 +137,7 @@ def open_set(config, kind, folder):
         return {'config': chosen, 'patch': PATCH}
     meta = data.read_meta(folder)
     for key, value in chosen.items():
-        was = meta['config'][key]
+        was = meta['config'].get(key)
         if was != value:
             refuse(f'{folder} was made with {key} = {was!r}, not {value!r}; choose another --name')
     return meta
@@ -151,7 +175,10 @@ def world_of(config):
 
 
 def simulate_splits(config, device):
-    """A simulated world → {split: (arrays for its .npz, frames(indices, size) → (n,F,size,size,3))}."""
+    """
+    A simulated world → {split: function}, which simulates it when it is first called → (arrays for its .npz,
+    frames(indices, size) → (n,F,size,size,3)).
+    """
     world = world_of(config)
 
     def draw(physics, indices, size):
@@ -162,41 +189,29 @@ def simulate_splits(config, device):
     factors = np.repeat(ZOOMS, -(-clips // 4))[:clips, None]           # (n,1)
     if config['zoom']:
         drawn['zoom'] = 'A', len(factors), factors[:, 0]
-    splits = {}
-    for split, (domain, count, factor) in drawn.items():
+
+    @functools.cache
+    def simulated(split):
+        domain, count, factor = drawn[split]
         physics = world.simulate(domain, count, config['seed'], split, factor)
         actions = np.zeros((count, data.FRAMES // data.TUBELET, 2), np.float32)
-        actions[:, 0] = physics['impulse']
-        splits[split] = {'actions': actions, **physics}, functools.partial(draw, physics)
-    if config['zoom']:
-        # What moves s times as far was pushed s times as hard, but friction takes its part only once.
-        val, frames = splits['val']
-        seen = np.arange(min(64, few))
-        taken = friction_push(frames(seen, 64), val['impulse'][seen])
-        push = splits['zoom'][0]['actions'][:, 0]
-        push *= factors - (factors - 1) * taken / np.linalg.norm(push, axis=1, keepdims=True)
-    return splits
+        push = actions[:, 0]
+        push[:] = physics['impulse']
+        if split == 'zoom':
+            # What moves s times as far was pushed s times as hard, but friction takes its part only once.
+            val, frames = simulated('val')
+            seen = np.arange(min(64, few))
+            taken = friction_push(frames(seen, 64), val['impulse'][seen])
+            push *= factors - (factors - 1) * taken / np.linalg.norm(push, axis=1, keepdims=True)
+        return {'actions': actions, **physics}, functools.partial(draw, physics)
+    return {split: functools.partial(simulated, split) for split in drawn}
 
 
-def channel_scale(z):
-    """
-    Mean and deviation of each channel of features z (n,T,N,D), two lists, by which a set is standardised; 0 and
-    1 where no channel has a tenth of the squares, so that z is kept as it is.
-    """
-    z = z.flatten(0, 2)
-    power = z.square().mean(0)
-    if power.max() < 0.1 * power.sum():
-        return [0.0], [1.0]
-    return z.mean(0).tolist(), z.std(0).clamp(min=1e-6).tolist()
-
-
-def write_features(path, clips, frames, encode, size, scale):
+def write_features(path, clips, frames, encode, size):
     """Encode so many clips into a new file → their features (clips,T,N,D) float16, memory-mapped."""
     features = None
     for indices in tqdm(np.split(np.arange(clips), range(batch, clips, batch)), path, disable=None):
         z = encode(frames(indices, size))
-        mean, deviation = torch.tensor(scale, device=z.device)
-        z = (z - mean) / deviation
         if features is None:
             features = np.lib.format.open_memmap(path, 'w+', np.float16, (clips, *z.shape[1:]))
         features[indices] = z.half().cpu().numpy()
@@ -238,40 +253,46 @@ def fit_decoder(train, frames, device):
 def main():
     """Make what is missing of a data set."""
     folder, where = data.folder_of(name), pick_device(device)
-    simulated = source in ('physics', 'mujoco')
-    kind = 'pictures'
+    simulated, kind = source in SIMULATED, 'pictures'
     if not simulated:
         found = own_clips.find_clips(source, split)
         first = found['train'][0]
         kind = content or ('features' if own_clips.content(first, 'features') else 'pictures')
-        print(f'train: {len(found["train"]):,} clips; for the defaults of training take 3,000 or more', flush=True)
+        count = len(found['train'])
+        print(f'train: {count:,} clips; for the defaults of training take 3,000 or more', flush=True)
     meta = open_set(config, kind, folder)
     chosen = meta['config']
     if simulated:
-        splits, usual_size = simulate_splits(chosen, where), 64 if source == 'physics' else 128
+        splits = simulate_splits(chosen, where)
     else:
-        splits = own_clips.open_splits(found, kind, is_vjepa2(chosen['encoder']), frame_time, where)
+        # All actions are read now, so that a bad clip is refused before the first is encoded.
+        opened = own_clips.open_splits(found, kind, is_vjepa2(chosen['encoder']), frame_time, where)
+        splits = {part: functools.partial(opened.get, part) for part in opened}
     ending = 'npz' if kind == 'features' else 'npy'
     missing = [part for part in splits if not os.path.exists(os.path.join(folder, f'{part}.{ending}'))]
     os.makedirs(folder, exist_ok=True)
     if missing and kind == 'pictures':
         encode_frames, own_size = load_encoder(chosen, where)
-        pixels = size or own_size or (usual_size if simulated else own_clips.side(first) // PATCH * PATCH)
+        usual = {'physics': 64, 'mujoco': 128}
+        pixels = size or own_size or usual.get(source) or own_clips.side(first) // PATCH * PATCH
         print(f'{folder}: pictures of {pixels} x {pixels}, encoded by {chosen["encoder"]}', flush=True)
-        if ':' in chosen['encoder'] and 'scale' not in meta:
-            few = np.arange(min(64, len(splits['train'][0]['actions'])))
-            meta['scale'] = channel_scale(encode_frames(splits['train'][1](few, pixels)))
+        if is_function(chosen['encoder']):
+            if 'scale' not in meta:
+                arrays, frames = splits['train']()
+                few = np.arange(min(64, len(arrays['actions'])))
+                meta['scale'] = channel_scale(encode_frames(frames(few, pixels)))
+            encode_frames = functools.partial(encode_frames, scale=meta['scale'])
     for part in missing:
         path = os.path.join(folder, part)
-        arrays, frames = splits[part]
-        started, clips = time.time(), len(arrays['actions'])
+        started = time.time()
+        arrays, frames = splits[part]()
+        clips = len(arrays['actions'])
         if kind == 'features':
             _, shape = own_clips.read_features(first)
             listed = tqdm(found[part], part, disable=None)
             meta.setdefault('files', {})[part] = [own_clips.read_features(clip, shape)[0] for clip in listed]
         else:
-            scale = meta.get('scale', ([0.0], [1.0]))
-            features = write_features(f'{path}.npy.tmp', clips, frames, encode_frames, pixels, scale)
+            features = write_features(f'{path}.npy.tmp', clips, frames, encode_frames, pixels)
             shape = features.shape[1:]
         name_split(path, meta, shape, arrays)
         print(f'{part}: {clips:,} clips, {clips / (time.time() - started):.0f} a second', flush=True)
@@ -283,7 +304,8 @@ def main():
     if kind == 'features' and not (own_clips.content(first, 'pictures') and find_spec('imageio')):
         print('no pictures beside the features, or no package imageio: predictions will not be drawn')
     elif not os.path.exists(decoder):
-        fitted = fit_decoder(data.Clips(folder, 'train'), splits['train'][1], where)
+        _, frames = splits['train']()
+        fitted = fit_decoder(data.Clips(folder, 'train'), frames, where)
         write_atomically(decoder, lambda f: np.save(f, fitted))
     print(f'{folder} is complete' if missing else f'{folder} is complete; nothing to do')
 

@@ -1,12 +1,12 @@
 """
-The domains of data.py in a real engine: a box, cylinder or capsule slides on a textured plane in MuJoCo (Todorov
-et al., 2012), with contact friction, seen in perspective, with a shadow.
+The domains of data.py in a real engine: a box, cylinder or capsule slides on a textured plane in MuJoCo
+(Todorov et al., 2012), with contact friction, seen in perspective, with a shadow.
 
     clips = simulate('B', 100, 1, 'test_B')      # as data.simulate
     frames = render(clips, 128)                  # as data.render
 
-Needs pip install mujoco, and without a screen apt-get install libosmesa6. The plane is data.py's, its x to the
-right and y towards the viewer.
+Needs pip install mujoco, and without a screen apt-get install libosmesa6. The plane is data.py's, its x to
+the right and y towards the viewer.
 """
 import atexit
 import functools
@@ -40,7 +40,8 @@ MODEL = f'''
     <headlight ambient=".35 .35 .35" diffuse=".15 .15 .15" specular="0 0 0"/>
   </visual>
   <asset>
-    <texture name="plane" type="2d" builtin="checker" rgb1=".98 .95 .90" rgb2=".84 .81 .76" width="64" height="64"/>
+    <texture name="plane" type="2d" builtin="checker" width="64" height="64"
+             rgb1=".98 .95 .90" rgb2=".84 .81 .76"/>
     <material name="plane" texture="plane" texrepeat="8 8"/>
   </asset>
   <worldbody>

@@ -156,8 +156,8 @@ def side(folder):
 
 def say_what_step_1_tells(train, val):
     """
-    How well a linear map reads the push from z_1, which should not know it: ridge regression on up to 400 clips
-    of train, data.Clips, correlation on up to 200 of val → a sentence.
+    How well a linear map reads the push from z_1, which should not know it: ridge regression on up to 400
+    clips of train, data.Clips, correlation on up to 200 of val → a sentence.
     """
     def first_steps(clips, most):
         count = min(most, len(clips))
@@ -174,8 +174,9 @@ def say_what_step_1_tells(train, val):
     a_val = a_val - a_val.mean(0)
     found = ((read_out * a_val).sum() / (read_out.norm() * a_val.norm()).clamp(min=1e-12)).item()
     chance = 3 / a_val.numel() ** 0.5
+    measured = f'correlation {found:.2f}, chance is up to {chance:.2f}'
     if found < chance:
-        return f'step 1 does not tell the push: correlation {found:.2f}, chance is up to {chance:.2f}'
-    return (f'WARNING: step 1 tells the push: correlation {found:.2f}, chance is up to {chance:.2f}. Either it was '
-            'encoded together with later pictures;\nthen it has seen the future, and jump losses prove nothing: '
-            'encode again, each step alone (--encode=step).\nOr pushes go with the places where objects start.')
+        return f'step 1 does not tell the push: {measured}'
+    return (f'WARNING: step 1 tells the push: {measured}. Either it was encoded together\n'
+            'with later pictures; then it has seen the future, and jump losses prove nothing: encode again, each\n'
+            'step alone (--encode=step). Or pushes go with the places where objects start.')

@@ -33,15 +33,16 @@ Worlds = namedtuple('Worlds', 'matrix on_top along direction log_gain sharp')
 def draw_worlds(rng, streams, numbers, gain, plain):
     """
     A world for each stream from a numpy generator; pushes have so many numbers → Worlds.
-    gain: the logarithm of the gain is uniform up to plus and minus this. plain: share of worlds that are A.
+    gain: the logarithm of the gain is uniform between minus and plus this, of light worlds from a third of it
+    on. plain: share of worlds that are A.
     """
     def share(p):
         """A random share of the streams, as 0 or 1 (S,1)."""
         return (rng.random((streams, 1)) < p) * 1.0
     other = 1 - share(plain)
     matrix = np.empty((streams, numbers, numbers))
-    light = share(LIGHT)
-    gains = np.exp(other * rng.uniform(light * gain / 3 - (1 - light) * gain, gain, (streams, 1)))
+    least = np.where(share(LIGHT), gain / 3, -gain)
+    gains = np.exp(other * rng.uniform(least, gain))
     turned, squeezed, mirrored = (other * share(p) for p in (TURNED, SQUEEZED, MIRRORED))
     for s in range(streams):
         turn, (axis, *_) = random_turn(rng, numbers), random_turn(rng, numbers)
@@ -82,9 +83,9 @@ def given_pushes(worlds, pushes, looks, mean_push):
 
 def fitting(rng, worlds, pushes, mean_push, usual, count):
     """
-    Indices (S,count) of candidates' pushes (S,m,A) which are then given as strong as those of A, whose lengths
-    are usual (n,): of each eighth of these equally many, as far as there are any. So in a world where pushes
-    count for much, a stream has motion that goes far.
+    Indices (S,count) of candidates' pushes (S,m,A) which are then given as strong as those of A, whose
+    lengths are usual (n,): of each eighth of these equally many, as far as there are any. So in a world where
+    pushes count for much, a stream has motion that goes far.
     """
     looks = pushes.new_zeros(pushes[..., 0].numel(), WorldHead.LOOKS)
     length = given_pushes(worlds, pushes, looks, mean_push).norm(dim=-1).numpy()

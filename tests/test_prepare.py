@@ -44,7 +44,7 @@ def test_each_step_is_encoded_from_its_own_frames_alone():
 def test_zoomed_clips_have_the_pushes_that_they_look_like():
     """The law of A, read from its pictures: the push after which an object of A is where theirs is seen."""
     splits = simulate_splits(dict(source='physics', clips=200, test_clips=64, seed=1, zoom=True), 'cpu')
-    zoomed, _ = splits['zoom']
+    zoomed, _ = splits['zoom']()
     assert len(zoomed['actions']) == 200 and not zoomed['actions'][:, 1:].any()
     assert (zoomed['impulse'] == data.simulate('A', 200, 1, 'zoom')['impulse']).all()
     seconds = (data.FRAMES - 3 - 1) / data.FPS                         # the first step rests
