@@ -17,7 +17,7 @@ import functools
 import json
 import multiprocessing
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -45,7 +45,7 @@ streams = 1              # orders of the clips; with several, intervals are over
 plan = False             # at the end of every phase, choose pushes that bring objects to goals
 methods = ''             # as they are called in the table, separated by commas; '' = no controls, or all
 rates = ''               # learning rates that are given instead of tuned: LN-TTA=0.003,CMS=10
-tune_on = 'C'            # domains X of tuning streams A→X→A; without one, rates are the defaults
+tune_on = 'C'            # domain X of the tuning stream A→X→A; without one, rates are the defaults
 out = 'out/aba'          # folder for the results
 processes = 0            # rows run side by side; 0 = one per core, on a GPU 1 [0..]
 device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
@@ -111,83 +111,78 @@ def labels_of(phases):
 
 
 def resolved(config):
-    """The config with its lists as lists, and the phases and shifts that the data set has."""
-    phases, shifts = listed(config['phases']), listed(config['tune_on'])
+    """The config with its lists as lists, and with phases and a shift to tune on that the data set has."""
+    phases, shift = listed(config['phases']), config['tune_on']
     if phases == ['auto']:
         phases = ['A', 'B', 'A'] if has_split(config['data'], 'test_A') else ['val', 'B', 'A2']
-    if shifts == ['C'] and ('C' in phases or not has_split(config['data'], 'test_C')):
+    if shift == 'C' and ('C' in phases or not has_split(config['data'], 'test_C')):
         print('no other shift to tune on (--tune_on): learning rates are the defaults')
-        shifts = []
-    if {'A', 'B', 'val', *phases} & {*shifts}:
-        refuse(f'--tune_on={config["tune_on"]}: rates tuned on a domain under test prove nothing')
+        shift = ''
+    if shift in ('A', 'B', 'val', *phases):
+        refuse(f'--tune_on={shift}: rates tuned on a domain under test prove nothing')
     methods, rates = listed(config['methods']), dict(item.split('=') for item in listed(config['rates']))
-    return {**config, 'phases': phases, 'tune_on': shifts, 'methods': methods, 'rates': rates}
+    return {**config, 'phases': phases, 'tune_on': shift, 'methods': methods, 'rates': rates}
 
 
 class Experiment:
     """
     What every method goes through, of a resolved config. No clip serves twice.
 
-    streams: clips (split, index) of all phases, in each order. tuning: streams A→X→A; other: the first X.
+    streams: clips (split, index) of all phases, in each order. tuning: the stream A→X→A; other: its X.
     probes: {domain: (split, indices)}, scored after probe_at clips. shown: the numbers of clips to be drawn.
     goals, with --plan: {clips seen by the end of a phase: (its label, planning.Goals)}, pushes up to largest.
     """
 
     def __init__(self, config):
         self.config = config
-        phases, shifts = config['phases'], [split_of(shift) for shift in config['tune_on']]
+        phases, shifts = config['phases'], [split_of(shift) for shift in listed(config['tune_on'])]
         self.labels = labels_of(phases)
         self.domains = [domain_of(phase) for phase in phases]
         streamed = [split_of(phase) for phase in phases]
         probed = dict(zip(self.domains, streamed))
-        tuned = ['val', 'val'] if shifts else []
         self.splits = {split: Clips(config['data'], split) for split in ['train', 'val', *streamed, *shifts]}
-        uses = {'clips': streamed, 'probe_clips': [*probed.values()], 'tune_clips': tuned + 2 * shifts}
+        tuned = ['val', 'val', *shifts, *shifts] if shifts else []
+        uses = {'clips': streamed, 'probe_clips': [*probed.values()], 'tune_clips': tuned}
         self.clips, self.probe_clips, few = self.count(uses)
         n = self.clips
-        free = {split: iter(range(len(clips))) for split, clips in self.splits.items()}
-        first = [(split, next(free[split])) for split in streamed for _ in range(n)]
-        home = [('val', next(free['val'])) for _ in range(few * len(tuned))]
-        others = [[(split, i) for i in range(2 * few)] for split in shifts]
-        self.tuning = [home[:few] + other + home[few:] for other in others]
-        self.other = others[0] if others else []
-        self.probes = {domain: (split, [next(free[split]) for _ in range(self.probe_clips)])
+        # Probes and tuning take the first clips of a split, streams some of the others, in another order each.
+        free = {split: [*range(len(clips))] for split, clips in self.splits.items()}
+        self.probes = {domain: (split, [free[split].pop(0) for _ in range(self.probe_clips)])
                        for domain, split in probed.items()}
-        # In other orders also the clips that are left take part.
-        pools = {split: [i for other, i in first if other == split] + [*free[split]]
-                 for split in dict.fromkeys(streamed)}
-        self.streams = [first]
-        for number in range(2, config['streams'] + 1):
+        self.other = [(split, i) for split in shifts for i in range(2 * few)]
+        home = [('val', free['val'].pop(0)) for _ in self.other]
+        self.tuning = home[:few] + self.other + home[few:]
+        self.streams = []
+        for number in range(config['streams']):
             random = np.random.default_rng(number)
-            orders = {split: iter(random.permutation(pool).tolist()) for split, pool in pools.items()}
-            self.streams.append([(split, next(orders[split])) for split, _ in first])
-        end = len(first) + 1
-        self.probe_at = sorted({*range(0, end, config['probe_every']), *range(0, end, n)})
+            orders = {split: iter(random.permutation(free[split]) if number else free[split])
+                      for split in dict.fromkeys(streamed)}
+            self.streams.append([(split, int(next(orders[split]))) for split in streamed for _ in range(n)])
+        end = n * len(phases)
+        self.probe_at = sorted({*range(0, end, config['probe_every']), *range(0, end + 1, n)})
         self.largest = float(np.linalg.norm(self.splits['train'].actions[:, 0], axis=-1).max())
-        self.goals, self.simulator = {}, []
+        self.goals = {}
         for i, domain in enumerate(self.domains if config['plan'] else []):
             split, indices = self.probes[domain]
             goals = planning.make_goals(self.splits[split], domain, indices, config['device'])
             self.goals[(i + 1) * n] = self.labels[i], goals
-            distance = planning.reached(goals, planning.plan_with_simulator(goals, self.largest))
-            self.simulator.append({'phase': self.labels[i], 'distance': distance.tolist(), 'ms': None})
         # The last two clips of the first phase, and the first ten of the second.
         drawable = Path(folder_of(config['data']), 'decoder.npy').exists()
-        self.shown = [*range(len(first))][max(0, n - 2):n + min(n, 10)] if drawable else []
+        self.shown = [*range(end)][max(0, n - 2):n + min(n, 10)] if drawable else []
 
     def count(self, uses):
-        """How many clips uses {option: splits} have: as asked for, or less where a split has too few."""
-        wanted = [(split, self.config[option]) for option, splits in uses.items() for split in splits]
+        """As many clips as asked for, or a share of it if a split has too few; uses: {option: splits}."""
+        asked = {option: self.config[option] for option in uses}
+        needed = Counter()
         for option, splits in uses.items():
-            asked = count = self.config[option]
-            for split in splits:
-                total = sum(clips for other, clips in wanted if other == split)
-                count = min(count, asked * len(self.splits[split]) // total)
-            if not count:
-                refuse(f'data set {self.config["data"]} has too few clips for stream, tuning and probes')
-            if count < asked:
-                print(f'{option} = {count}: data set {self.config["data"]} has no more')
-            yield count
+            needed.update({split: asked[option] * splits.count(split) for split in splits})
+        share = min(1, *(len(self.splits[split]) / count for split, count in needed.items()))
+        found = {option: int(share * count) for option, count in asked.items()}
+        if not all(found.values()):
+            refuse(f'data set {self.config["data"]} has too few clips for stream, tuning and probes')
+        if found != asked:
+            print(f'data set {self.config["data"]} has no more clips: {found}')
+        return found.values()
 
     def bare(self, readout=None):
         """The same without probes, goals and clips to be drawn."""
@@ -296,8 +291,8 @@ def run_row(config, row):
     if row['rate_from'] == 'tuned':
         bare = experiment.bare()
         for rate in method.rates:
-            losses = [run_stream(method(checkpoint, rate, bare), [stream])['loss'] for stream in bare.tuning]
-            tried[rate] = float(np.nan_to_num(np.mean(losses), nan=np.inf))
+            loss = run_stream(method(checkpoint, rate, bare), [bare.tuning])['loss']
+            tried[rate] = float(np.nan_to_num(np.mean(loss), nan=np.inf))
         row['rate'] = min(tried, key=tried.get)
     if not row['model']:
         # Without a model nothing is learned, and where the scene is blank there is no object.
@@ -347,7 +342,7 @@ def main(config):
                 refuse(f'{path} is of another run: {key} = {there.get(key)}, not {value}; name another --out')
     text = json.dumps(config)
     experiment = experiment_of(text)
-    names = 'labels', 'domains', 'clips', 'probe_at', 'simulator'
+    names = 'labels', 'domains', 'clips', 'probe_at'
     run = {name: getattr(experiment, name) for name in names} | {
         'config': config,
         'phases': config['phases'],

@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import typing
-import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -96,11 +95,11 @@ def path(impulse, mass, physics):
     return slide(impulse[:, None], physics._replace(mass=np.reshape(mass, (-1, 1, 1))), seconds[:, None])
 
 
-def places_to_start(radius, window, paths):
-    """Least and greatest places (n,2) where objects, radii (n,1), stay in windows (n,1) on all paths."""
+def places_to_start(radius, paths, zoom):
+    """Least and greatest places (n,2) where objects, radii (n,1), stay in WORLD / zoom on all paths."""
     ends = np.stack([path[:, -1] for path in paths])                   # (paths,n,2)
     low = radius + np.maximum(0, -ends).max(0)
-    high = window - radius - np.maximum(0, ends).max(0)
+    high = WORLD / zoom - radius - np.maximum(0, ends).max(0)
     return low, high
 
 
@@ -111,29 +110,27 @@ def simulate(domain, clips, seed, split, zoom=1):
     Returns arrays over n = clips: mu (n,), mass (n,) kg, impulse (n,2) N·s without the wind, position
     (n,FRAMES,2) m in the picture; for render() corners (n,), radius (n,) m, angle (n,) rad, colour (n,3) in
     0..1. Objects rest during the first time step, so z_1 holds no physics; the impulse acts at its last
-    frame. Refuses a domain in which objects slide out of view. zoom: a factor above 1, or one per clip (n,):
-    the world seen through a window of WORLD / zoom, in which position and radius are then given. The room is
-    then that of this domain alone.
+    frame. Refuses a domain in which objects slide out of view. zoom: plane and objects are so many times smaller
+    and seen from as much nearer by, and position and radius are those in the picture. Above 1 the room is that
+    of this domain alone.
     """
     rng = np.random.default_rng([seed, zlib.crc32(split.encode())])
     u = rng.random((clips, 11))
     size = IMPULSE[0] * (IMPULSE[1] / IMPULSE[0]) ** u[:, 0:1]         # (n,1)
     direction = 2 * np.pi * u[:, 1]
     impulse = size * np.stack([np.cos(direction), np.sin(direction)], axis=1)
-    radius = RADIUS[0] + (RADIUS[1] - RADIUS[0]) * u[:, 2:3]           # (n,1)
     colour = BRIGHTEST * u[:, 7:10]
-    zoom = np.broadcast_to(zoom, clips)[:, None]                       # (n,1)
-    window = WORLD / zoom
+    radius = (RADIUS[0] + (RADIUS[1] - RADIUS[0]) * u[:, 2:3]) / zoom  # (n,1)
     physics = DOMAINS[domain]
     # Uniform between two bounds, so that no mass is far off; sqrt(3) makes `varied` a standard deviation.
     spread = np.sqrt(3) * (2 * u[:, 10] - 1)
     red = np.where(colour[:, 0] > colour[:, 2], 0.5, -0.5)
     mass = physics.mass * np.exp(physics.varied * spread) * physics.colour ** red
     motion = path(impulse, mass, physics)
-    room = [motion] if (zoom > 1).any() else [path(impulse, other.mass, other) for other in ROOM]
-    low, high = places_to_start(radius, window, room)
+    room = [motion] if zoom > 1 else [path(impulse, other.mass, other) for other in ROOM]
+    low, high = places_to_start(radius, room, zoom)
     start = low + (high - low) * u[:, 3:5]
-    least, most = places_to_start(radius, window, [motion])
+    least, most = places_to_start(radius, [motion], zoom)
     if (start < least - 1e-9).any() or (start > most + 1e-9).any():
         refuse(f'domain {domain}: objects slide out of view; widen ROOM or enlarge WORLD in data.py')
     corners = (u[:, 5] * len(CORNERS)).astype(int)
@@ -141,9 +138,9 @@ def simulate(domain, clips, seed, split, zoom=1):
         'mu': np.full(clips, physics.mu),
         'mass': mass,
         'impulse': impulse,
-        'position': zoom[:, None] * (start[:, None] + motion),
+        'position': zoom * (start[:, None] + motion),
         'corners': np.asarray(CORNERS)[corners],
-        'radius': zoom[:, 0] * radius[:, 0],
+        'radius': zoom * radius[:, 0],
         'angle': 2 * np.pi * u[:, 6],
         'colour': colour,
     }
@@ -160,8 +157,7 @@ def render(clips, size, device='cpu'):
     scale = size / WORLD
     centre = column('position', n, FRAMES, 2) * scale
     # Only a box around the object is computed. At the border the box is moved inside.
-    largest = max(RADIUS[1], clips['radius'].max())
-    box = min(size, 2 * int(largest * scale + 2) + 1)
+    box = min(size, 2 * int(RADIUS[1] * scale + 2) + 1)
     corner = (centre.long() - box // 2).clamp(0, size - box)           # (n,F,2)
     pixel = corner[..., None] + torch.arange(box, device=device)       # (n,F,2,box)
     x, y = (pixel + 0.5 - centre[..., None]).unbind(2)                 # (n,F,box)
@@ -248,7 +244,7 @@ class Clips:
     Splits of a data set, joined, read from disk on demand: clips[indices] → z (b,T,N,D), a (b,T,A); a number
     gives one clip. .actions (n,T,A) and .states (n,T,S or None) float32, .physics (arrays of simulate(),
     empty for several splits), .meta, .several_pushes (whether any clip has a push after step 1). Refuses a
-    split that is missing or damaged.
+    split that is missing.
     """
 
     def __init__(self, name, *splits):
@@ -261,21 +257,14 @@ class Clips:
             if not has_split(name, split):
                 refuse(f'data set {name} has no split {split!r}; run prepare.py as before to make it')
             paths = self.meta.get('files', {}).get(split)
-            self.features.extend(paths or np.asarray(self.load(f'{self.folder}/{split}.npy')))
-            arrays.append(dict(self.load(f'{self.folder}/{split}.npz')))
+            self.features.extend(paths or np.load(f'{self.folder}/{split}.npy', mmap_mode='r'))
+            arrays.append(dict(np.load(f'{self.folder}/{split}.npz')))
         self.actions = np.concatenate([array.pop('actions') for array in arrays])
         self.states = None
         if all('states' in array for array in arrays):
             self.states = np.concatenate([array.pop('states') for array in arrays])
         self.physics = arrays[0] if len(splits) == 1 else {}
         self.several_pushes = bool(self.actions[:, 1:].any())
-
-    def load(self, path):
-        """A file of arrays, memory-mapped; refuses one that is missing or damaged."""
-        try:
-            return np.load(path, mmap_mode='r')
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            refuse(f'{path} is damaged or missing ({error}); delete the split, run prepare.py again')
 
     def __len__(self):
         return len(self.actions)
@@ -290,18 +279,15 @@ class Clips:
     def stored(self, clips, pinned=False):
         """
         Clips (b,) as they are stored → features (b,T,N,D) float16, actions (b,T,A), states (b,T,S) or None.
-        pinned: in memory that a GPU can copy from without waiting. Refuses features that are not finite.
+        pinned: in memory that a GPU can copy from without waiting.
         """
         clips = np.asarray(clips)
         features = torch.empty(len(clips), *self.meta['shape'], dtype=torch.float16, pin_memory=pinned)
         for place, clip in zip(features.numpy(), clips):
             stored = self.features[clip]
             # Own files are opened one by one, as there may be many.
-            array = self.load(stored) if isinstance(stored, str) else stored
+            array = np.load(stored, mmap_mode='r') if isinstance(stored, str) else stored
             place[:] = array.reshape(place.shape)
-        finite = features.isfinite().flatten(1).all(1)
-        if not finite.all():
-            refuse(f'{self.name}: the features of clip {clips[~finite.numpy()][0]} are not finite')
         states = None if self.states is None else torch.from_numpy(self.states[clips])
         return features, torch.from_numpy(self.actions[clips]), states
 

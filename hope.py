@@ -21,6 +21,11 @@ def unit(x):
     return x * x.square().sum(-1, keepdim=True).clamp(min=1e-6).rsqrt()
 
 
+def of_each_clip(parameter, clips):
+    """A parameter of all heads, (H,...), again for each clip → (clips*H,...)."""
+    return parameter.expand(clips, *parameter.shape).flatten(0, 1)
+
+
 def by_step(rope, steps):
     """A rotation (cos, sin), each (b,1,T*P,d), cut into time steps → (cos, sin), each (T,b,1,P,d)."""
     return [part.unflatten(2, (steps, -1)).movedim(2, 0) for part in rope]
@@ -32,8 +37,7 @@ class TitanMemory(nn.Module):
 
     Each is a matrix, M(x) = M x. All five are written with the same keys, so they are stored as the rows of
     one matrix (3d+2,d), in this order (Eq. 83-87). M_0, the matrix that every clip starts from, is an
-    ordinary parameter, initialised near the identity (near zero for eta and alpha). The query has no memory
-    of its own.
+    ordinary parameter, near the identity at first. The query has no memory of its own.
 
     rule = 'dgd': Delta Gradient Descent (Eq. 93). For one token, with beta = eta / (1 + eta):
         M ← a M (I - beta k k^T) - beta (M k - t) k^T         repeated, it converges to M k = t / 2
@@ -41,8 +45,7 @@ class TitanMemory(nn.Module):
         M ← a M - beta (a M k - t) k^T                        repeated, it converges to M k = t
     In both, a M stands for M_0 + a (M - M_0): a memory decays to M_0, not to zero.
 
-    The state of a memory, (B,H,3d+2,d), is the change of its fast weights since the clip began. Below, M is a
-    dict of what belongs to all G = B*H memories: their weights and what at() adds.
+    The state of a memory, (B,H,3d+2,d), is the change of its weights since the clip began. G below is B*H.
     """
 
     def __init__(self, sizes):
@@ -53,6 +56,8 @@ class TitanMemory(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)     # the query, the input of M_k and the input of M_v
         self.conv = PatchConv(sizes) if sizes.conv else nn.Identity()
         self.proj = nn.Linear(width, width)
+        self.rows = {'k': slice(d), 'v': slice(d, 2 * d), 'mem': slice(2 * d, 3 * d), 'rates': slice(3 * d, None),
+                     'all': slice(None)}
         identity = F.pad(torch.eye(d).repeat(3, 1), (0, 0, 0, 2))      # (3d+2,d)
         self.memory = nn.Parameter(identity + 0.02 * torch.randn(heads, 3 * d + 2, d))
         # Without it an all-zero token (no action) would stay exactly zero through all blocks, and LayerNorm's
@@ -77,17 +82,14 @@ class TitanMemory(nn.Module):
         y = []
         with torch.autocast(x.device.type, enabled=False):             # bfloat16 would lose small writes
             q = rotate(unit(q + self.query_bias), by_step(rope_q, T))
-            learned = self.learned(B)
-            start = learned['start']
+            start = of_each_clip(self.start(), B)
             weights = start if memory is None else start + memory.flatten(0, 1)
-            M = self.at(weights, learned)
             # The memories of all clips and heads form one batch for bmm; one chunk is one time step.
             tokens = [part.flatten(1, 2) for part in (q, k_in, v_in, *by_step(rope_k, T))]
             for q_t, k_t, v_t, cos_t, sin_t in zip(*tokens):
-                weights = self.write(M, k_t, v_t, (cos_t, sin_t))
-                M = self.at(weights, learned)
+                weights = self.write(weights, start, k_t, v_t, (cos_t, sin_t))
                 # Read after the write: a jump from a single frame would otherwise read an empty memory.
-                y.append(self.read(M['mem'], q_t))                     # (G,P,d)
+                y.append(self.read(weights, 'mem', q_t))               # (G,P,d)
         y = torch.stack(y).unflatten(1, (B, H)).permute(1, 0, 3, 2, 4).flatten(3)      # (B,T,P,C)
         return self.proj(y), (weights - start).unflatten(0, (B, H))
 
@@ -95,61 +97,47 @@ class TitanMemory(nn.Module):
         """The weights that every clip starts from, (H,.,.)."""
         return self.memory
 
-    def learned(self, clips):
-        """The parameters of each head, repeated for every clip: {name: (G,...)}."""
-        learned = {'start': self.start(), 'M_0': self.memory}          # (H,.,.) and (H,3d+2,d)
-        learned['biases'] = torch.stack([self.eta_bias, self.alpha_bias], -1)              # (H,1,2)
-        if self.sizes.surprise:
-            learned['gate'] = F.softplus(self.gate_bias)               # (H,1)
-        return {name: p.expand(clips, *p.shape).flatten(0, 1) for name, p in learned.items()}
+    def read(self, weights, part, x):
+        """A part of M(x), named as in rows; weights (G,.,.), x (G,P,d) → (G,P,rows of the part)."""
+        return x.bmm(weights[:, self.rows[part]].mT)
 
-    def parts(self, matrix):
-        """The rows (G,.,c) of a matrix (G,3d+2,c), by the part of M that they belong to."""
-        d = self.memory.shape[-1]
-        k, v, mem, rates = matrix.split((d, d, d, 2), 1)
-        return {'k': k, 'v': v, 'mem': mem, 'rates': rates, 'all': matrix}
-
-    def at(self, weights, learned):
-        """M with these weights (G,.,.); read() takes its parts 'k', 'v', 'mem', 'rates' and 'all'."""
-        return {**learned, **self.parts(weights), 'weights': weights}
-
-    def read(self, part, x):
-        """A part of M(x), x (G,P,d) → (G,P,rows of the part)."""
-        return x.bmm(part.mT)
-
-    def write(self, M, k_in, v_in, rope):
+    def write(self, weights, start, k_in, v_in, rope):
         """Write P tokens, k_in and v_in (G,P,d), all as M sees them at the start (Eq. 90) → new weights."""
-        k = rotate(unit(self.read(M['k'], k_in)), rope)
-        eta, alpha = F.softplus(self.read(M['rates'], k_in) + M['biases']).unbind(-1)      # (G,P)
+        clips = len(weights) // self.sizes.heads
+        k = rotate(unit(self.read(weights, 'k', k_in)), rope)
+        biases = of_each_clip(torch.stack([self.eta_bias, self.alpha_bias], -1), clips)            # (G,1,2)
+        eta, alpha = F.softplus(self.read(weights, 'rates', k_in) + biases).unbind(-1)             # (G,P)
         retained = torch.exp(-alpha.mean(-1))[:, None, None]           # a mean: P must not matter
-        target = self.targets(M, v_in)
-        error = self.read(M['mem'], k) - target[..., 2 * k.shape[-1]:-2]
+        target = self.targets(weights, v_in)
+        error = self.read(weights, 'mem', k) - target[..., self.rows['mem']]
         surprise = error.square().sum(-1)                              # (G,P), raises the write rate
-        gate = surprise / (surprise + M['gate']) if self.sizes.surprise else torch.ones_like(surprise)
-        new = self.step(M, retained, k, eta * gate, target)
+        gate = torch.ones_like(surprise)
+        if self.sizes.surprise:
+            gate = surprise / (surprise + of_each_clip(F.softplus(self.gate_bias), clips))
+        new = self.step(weights, start, retained, k, eta * gate, target)
         if self.diagnostics is not None:
-            drift = (new - M['start']).norm() / self.memory.norm()
+            drift = (new - start).norm() / self.memory.norm()
             self.diagnostics.append({'surprise': surprise.sqrt().mean(), 'gate': gate.mean(),
                                      'retention': retained.mean(), 'drift': drift})
         return new
 
-    def targets(self, M, v_in):
+    def targets(self, weights, v_in):
         """v_in (G,P,d) → the targets of each token's key, t (G,P,3d+2): M_c(v), or v itself."""
-        v = unit(self.read(M['v'], v_in))
+        v = unit(self.read(weights, 'v', v_in))
         if not self.sizes.self_targets:
             return F.pad(v.repeat(1, 1, 3), (0, 2))
-        target = self.read(M['all'], v)
+        target = self.read(weights, 'all', v)
         # Unless cut to length 1, one target of P keys could make the memory grow by up to sqrt(P) a step.
         scale = (target.square() @ self.members).clamp(min=1).rsqrt()  # (G,P,4)
         return target * (scale @ self.members.mT)
 
-    def step(self, M, retained, k, eta, target):
+    def step(self, weights, start, retained, k, eta, target):
         """The weights after a frame: retention (G,1,1), keys k (G,P,d), eta (G,P), targets (G,P,3d+2)."""
-        wanted = target - self.read(M['all'], k) if self.sizes.rule == 'dgd' else target
-        new = self.proximal(M['start'].lerp(M['weights'], retained), k, eta, wanted)
+        wanted = target - self.read(weights, 'all', k) if self.sizes.rule == 'dgd' else target
+        new = self.proximal(start.lerp(weights, retained), k, eta, wanted)
         if self.sizes.self_targets:
             return new
-        return torch.cat([new[:, :-2], M['weights'][:, -2:]], 1)       # v has none for eta and alpha
+        return torch.cat([new[:, :-2], weights[:, -2:]], 1)            # v has none for eta and alpha
 
     def proximal(self, kept, keys, eta, wanted):
         """
@@ -192,23 +180,19 @@ class TwoLayerTitanMemory(TitanMemory):
         """weights (G,3d+2+d,h) → W1 (G,3d+2,h) and the transpose of W2 (G,d,h)."""
         return weights.split(self.memory.shape[1:], 1)
 
-    def at(self, weights, learned):
+    def read(self, weights, part, x):
         w1, w2 = self.layers(weights)
-        m_0 = self.parts(learned['M_0'])
-        parts = {name: (m_0[name], rows, w2) for name, rows in self.parts(w1).items()}
-        return {**learned, **parts, 'weights': weights}
+        rows = self.rows[part]
+        m_0 = of_each_clip(self.memory[:, rows], len(weights) // self.sizes.heads)
+        return x.bmm(m_0.mT) + (x.bmm(w2).tanh() / w2.shape[-1] ** 0.5).bmm(w1[:, rows].mT)
 
-    def read(self, part, x):
-        m_0, w1, w2 = part
-        return x.bmm(m_0.mT) + (x.bmm(w2).tanh() / w2.shape[-1] ** 0.5).bmm(w1.mT)
-
-    def step(self, M, retained, k, eta, target):
-        (start1, start2), (w1, w2) = self.layers(M['start']), self.layers(M['weights'])
+    def step(self, weights, start, retained, k, eta, target):
+        (start1, start2), (w1, w2) = self.layers(start), self.layers(weights)
         z, root = k.bmm(w2), w2.shape[-1] ** 0.5
         hidden = z.tanh() / root
         output = hidden.bmm(w1.mT)
         # The gradients of 1/2 |M(k) - t|^2 at the outputs of W1 and, bounded, of W2.
-        gradient1 = k.bmm(M['M_0'].mT) + output - target
+        gradient1 = self.read(weights, 'all', k) - target
         slope = (1 - z.tanh().square()) / root
         jacobian = slope.square() * w1.square().sum(1, keepdim=True)
         squared_norm = jacobian.sum(-1, keepdim=True)                  # (G,P,1)
@@ -236,7 +220,7 @@ class InverseDynamics(nn.Module):
 
     def __init__(self, sizes, channels=48, slots=8, step_size=32):
         super().__init__()
-        self.steps = sizes.steps
+        self.steps = sizes.steps - 1       # of a look-back: the last is only a target
         self.embed = nn.Linear(sizes.feature_dim, channels)
         self.place = nn.Parameter(0.02 * torch.randn(math.prod(sizes.grid), channels))
         self.query = nn.Linear(channels, slots)
@@ -248,8 +232,8 @@ class InverseDynamics(nn.Module):
         self.register_buffer('scale', torch.ones(()))
         self.register_buffer('scene', torch.zeros(math.prod(sizes.grid), sizes.feature_dim))
 
-    def forward(self, z, shown=None):
-        """z (B,T,N,D), shown (B,): how many steps count, None for all → push (B,A), hidden (B,HIDDEN)."""
+    def forward(self, z):
+        """z (B,T,N,D) → push (B,A), hidden (B,HIDDEN)."""
         T = z.shape[1]
         z = z - self.scene
         # Pooled before embedded: both are linear, and there are fewer slots than patches.
@@ -258,14 +242,12 @@ class InverseDynamics(nn.Module):
         weights = scores.mT.softmax(-1)                                # (B,T,slots,N)
         x = F.linear(weights @ z, self.embed.weight) + weights @ place     # (B,T,slots,channels)
         x = self.step(x.flatten(2))                                    # (B,T,step_size)
-        if shown is not None:
-            x = x * (torch.arange(T, device=z.device) < shown[:, None])[..., None]
         hidden = self.mlp(F.pad(x, (0, 0, 0, self.steps - T)).flatten(1))      # cuts, too, where T is larger
         return self.scale * self.push(hidden), hidden
 
-    def loss(self, z, a, shown=None):
+    def loss(self, z, a):
         """How far the pushes read are from a[:, 0], in mean pushes; z (B,T,N,D), a (B,T,A) → scalar."""
-        return ((self(z, shown)[0] - a[:, 0]) / self.scale).norm(dim=-1).mean()
+        return ((self(z)[0] - a[:, 0]) / self.scale).norm(dim=-1).mean()
 
     @torch.no_grad()
     def look(self, z, a):
@@ -305,13 +287,12 @@ class WorldHead(nn.Module):
         w <- w p(e),     p: Student's t with squared scale r n
 
     (Bayesian online change-point detection, Adams & MacKay 2007, arXiv:0710.3742). n is the noise that the
-    hypothesis has met, a running mean of |e|^2 / r from s^2 on. Of each time scale the likeliest hypothesis
-    is kept. Before the next clip are born an empty one, home (clips of A) and former worlds: what the
-    likeliest hypothesis held when it had been true for OLD clips.
+    hypothesis has met, a running mean of |e|^2 / r from s^2 on. Of each time scale the likeliest is kept.
+    Before the next clip are born an empty one, home (clips of A) and former worlds.
 
     The state of B streams is {'now': hypotheses, 'known': those that can be born}, each {C (B,K,d,d), M
-    (B,K,d,v), noise (B,K), count (B,K): in how many numbers the noise was seen, log_weight (B,K), age (B,K)
-    in clips, world (B,K): the clip at which it was first met, or IS_HOME}.
+    (B,K,d,v), noise, count (in how many numbers it was seen), log_weight, age in clips, world (the clip at
+    which it was first met, or IS_HOME), all (B,K)}.
     """
     KEY, VALUE, LOOKS = 64, 48, 6
     KEPT = 10                    # hypotheses kept from clip to clip; with those that are born 16
@@ -410,21 +391,38 @@ class WorldHead(nn.Module):
         return {'now': {name: part[:, 1:2] for name, part in known.items()}, 'known': known}
 
     def along(self, key, value, streams):
-        """S streams into empty memories, key (S n,d), value (S n,v) → reads (S n,v), -log p(e) (S,n), now."""
-        now = {name: part[:, :1] for name, part in self.start(streams)['known'].items()}
-        found, surprises = [], []
-        for k, v in zip(*(part.unflatten(0, (streams, -1)).unbind(1) for part in (key, value))):
-            found.append(self.read(k, now))
-            now, surprise = self.learn(k, v, now)
-            surprises.append(surprise)
-        return torch.stack(found, 1).flatten(0, 1), torch.stack(surprises, 1), now
+        """
+        S streams into empty memories, key (S n,d), value (S n,v) → reads (S n,v), -log p(e) (S,n), hypotheses.
+        With one hypothesis the errors e of all clips follow from one Cholesky decomposition: they are the
+        innovations of a Gaussian process (Rasmussen & Williams 2006, Eq. 2.25) with kernel k^T L^-1 k.
+        """
+        k, v = (part.unflatten(0, (streams, -1)) for part in (key, value))     # (S,n,d) and (S,n,v)
+        prior, s2 = (-self.log_prior).exp(), self.log_noise.exp()
+        identity = torch.eye(k.shape[1], device=k.device, dtype=k.dtype)
+        factor = torch.linalg.cholesky(k * prior @ k.mT + s2 * identity)       # (S,n,n)
+        z, W = (torch.linalg.solve_triangular(factor, part, upper=False) for part in (v, k * prior))
+        scale = factor.diagonal(dim1=1, dim2=2)                        # (S,n)
+        error = scale[..., None] * z
+        noise, count, surprises = s2.expand(streams), s2.new_full((), self.DOUBT), []
+        for e, ratio in zip(error[..., self.VALUE:].unbind(1), (scale.square() / s2).unbind(1)):
+            surprises.append(-log_density(e, ratio * noise))
+            noise, count = self.heard(e, ratio, noise, count)
+        now = {'C': prior.diag() - W.mT @ W, 'M': W.mT @ z, 'noise': noise}
+        return (v - error).flatten(0, 1), torch.stack(surprises, 1), now
+
+    def heard(self, e, ratio, noise, count):
+        """The noise of hypotheses, and in how many numbers it was seen, after errors e (...,A)."""
+        A, squares = e.shape[-1], e.square().sum(-1) / ratio
+        # An outlier counts for less, as in fitting Student's t by expectation maximisation.
+        trust = (FREEDOM + A) / (FREEDOM + squares / noise)
+        return (count * noise + trust * squares) / (count + A), (count + A).clamp(max=self.SURE)
 
     @torch.no_grad()
     def settle(self, x, z, a, shown):
         """Make what clips of A write into an empty memory home → x; for the arguments see forward()."""
         *_, now = self.along(*self.associate(x, z, a, shown), 1)
         for name in 'C', 'M', 'noise':
-            getattr(self, f'home_{name}').copy_(now[name][0, 0])
+            getattr(self, f'home_{name}').copy_(now[name][0])
         return x
 
     def read(self, key, now):
@@ -440,18 +438,15 @@ class WorldHead(nn.Module):
         error = value[:, None] - torch.einsum('bd,bkdv->bkv', key, now['M'])
         gain = Ck / (s2 * ratio)[..., None]
         e = error[..., self.VALUE:]
-        A, noise, count = e.shape[-1], now['noise'], now['count']
-        likely = now['log_weight'].log_softmax(1) + log_density(e, ratio * noise)
-        squares = e.square().sum(-1) / ratio
-        # An outlier counts for less, as in fitting Student's t by expectation maximisation.
-        trust = (FREEDOM + A) / (FREEDOM + squares / noise)
+        likely = now['log_weight'].log_softmax(1) + log_density(e, ratio * now['noise'])
+        noise, count = self.heard(e, ratio, now['noise'], now['count'])
         return {
             **now,
             # The least squares with one more row, without solving them anew (Sherman and Morrison).
             'C': now['C'] - gain[..., :, None] * Ck[..., None, :],
             'M': now['M'] + gain[..., :, None] * error[..., None, :],
-            'noise': (count * noise + trust * squares) / (count + A),
-            'count': (count + A).clamp(max=self.SURE),
+            'noise': noise,
+            'count': count,
             'log_weight': likely.log_softmax(1),
             'age': now['age'] + 1,
         }, -likely.logsumexp(1)
@@ -514,10 +509,8 @@ class CMS(nn.Module):
 
 class CMSWriter:
     """
-    A predictor whose CMS levels are written along a stream of clips; its own weights stay as they are.
-
-    It is called like the predictor, and predicts with the written weights. tick() is the look-back at a clip.
-    Level l is written at every C_l-th tick (Eq. 71):
+    A predictor whose CMS levels are written along a stream of clips; it is called like the predictor, whose
+    own weights stay as they are. tick() is the look-back at a clip. Level l is written at every C_l-th (Eq. 71):
 
         change_l <- change_l - rate / C_l * sum of the gradients of L since the last write
 
@@ -530,7 +523,7 @@ class CMSWriter:
         self.periods = predictor.sizes.cms_periods
         self.ticks = 0
         named = predictor.named_parameters()
-        # The trained weights, their changes, and the sums of their gradients since the last write.
+        # The trained weights, their changes, the sums of their gradients since the last write.
         self.initial = {name: p.detach() for name, p in named if '.cms.levels.' in name}
         self.changes = {name: torch.zeros_like(p) for name, p in self.initial.items()}
         self.sums = dict(self.changes)

@@ -7,8 +7,9 @@ Prepare features: simulate or import clips, encode them with a frozen encoder, w
     python prepare.py --name=slide_vitl --encoder=vitl --clips=1000    V-JEPA 2, downloaded once
     python prepare.py --name=mujoco --source=mujoco --clips=3000       a real engine: see docs/own_data.md
 
-The split `zoom` is A seen from nearer by, with farther motion than A ever shows. The same command makes what
-is missing of a set, such as the split of a new domain, and leaves the rest as it is.
+The split `zoom` is A made some times smaller and seen from as much nearer by: it looks the same, but what
+slides goes farther than A ever shows. The same command makes what is missing of a set, such as the split of
+a new domain, and leaves the rest as it is.
 """
 import functools
 import json
@@ -36,7 +37,7 @@ content = ''             # own clips: what to take; '' = features where there ar
 frame_time = 0.0         # own clips: seconds of a row of actions in N, added up; 0 = they are in N·s [0..]
 clips = 30000            # simulated: clips in train; fit_B, for the oracle, has a fifth of them [1..]
 test_clips = 600         # simulated: clips in val and in each test_<domain> [1..]
-zoom = True              # physics: also A seen from nearer by, as many clips as in train
+zoom = True              # simulated: also A made smaller, seen from nearer by, as many clips as in train
 seed = 1                 # simulated: of the clips [0..]
 size = 0                 # pictures: side in pixels, a multiple of 16; 0 = V-JEPA 2's, or their own [0..]
 encoder = ''             # pictures: patch, file.py:function, V-JEPA 2: vitl, vith, vitg, a path; '' = patch
@@ -49,7 +50,7 @@ config = configure(globals()) if __name__ == '__main__' else {}
 
 SIMULATED = 'physics', 'mujoco'       # sources that are no folder
 PATCH = 16               # pixels per patch side, as in ViT-L/16
-ZOOMS = 1.2, 1.44, 1.728, 2.074       # factors of the split `zoom`, each for a quarter of its clips
+ZOOM = 2.0               # how many times smaller A is in the split `zoom`, seen from as much nearer by
 FRAME_BYTES = 2**19      # bytes of frames encoded at once: as floats they fit into a processor's cache
 
 
@@ -75,9 +76,10 @@ def encode_pictures(frames, net, scale=((0.0,), (1.0,))):
     uint8 frames (n,F,H,W,3) → features (n,T,N,D), by a net for pictures: the mean over a step's frames, less the
     mean of each channel and over its deviation, which channel_scale() found.
     """
-    n = len(frames)
-    maps = net(frames.flatten(0, 1).permute(0, 3, 1, 2) / 255)         # (n*F,D,rows,columns)
-    z = maps.flatten(2).mT.unflatten(0, (n, -1, data.TUBELET)).mean(2)
+    # What eight pictures become fits into a processor's cache.
+    maps = torch.cat([net(few.permute(0, 3, 1, 2) / 255) for few in frames.flatten(0, 1).split(8)])
+    # (n*F,D,rows,columns) → (n,T,N,D)
+    z = maps.flatten(2).mT.unflatten(0, (len(frames), -1, data.TUBELET)).mean(2)
     mean, deviation = torch.tensor(scale, device=z.device)
     return (z - mean) / deviation
 
@@ -121,16 +123,16 @@ def load_encoder(config, device):
 
 def open_set(config, kind, folder):
     """meta.json of a set, as it is or new; refuses options that would be ignored or that it does not have."""
-    physics, simulated = config['source'] == 'physics', config['source'] in SIMULATED
+    simulated = config['source'] in SIMULATED
     encoder = 'none' if kind == 'features' else config['encoder'] or 'patch'
-    used = {'physics': physics, 'simulated': simulated, 'own clips': not simulated,
-            'pictures': kind == 'pictures', 'patch': encoder == 'patch', 'V-JEPA 2': is_vjepa2(encoder)}
+    used = {'simulated': simulated, 'own clips': not simulated, 'pictures': kind == 'pictures',
+            'patch': encoder == 'patch', 'V-JEPA 2': is_vjepa2(encoder)}
     for key, (default, comment) in read_knobs(__file__).items():
         what = comment.partition(':')[0]
         if config[key] != default and not used.get(what, True):
             refuse(f'--{key}={config[key]}: is for {what} alone, and would be ignored here')
     assert config['size'] % PATCH == 0, f'--size must be a multiple of {PATCH}'
-    chosen = {**config, 'encoder': encoder, 'zoom': config['zoom'] and physics}
+    chosen = {**config, 'encoder': encoder, 'zoom': config['zoom'] and simulated}
     for key in 'name', 'device', 'batch':
         del chosen[key]
     if not os.path.exists(os.path.join(folder, 'meta.json')):
@@ -141,29 +143,6 @@ def open_set(config, kind, folder):
         if was != value:
             refuse(f'{folder} was made with {key} = {was!r}, not {value!r}; choose another --name')
     return meta
-
-
-def centres(frames):
-    """Where the object is in pictures (n,H,W,3) uint8 of one scene → (n,2), x and y in pixels."""
-    scene = frames.median(0).values                                    # (H,W,3)
-    weight = (frames.float() - scene).abs().sum(-1)                    # (n,H,W)
-    rows, columns = (torch.arange(side, device=frames.device) * 1.0 for side in weight.shape[1:])
-    total = weight.sum((1, 2)).clamp(min=1e-6)
-    return torch.stack([weight.sum(1) @ columns / total, weight.sum(2) @ rows / total], 1)
-
-
-def friction_push(frames, pushes):
-    """
-    What friction takes of a push, N·s, read from clips (n,F,H,W,3) and their pushes (n,2): the c in
-
-        push = alpha * displacement + c * its direction
-
-    by least squares. The displacement is that at the middle of the last three steps, to which jumps go.
-    """
-    moved = (centres(frames[:, -3]) - centres(frames[:, 0])).double().cpu().numpy()
-    direction = moved / np.linalg.norm(moved, axis=1, keepdims=True).clip(1e-6)
-    columns = np.stack([moved.ravel(), direction.ravel()], 1)          # (2n,2)
-    return np.linalg.lstsq(columns, pushes.ravel())[0][1]
 
 
 def world_of(config):
@@ -186,9 +165,8 @@ def simulate_splits(config, device):
     clips, few = config['clips'], config['test_clips']
     drawn = {'train': ('A', clips, 1), 'val': ('A', few, 1), 'fit_B': ('B', max(few, clips // 5), 1)}
     drawn |= {f'test_{domain}': (domain, few, 1) for domain in data.DOMAINS}
-    factors = np.repeat(ZOOMS, -(-clips // 4))[:clips, None]           # (n,1)
     if config['zoom']:
-        drawn['zoom'] = 'A', len(factors), factors[:, 0]
+        drawn['zoom'] = 'A', clips, ZOOM
 
     @functools.cache
     def simulated(split):
@@ -198,11 +176,11 @@ def simulate_splits(config, device):
         push = actions[:, 0]
         push[:] = physics['impulse']
         if split == 'zoom':
-            # What moves s times as far was pushed s times as hard, but friction takes its part only once.
-            val, frames = simulated('val')
-            seen = np.arange(min(64, few))
-            taken = friction_push(frames(seen, 64), val['impulse'][seen])
-            push *= factors - (factors - 1) * taken / np.linalg.norm(push, axis=1, keepdims=True)
+            # In A, what goes twice as far until t was pushed twice as hard, less what friction takes of a push,
+            # mu m g t / 2, which it takes only once. t: the middle of the steps to which jumps go.
+            A, seconds = data.DOMAINS['A'], (data.FRAMES - data.TUBELET - 2) / data.FPS
+            taken = A.mu * A.mass * data.GRAVITY * seconds / 2
+            push *= ZOOM - (ZOOM - 1) * taken / np.linalg.norm(push, axis=1, keepdims=True)
         return {'actions': actions, **physics}, functools.partial(draw, physics)
     return {split: functools.partial(simulated, split) for split in drawn}
 
@@ -236,18 +214,13 @@ def fit_decoder(train, frames, device):
     """Least squares from layer-normed features to pixels, for data.pictures → (D+1, 3*512) float32."""
     T, N, _ = train.meta['shape']
     size = PATCH * math.isqrt(N)
-    # So many steps' patches are enough, and so many fit into memory at once.
-    clips = np.arange(min(2**16 // (T * N), len(train)))
-    at_once = 2**12 // (T * N) + 1
-    xx = xy = 0
-    for indices in np.split(clips, range(at_once, len(clips), at_once)):
-        z, _ = train[indices]
-        x = F.pad(z.to(device), (0, 1), value=1.0).flatten(0, 2).double()                    # (n*T*N,D+1)
-        y = data.tubelets(frames(indices, size), PATCH).flatten(3).flatten(0, 2).double()    # (n*T*N,3*512)
-        xx += x.T @ x
-        xy += x.T @ y
-    xx.diagonal().add_(1e-6 * xx.diagonal().mean())
-    return torch.linalg.solve(xx, xy).float().cpu().numpy()
+    # So many patches are enough, and fit into memory.
+    clips = np.arange(min(2**15 // (T * N) + 1, len(train)))
+    x = F.pad(train[clips][0].to(device), (0, 1), value=1.0).flatten(0, 2)               # (n*T*N,D+1)
+    y = data.tubelets(frames(clips, size), PATCH).flatten(3).flatten(0, 2)               # (n*T*N,3*512)
+    xx = x.T @ x
+    xx.diagonal().add_(1e-5 * xx.diagonal().mean())
+    return torch.linalg.solve(xx.double(), (x.T @ y).double()).float().cpu().numpy()
 
 
 def main():

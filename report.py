@@ -94,6 +94,11 @@ def figures(row, rows, run):
     oracle = losses.get(('oracle', 'frozen', row['seed']), losses.get(('oracle', 'frozen', 1)))
     if frozen is not None and row['method'] != 'frozen':
         found |= against_frozen(loss, frozen, oracle, domains, away, back)
+        # Who predicts worse than copying step 1 has come no part of any way.
+        copied = losses.get(('', 'copy', 1))
+        if away and copied is not None and over(loss, away).mean() > over(copied, away).mean():
+            for share in ('gap_closed', 'way_back'):
+                found.pop(share, None)
     found |= of_planning(row['planning'])
     return {name: values for name, values in found.items() if values is not None}
 
@@ -105,8 +110,7 @@ def of_planning(phases):
         label, cm = phase['phase'], 100 * np.array(phase['distance'])
         found |= {f'{label} <{limit}cm': [np.mean(cm <= limit)] for limit in (2, 5)}
         found[f'{label} cm'] = [np.median(cm)]
-        if phase['ms']:
-            found['plan ms'] = [phase['ms']]
+        found['plan ms'] = [phase['ms']]
     return found
 
 
@@ -214,7 +218,7 @@ def rates(groups, run):
         chosen = sorted({row['rate'] for row in rows} - {None})
         tried = sorted(map(float, rows[0]['tried'] or ()))
         if chosen:
-            among = f' on {", ".join(run["tuned_on"])} among {str(tried)[1:-1]}' if tried else ''
+            among = f' on {run["tuned_on"]} among {str(tried)[1:-1]}' if tried else ''
             lines.append(f'Rate of {name}: {str(chosen)[1:-1]}, {rows[0]["rate_from"]}{among}')
         if {*chosen} & {*tried[:1], *tried[-1:]}:
             lines.append(f'Warning: that of {name} lies on the edge of these; one beyond may be better')
@@ -223,10 +227,10 @@ def rates(groups, run):
 
 def tables(run, groups):
     """The text of table.txt, and its first table as a DataFrame."""
-    simulated = of_planning(run['simulator'])
-    lines = tidy(groups | {'true simulator': [{'figures': simulated}]})
+    lines = tidy(groups)
     losses = [(f'phase {i}', label[:7], '.4f', '') for i, label in enumerate(run['labels'], 1)]
-    pushes = [(name, name, '.0%' if '<' in name else '.1f', '') for name in simulated]
+    pushes = [(f'{label} {what}', f'{label} {what}', form, '') for label in run['labels']
+              for what, form in (('<2cm', '.0%'), ('<5cm', '.0%'), ('cm', '.1f'))]
     pushes.append(('plan ms', 'ms', '.0f', 'of a plan; before, distances from the goal as the clip ends'))
     main, text = table('loss on the stream', lines, losses + COLUMNS)
     counts = {'seed': max(map(len, groups.values())), 'stream': run['streams']}

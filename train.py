@@ -262,11 +262,8 @@ for step in range(first_step, max_iters):
     losses = torch.zeros(4, device=device)
     if world:
         z, a, _ = on_device(next(batches))
-        # Of most clips it sees what a look-back shows, all steps but the last; of every fourth a random part.
-        shown = np.full(inverse_batch, T - 1)
-        shown[::4] = np.random.default_rng([seed, 2, step]).integers(2, T + 1, len(shown[::4]))
-        shown = torch.from_numpy(share(shown, 1)[0]).to(device)
-        inverse = predictor.inverse.loss(z, a, shown)
+        # As in a look-back: all steps but the last.
+        inverse = predictor.inverse.loss(z[:, :-1], a)
         inverse.backward()
         losses[0] = inverse.detach()
     possible = range(T - jump_last, T) if loss == 'jump' else [rollout_steps]
@@ -330,8 +327,6 @@ for step in range(first_step, max_iters):
 
 print0(f'with the target steps swapped: {loss} {swapped / val_second - 1:+.0%}\n'
        f'finished in {(time.time() - started) / 60:.1f} min; best on val was step {best_step}: {best_out}')
-phases = ['val', *[phase for phase in ('B', 'A2') if has_split(data, f'test_{phase}')]]
-own = '' if has_split(data, 'test_A') else f' --phases={",".join(phases)}'
-print0(f'next: python adapt.py --ckpt={out} --data={data}{own}')
+print0(f'next: python adapt.py --ckpt={out} --data={data}')
 if processes > 1:
     dist.destroy_process_group()

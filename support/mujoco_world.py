@@ -45,7 +45,7 @@ MODEL = f'''
     <material name="plane" texture="plane" texrepeat="8 8"/>
   </asset>
   <worldbody>
-    <light directional="true" dir=".8 .4 -1" diffuse=".6 .6 .6" castshadow="true"/>
+    <light directional="true" pos="0 0 1.5" dir=".8 .4 -1" diffuse=".6 .6 .6" castshadow="true"/>
     <camera name="camera" pos="0 -.9 1.5" xyaxes="1 0 0 0 1.5 .9" fovy="30"/>
     <geom type="plane" size="1 1 .1" material="plane"/>
     <body>
@@ -105,7 +105,8 @@ def simulate(domain, clips, seed, split, zoom=1):
         state.qvel[:2] = velocity[i] * (1, -1)
         for frame in range(data.TUBELET, data.FRAMES):
             mujoco.mj_step(model, state, SUBSTEPS)
-            drawn['position'][i, frame] = state.qpos[:2] * (1, -1) + data.WORLD / 2
+            moved = state.qpos[:2] * (1, -1) + data.WORLD / 2 - drawn['position'][i, 0]
+            drawn['position'][i, frame] = drawn['position'][i, 0] + zoom * moved
     return drawn
 
 

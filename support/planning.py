@@ -8,13 +8,14 @@ The object's position, read out of features, and what a world model is for: push
 The read-out is fitted to true features of training clips of A. A goal is the last picture of a held-out clip.
 The planner sees features only, and chooses the push whose predicted last step is nearest to the goal's in L1.
 """
-import math
+import functools
 import time
 from collections import namedtuple
 
 import numpy as np
 import torch
 import torch.nn as nn
+from scipy.optimize import differential_evolution
 
 from data import DOMAINS, FPS, FRAMES, TUBELET, WORLD, batch_indices, slide
 from model import feature_loss
@@ -22,9 +23,6 @@ from model import feature_loss
 SEED = 1
 KEPT = 2048      # numbers of a picture that the read-out reads: a linear map of each patch, then an MLP
 STEPS, BATCH, RATE = 1500, 16, 3e-3
-# The planner. The first round has so many candidates that one comes near any goal: where the object covers no
-# part of the goal's, the features do not say which push is better. Later rounds look around the best few.
-FIRST, CANDIDATES, ELITES, ROUNDS = 128, 16, 3, 5
 SECONDS = (FRAMES - TUBELET) / FPS       # from the push to the last frame of a clip
 
 
@@ -85,46 +83,26 @@ def reached(goals, pushes):
     return np.linalg.norm(pushed(goals.start, pushes, goals.physics) - goals.end, axis=-1)
 
 
-def cross_entropy(cost, goals, largest):
-    """
-    Pushes (goals,2) of low cost, none larger than `largest`, by the cross-entropy method (Rubinstein, 1999).
-
-    cost: pushes (goals,k,2) → (goals,k). All goals and all calls share the same random numbers.
-    """
-    generator = torch.Generator().manual_seed(SEED)
-    # At first spread evenly over all, as seeds are in a sunflower.
-    k = torch.arange(FIRST, dtype=torch.float64)
-    size, angle = largest * ((k + 0.5) / FIRST).sqrt(), k * math.pi * (3 - math.sqrt(5))
-    tried = torch.stack([size * angle.cos(), size * angle.sin()], -1).expand(goals, FIRST, 2)
-    for _ in range(ROUNDS):
-        best = cost(tried).topk(ELITES, dim=1, largest=False).indices  # (goals,ELITES)
-        elites = tried.gather(1, best[..., None].expand(-1, -1, 2))    # (goals,ELITES,2)
-        mean = elites.mean(1, keepdim=True)
-        noise = torch.randn(CANDIDATES - ELITES, 2, generator=generator, dtype=torch.float64)
-        drawn = mean + elites.std(1, keepdim=True) * noise
-        # A push that is too large is shortened.
-        drawn *= largest / drawn.norm(dim=-1, keepdim=True).clamp(min=largest)
-        # Elites stay: where only one of them is near the goal, the Gaussian around their mean may miss it.
-        tried = torch.cat([elites, drawn], 1)
-    return mean[:, 0]
+def search(cost, largest):
+    """A push (2,) of low cost, pushes (k,2) → (k,), and at most `largest` long, by differential evolution."""
+    def push(polar):
+        return np.stack([polar[0] * np.cos(polar[1]), polar[0] * np.sin(polar[1])], -1)
+    # The first candidates are so many that one comes near any goal: where the object covers no part of the
+    # goal's, the features do not say which push is better.
+    found = differential_evolution(
+        lambda polar: cost(push(polar)), [(0, largest), (0, 2 * np.pi)], init='sobol', popsize=64, maxiter=4,
+        tol=0, vectorized=True, updating='deferred', polish=False, seed=SEED)
+    return push(found.x)
 
 
 @torch.no_grad()
 def plan_pushes(predict, goals, largest):
     """For each goal the push, of at most `largest` N·s, whose predicted last step is nearest in L1, (G,2)."""
-    def cost(tried):
-        each = zip(goals.z, goals.target, tried.float().to(goals.z.device))
-        losses = [feature_loss(predict(z.expand(len(pushes), 1, -1, -1), pushes), target)
-                  for z, target, pushes in each]
-        return torch.stack(losses).cpu()
-    return cross_entropy(cost, len(goals.z), largest).numpy()
-
-
-def plan_with_simulator(goals, largest):
-    """plan_pushes with the physics as predictor and metres as loss → (G,2): what the planner can do."""
-    def cost(tried):
-        return torch.from_numpy(reached(goals, tried.transpose(0, 1).numpy())).T
-    return cross_entropy(cost, len(goals.start), largest).numpy()
+    def cost(tried, z, target):
+        pushes = torch.from_numpy(tried).float().to(z.device)
+        return feature_loss(predict(z.expand(len(pushes), 1, -1, -1), pushes), target).cpu().numpy()
+    return np.stack([search(functools.partial(cost, z=z, target=target), largest)
+                     for z, target in zip(goals.z, goals.target)])
 
 
 def plan(predict, goals, largest):

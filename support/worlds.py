@@ -10,6 +10,7 @@ from collections import namedtuple
 
 import numpy as np
 import torch
+from scipy.stats import special_ortho_group
 
 from hope import WorldHead
 
@@ -45,7 +46,7 @@ def draw_worlds(rng, streams, numbers, gain, plain):
     gains = np.exp(other * rng.uniform(least, gain))
     turned, squeezed, mirrored = (other * share(p) for p in (TURNED, SQUEEZED, MIRRORED))
     for s in range(streams):
-        turn, (axis, *_) = random_turn(rng, numbers), random_turn(rng, numbers)
+        turn, (axis, *_) = special_ortho_group.rvs(numbers, 2, rng)
         squeeze = np.exp(squeezed[s] * rng.normal(0, SQUEEZE))
         stretch = np.eye(numbers) + (squeeze - 1) * np.outer(axis, axis)
         stretch[:, 0] *= 1 - 2 * mirrored[s]
@@ -58,14 +59,6 @@ def draw_worlds(rng, streams, numbers, gain, plain):
         log_gain=other * share(BY_LOOKS) * rng.normal(0, LOOKS_GAIN, (streams, 1)),
         sharp=share(0.5))
     return Worlds(*(torch.from_numpy(array).float() for array in worlds))
-
-
-def random_turn(rng, numbers):
-    """A random rotation of vectors of so many numbers, all equally likely, (A,A)."""
-    q, r = np.linalg.qr(rng.normal(0, 1, (numbers, numbers)))
-    q = q * np.sign(np.diagonal(r))
-    q[0] *= np.linalg.det(q)
-    return q
 
 
 def given_pushes(worlds, pushes, looks, mean_push):

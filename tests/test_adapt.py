@@ -54,24 +54,23 @@ def changed(path, new, **changes):
     {'phases': 'A,B,A,B', 'clips': 200, 'probe_clips': 200, 'tune_clips': 25},
 ])
 def test_no_clip_serves_twice(tiny, changes):
-    """Streams have clips of their phases, none of the probes or of tuning; the first takes the first ones."""
+    """Streams have clips of their phases, none of the probes or of tuning; each stream in its own order."""
     config = adapt.resolved({**CONFIG, 'data': tiny, **changes})
     experiment = adapt.Experiment(config)
     probes = [(split, i) for split, indices in experiment.probes.values() for i in indices]
-    tuned = {clip for stream in experiment.tuning for clip in stream}
+    tuned = set(experiment.tuning)
     assert len(probes) == experiment.probe_clips * len(experiment.probes) > 0
     for stream in experiment.streams:
         assert len({*stream, *probes, *tuned}) == len(stream) + len(probes) + len(tuned)
         expected = [adapt.split_of(phase) for phase in config['phases'] for _ in range(experiment.clips)]
         assert [split for split, _ in stream] == expected
     assert len(set(map(tuple, experiment.streams))) == config['streams']
-    assert experiment.streams[0][0][1] == 0
 
 
 def test_tuning_never_touches_what_is_tested(tiny, trained, tmp_path, refusal, capsys):
-    (stream,) = adapt.Experiment(adapt.resolved({**CONFIG, 'data': tiny})).tuning
+    stream = adapt.Experiment(adapt.resolved({**CONFIG, 'data': tiny})).tuning
     assert stream == [('val', 0), ('test_C', 0), ('test_C', 1), ('val', 1)]
-    assert adapt.resolved({**CONFIG, 'data': tiny, 'phases': 'A,C,A'})['tune_on'] == []
+    assert adapt.resolved({**CONFIG, 'data': tiny, 'phases': 'A,C,A'})['tune_on'] == ''
     assert 'learning rates are the defaults' in capsys.readouterr().out
     for domain in 'B', 'A', 'val', 'ice':
         line = refusal(tiny, tmp_path, ckpt=trained['vit'], tune_on=domain, phases='A,ice')
@@ -136,8 +135,8 @@ def test_planning_and_a_rollout_beside_a_jump(tiny, trained, tmp_path, refusal):
     rollout = changed(trained['hope'], tmp_path / 'x.pt', loss='rollout')
     options = dict(plan=True, tune_on='', clips=2, methods='world head', probe_clips=1, phases='A,B')
     rows, about = adapted(tiny, tmp_path / 'aba', ckpt=f'{trained["hope"]},{rollout}', **options)
-    assert about['loss'] == 'jump and rollout' and about['tuned_on'] == []
-    for row in (about['simulator'], rows['HOPE world head']['planning']):
+    assert about['loss'] == 'jump and rollout' and about['tuned_on'] == ''
+    for row in [rows['HOPE world head']['planning']]:
         assert [(phase['phase'], len(phase['distance'])) for phase in row] == [('A', 1), ('B', 1)]
     fewer = changed(trained['hope'], tmp_path / 'y.pt', jump_last=2)
     assert 'have other target steps' in refusal(tiny, tmp_path, ckpt=f'{trained["hope"]},{fewer}')
@@ -148,10 +147,10 @@ def test_own_phases_with_fewer_clips_than_asked_for(tiny, trained, tmp_path, cap
     rows, about = adapted(folder, tmp_path / 'out', ckpt=trained['hope'], methods='frozen, LN-TTA', clips=200,
                           probe_clips=200, tune_clips=25)
     assert about['phases'] == ['val', 'B', 'A2'] and about['domains'] == ['A', 'B', 'A']
-    assert about['shown'] == about['tuned_on'] == [] and about['clips'] == 12
+    assert about['shown'] == [] and about['tuned_on'] == '' and about['clips'] == 12
     assert len(rows['HOPE frozen']['loss'][0]) == 36
     said = capsys.readouterr().out
-    for words in 'clips = 12:', 'probe_clips = 12:', 'learning rates are the defaults':
+    for words in "{'clips': 12, 'probe_clips': 12", 'learning rates are the defaults':
         assert words in said
 
 

@@ -71,22 +71,22 @@ def test_B_moves_twice_as_far_as_A_and_half_of_it_further_than_A_ever_does():
 
 @pytest.mark.parametrize('domain', [*data.DOMAINS, 'zoomed'])
 def test_objects_stay_in_view(domain):
-    """Zoomed ones too, which move further by each clip's factor; the picture's side still counts as WORLD."""
-    zooms = 1.2 ** np.repeat([1, 2, 3, 4], 500) if domain == 'zoomed' else 1
+    """Zoomed ones too, which move further by the factor and look as large as the others."""
+    zooms = 2.0 if domain == 'zoomed' else 1
     name = 'A' if domain == 'zoomed' else domain
     for seed in (1, 2, 3):
         clips, plain = data.simulate(name, 2000, seed, 'x', zooms), data.simulate(name, 2000, seed, 'x')
         assert (clips['position'] > clips['radius'][:, None, None] - 1e-9).all()
         assert (clips['position'] < data.WORLD - clips['radius'][:, None, None] + 1e-9).all()
         assert (clips['impulse'] == plain['impulse']).all()
-        np.testing.assert_allclose(clips['radius'], zooms * plain['radius'])
+        np.testing.assert_allclose(clips['radius'], plain['radius'])
         np.testing.assert_allclose(slid(clips), zooms * slid(plain), rtol=1e-9)
 
 
 def test_a_new_domain_must_fit_the_room(monkeypatch, capsys):
     """Which moves no clip of the others: see tests/test_prepare.py."""
     monkeypatch.setitem(data.DOMAINS, 'feather', data.Physics(mu=0.02, mass=0.2))
-    for arguments in (('feather', 100, 1, 'x'), ('A', 100, 1, 'x', 3)):
+    for arguments in (('feather', 100, 1, 'x'), ('A', 100, 1, 'x', 6)):
         with pytest.raises(SystemExit):
             data.simulate(*arguments)
         assert 'objects slide out of view; widen ROOM' in capsys.readouterr().err
@@ -157,14 +157,9 @@ def test_one_clip_some_clips_and_a_loader(tiny):
     assert torch.equal(data.normed(features), z[3:9])
 
 
-def test_a_missing_or_damaged_clip_is_one_line(tiny, tmp_path, capsys):
+def test_a_missing_split_or_set_is_one_line(tiny, tmp_path, capsys):
     folder = shutil.copytree(tiny, tmp_path / 'set')
-    features = np.load(folder / 'val.npy', mmap_mode='r+')
-    # From the least damage to the greatest.
     for damage, words in (
-            (lambda: features.__setitem__((7, 3, 2, 1), np.nan), 'the features of clip 7 are not finite'),
-            (lambda: (folder / 'val.npz').write_bytes(b'half'), 'val.npz is damaged or missing'),
-            (lambda: os.truncate(folder / 'val.npy', 1000), 'val.npy is damaged or missing'),
             (lambda: os.unlink(folder / 'val.npy'), "has no split 'val'; run prepare.py as before"),
             (lambda: shutil.rmtree(folder), 'make it with: python prepare.py --name=')):
         damage()

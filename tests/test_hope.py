@@ -36,15 +36,16 @@ def fresh(layer, clips=B):
     return torch.zeros(clips, *layer.start().shape).double()
 
 
-def at(layer, state):
-    learned = layer.learned(len(state))
-    return layer.at(learned['start'] + state.flatten(0, 1), learned), learned['start']
+def weights_of(layer, state):
+    """The weights of all memories, and those they started from, (G,.,.)."""
+    start = hope.of_each_clip(layer.start(), len(state))
+    return start + state.flatten(0, 1), start
 
 
 def write(layer, state, k_in, v_in, rope):
     """The state after one chunk: state, k_in and v_in (B,H,...), the rope for all of them."""
-    M, start = at(layer, state)
-    new = layer.write(M, k_in.flatten(0, 1), v_in.flatten(0, 1), [part[0] for part in rope])
+    weights, start = weights_of(layer, state)
+    new = layer.write(weights, start, k_in.flatten(0, 1), v_in.flatten(0, 1), [part[0] for part in rope])
     return (new - start).view(state.shape)
 
 
@@ -160,10 +161,10 @@ def test_fixed_points(rule):
     state = fresh(layer)
     with torch.no_grad():
         for _ in range(200):
-            M, start = at(layer, state)
-            state = (layer.step(M, retained, k, eta, t) - start).view(state.shape)
-        M, _ = at(layer, state)
-    torch.testing.assert_close(layer.read(M['all'], k), t / 2 if rule == 'dgd' else t, rtol=0, atol=1e-9)
+            weights, start = weights_of(layer, state)
+            state = (layer.step(weights, start, retained, k, eta, t) - start).view(state.shape)
+        weights, _ = weights_of(layer, state)
+    torch.testing.assert_close(layer.read(weights, 'all', k), t / 2 if rule == 'dgd' else t, rtol=0, atol=1e-9)
 
 
 @both_rules

@@ -29,8 +29,8 @@ def write_run(folder, rows, domains='ABA', **more):
     """A finished run of adapt.py, of N clips a phase → its folder."""
     phases = list(domains)
     about = dict(config={'data': 'none'}, phases=phases, labels=phases, domains=phases, clips=N, loss='jump',
-                 streams=len(rows[0]['loss']), target_steps=[6, 7, 8], tuned_on=['C'],
-                 simulator=[], probe_at=[N * i for i in range(len(phases) + 1)], rows=[])
+                 streams=len(rows[0]['loss']), target_steps=[6, 7, 8], tuned_on='C',
+                 probe_at=[N * i for i in range(len(phases) + 1)], rows=[])
     folder.mkdir()
     for row in rows:
         file = str(len(about['rows']))
@@ -79,6 +79,10 @@ def test_a_b_a_by_hand(tmp_path):
         'StreamForgetting': ((3 - 2) + (6 - 4)) / 2, 'backward_transfer': -1.5, 'forward_transfer': 7 - 7,
         'plasticity': 7 - 4})
     assert figures_of(tmp_path / 'no_oracle', rows[1:])['way_back'] == pytest.approx(0.024 / 0.06)
+    # Worse than copying, it has come no part of the way.
+    for copied in (0.04, 0.05):
+        rows_too = [row_of('copy', levelled(1, copied, 1)), *rows]
+        assert ('gap_closed' in figures_of(tmp_path / f'{copied}', rows_too)) == (copied > 0.046)
 
 
 def test_other_phases(tmp_path):
@@ -127,12 +131,12 @@ def test_several_runs_are_seeds_and_are_compared_in_pairs(tmp_path, capsys):
 
 @pytest.mark.parametrize('domains', ['ABA', 'AAA', 'A', 'ABAB', ['A', 'friction', 'ice', 'A', 'mass']])
 def test_a_table_for_any_phases_fits_a_terminal(domains, tmp_path):
-    planning = [{'phase': str(i), 'distance': [0.01, 0.03, 0.2], 'ms': 9.0} for i in range(len(domains))]
+    planning = [{'phase': label, 'distance': [0.01, 0.03, 0.2], 'ms': 9.0} for label in domains]
     rows = noisy(2, domains, planning=planning, rate=0.003, rate_from='tuned', tried={'0.003': 1.0, '1': 2.0})
-    text, _ = report.tables(*report.read([write_run(tmp_path / 'run', rows, domains, simulator=planning)]))
+    text, _ = report.tables(*report.read([write_run(tmp_path / 'run', rows, domains)]))
     assert max(len(line) for line in text.splitlines() if ':' not in line) <= 100
     assert 'Warning: that of HOPE world head lies on the edge' in text
-    assert 'true simulator 33% 67% 3.0' in ' '.join(text.split())
+    assert '33%±0% 67%±0% 3.0±0.0' in ' '.join(text.split())
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys):
