@@ -399,7 +399,8 @@ class WorldHead(nn.Module):
         k, v = (part.unflatten(0, (streams, -1)) for part in (key, value))     # (S,n,d) and (S,n,v)
         prior, s2 = (-self.log_prior).exp(), self.log_noise.exp()
         identity = torch.eye(k.shape[1], device=k.device, dtype=k.dtype)
-        factor = torch.linalg.cholesky(k * prior @ k.mT + s2 * identity)       # (S,n,n)
+        factor, failed = torch.linalg.cholesky_ex(k * prior @ k.mT + s2 * identity)        # (S,n,n)
+        factor = factor.masked_fill(failed[:, None, None] > 0, math.nan)       # train.py says it in one line
         z, W = (torch.linalg.solve_triangular(factor, part, upper=False) for part in (v, k * prior))
         scale = factor.diagonal(dim1=1, dim2=2)                        # (S,n)
         error = scale[..., None] * z
