@@ -173,12 +173,15 @@ class Experiment:
     def count(self, uses):
         """As many clips as asked for, or a share of it if a split has too few; uses: {option: splits}."""
         asked = {option: self.config[option] for option in uses}
-        needed = Counter()
-        for option, splits in uses.items():
-            needed.update({split: asked[option] * splits.count(split) for split in splits})
-        share = min(1, *(len(self.splits[split]) / count for split, count in needed.items()))
-        found = {option: int(share * count) for option, count in asked.items()}
-        if not all(found.values()):
+
+        def shares(counts):
+            needed = Counter()
+            for option, splits in uses.items():
+                needed.update({split: counts[option] * splits.count(split) for split in {*splits}})
+            return [len(self.splits[split]) / count for split, count in needed.items()]
+        share = min(1, *shares(asked))
+        found = {option: max(1, int(share * count)) for option, count in asked.items()}
+        if min(shares(found)) < 1:
             refuse(f'data set {self.config["data"]} has too few clips for stream, tuning and probes')
         if found != asked:
             print(f'data set {self.config["data"]} has no more clips: {found}')

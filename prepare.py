@@ -247,7 +247,8 @@ def main():
     if missing and kind == 'pictures':
         encode_frames, own_size = load_encoder(chosen, where)
         usual = {'physics': 64, 'mujoco': 128}
-        pixels = size or own_size or usual.get(source) or own_clips.side(first) // PATCH * PATCH
+        pixels = size or own_size or usual.get(source)
+        pixels = pixels or min(own_clips.read(first, 'pictures')[1].shape[1:3]) // PATCH * PATCH
         print(f'{folder}: pictures of {pixels} x {pixels}, encoded by {chosen["encoder"]}', flush=True)
         if is_function(chosen['encoder']):
             if 'scale' not in meta:

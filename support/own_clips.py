@@ -149,11 +149,6 @@ def open_splits(found, kind, vjepa2, frame_time, device):
     return splits
 
 
-def side(folder):
-    """The short side of a clip's pictures in pixels."""
-    return min(read(folder, 'pictures')[1].shape[1:3])
-
-
 def say_what_step_1_tells(train, val):
     """
     How well a linear map reads the push from z_1, which should not know it: ridge regression on up to 400

@@ -73,14 +73,9 @@ def make_goals(clips, domain, indices, device):
     return Goals(z[:, :1], z[:, -1], position[:, 0], position[:, -1], physics)
 
 
-def pushed(start, pushes, physics, seconds=SECONDS):
-    """Where objects at `start` (...,2), in metres, are `seconds` after pushes (...,2) in N·s → (...,2)."""
-    return start + slide(pushes, physics, seconds)
-
-
 def reached(goals, pushes):
     """How far from its goal each push (...,G,2) brings the object by the clip's end → (...,G) metres."""
-    return np.linalg.norm(pushed(goals.start, pushes, goals.physics) - goals.end, axis=-1)
+    return np.linalg.norm(goals.start + slide(pushes, goals.physics, SECONDS) - goals.end, axis=-1)
 
 
 def search(cost, largest):

@@ -11,12 +11,17 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+import torch
 from conftest import FEW, ROOT, TINY, run
 
 README, *DOCS = [Path(ROOT, 'README.md'), *sorted(Path(ROOT, 'docs').glob('*.md'))]
 PAGES = {path: path.read_text('utf-8') for path in (README, *DOCS)}
 EACH_PAGE = pytest.mark.parametrize('page', PAGES, ids=[path.name for path in PAGES])
 IMAGEIO = find_spec('imageio')
+try:
+    from support import mujoco_world
+except SystemExit:
+    mujoco_world = None
 # On top, so that all commands take seconds. Other tests run bench.py, torchrun, and official weights.
 CODED = ['--size=32', '--dim=24', '--encoder=patch', '--device=cpu']
 SMALL = {
@@ -72,7 +77,8 @@ def test_commands(page, tiny, trained, tmp_path):
     place = shutil.copytree(ROOT, tmp_path / 'project', ignore=MADE)
     (place / 'support/plots.py').open('a').write(UNDRAWN)
     for program, *words in commands_in(PAGES[page]):
-        if program == 'python' and (IMAGEIO or '--content=pictures' not in words):
+        needed = IMAGEIO or '--content=pictures' not in words, mujoco_world or '--source=mujoco' not in words
+        if program == 'python' and all(needed):
             supply(place, words, tiny, trained)
             run(place / words[0], *words[1:], *small(*words), cwd=place)
         else:
@@ -94,10 +100,14 @@ def test_the_tests_pass_in_a_folder_that_has_been_used(tmp_path):
 
 
 def test_the_python_examples(tiny, trained):
-    """That of docs/code.md, and the notebook."""
+    """That of docs/code.md, the encoder of docs/own_data.md where its package is, and the notebook."""
     [example] = re.findall(r'^```python\n(.*?)^```$', PAGES[Path(ROOT, 'docs', 'code.md')], re.S | re.M)
     exec(example.replace('out/hope.pt', trained['hope']).replace("'slide'", repr(tiny)), scope := {})
     assert scope['z_8'].shape == scope['z'][:, 7].shape
+    [example] = re.findall(r'^```python\n(.*?)^```$', PAGES[Path(ROOT, 'docs', 'own_data.md')], re.S | re.M)
+    if find_spec('efficientnet_lite_pytorch'):
+        exec(example, scope)
+        assert scope['encode'](torch.rand(2, 3, 128, 128)).shape == (2, 80, 8, 8)
     matplotlib.use('Agg')
     for cell in json.loads(Path(ROOT, 'example.ipynb').read_text('utf-8'))['cells']:
         source = ''.join(cell['source']).replace('assets', f'{ROOT}/assets')
