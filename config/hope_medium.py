@@ -1,6 +1,7 @@
 # AC-HOPE-ViT between laptop and full size: 5.4 M parameters, for own clips of 8 steps x 256 patches x 1024.
 #   python prepare.py --name=mine --source=clips --split=train:17000-21999,B:22000-22999,A2:23000-23999
-# A night on a workstation: 1,000 steps take 50 minutes on two cores of an AMD EPYC 9004, and 3 GB of memory.
+# The laptop's HOPE made larger. A night: a step takes 7.5 s on one thread of an Intel Xeon, so 4,000 take 8
+# hours, and 3.2 GB of memory.
 # Not trained to the end yet, and not tried on a GPU, which needs no accumulation: --accumulation=1.
 model = 'hope'
 mixer = 'both'
