@@ -254,7 +254,6 @@ def test_the_inverse_learns_alone_and_reads_what_was_shown():
     assert {n.split('.')[0] for n, p in net.named_parameters() if p.grad is not None} == {'inverse'}
     # The last step, which no look-back has, is not read.
     torch.testing.assert_close(net.inverse(z)[0], net.inverse(z[:, :-1])[0])
-    assert not torch.equal(net.inverse(z)[0], net.inverse(z[:, :-2])[0])
     deviation = net.inverse.look(z, 1e-9 * a[:, 0]).deviation
     assert deviation.isfinite().all() and deviation.abs().max() <= 10
 
