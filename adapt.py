@@ -135,7 +135,8 @@ class Experiment:
 
     def __init__(self, config):
         self.config = config
-        phases, shifts = config['phases'], [split_of(shift) for shift in listed(config['tune_on'])]
+        phases = config['phases']
+        shifts = [split_of(config['tune_on'])] if config['tune_on'] else []
         self.labels = labels_of(phases)
         self.domains = [domain_of(phase) for phase in phases]
         streamed = [split_of(phase) for phase in phases]
@@ -177,7 +178,8 @@ class Experiment:
         def shares(counts):
             needed = Counter()
             for option, splits in uses.items():
-                needed.update({split: counts[option] * splits.count(split) for split in {*splits}})
+                for split in splits:
+                    needed[split] += counts[option]
             return [len(self.splits[split]) / count for split, count in needed.items()]
         share = min(1, *shares(asked))
         found = {option: max(1, int(share * count)) for option, count in asked.items()}

@@ -192,7 +192,7 @@ class TwoLayerTitanMemory(TitanMemory):
         hidden = z.tanh() / root
         output = hidden.bmm(w1.mT)
         # The gradients of 1/2 |M(k) - t|^2 at the outputs of W1 and, bounded, of W2.
-        gradient1 = self.read(weights, 'all', k) - target
+        gradient1 = k.bmm(of_each_clip(self.memory, len(k) // self.sizes.heads).mT) + output - target
         slope = (1 - z.tanh().square()) / root
         jacobian = slope.square() * w1.square().sum(1, keepdim=True)
         squared_norm = jacobian.sum(-1, keepdim=True)                  # (G,P,1)

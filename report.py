@@ -94,7 +94,7 @@ def figures(row, rows, run):
     oracle = losses.get(('oracle', 'frozen', row['seed']), losses.get(('oracle', 'frozen', 1)))
     if frozen is not None and row['method'] != 'frozen':
         found |= against_frozen(loss, frozen, oracle, domains, away, back)
-        # Who predicts worse than copying step 1 has come no part of any way.
+        # A share would flatter a row that is worse than copying step 1.
         copied = losses.get(('', 'copy', 1))
         if away and copied is not None and over(loss, away).mean() > over(copied, away).mean():
             for share in ('gap_closed', 'way_back'):

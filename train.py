@@ -114,7 +114,7 @@ if processes > 1:
         torch.cuda.set_device(device)
     dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')     # waits for all processes
 if device == 'cpu' and width < 256:
-    torch.set_num_threads(1)       # so small matrices are multiplied faster by one
+    torch.set_num_threads(1)       # matrices so small are multiplied faster by one thread than by several
 precision = autocast(device, dtype, width)
 torch.backends.cuda.matmul.allow_tf32 = True
 
