@@ -276,18 +276,19 @@ class Clips:
         z = normed(features)
         return (z[0], a[0]) if np.ndim(chosen) == 0 else (z, a)
 
-    def stored(self, clips, pinned=False):
+    def stored(self, clips, pinned=False, steps=None):
         """
         Clips (b,) as they are stored → features (b,T,N,D) float16, actions (b,T,A), states (b,T,S) or None.
-        pinned: in memory that a GPU can copy from without waiting.
+        pinned: in memory that a GPU can copy from without waiting. steps: only so many of the features.
         """
         clips = np.asarray(clips)
-        features = torch.empty(len(clips), *self.meta['shape'], dtype=torch.float16, pin_memory=pinned)
+        T, N, D = self.meta['shape']
+        features = torch.empty(len(clips), steps or T, N, D, dtype=torch.float16, pin_memory=pinned)
         for place, clip in zip(features.numpy(), clips):
             stored = self.features[clip]
             # Own files are opened one by one, as there may be many.
             array = np.load(stored, mmap_mode='r') if isinstance(stored, str) else stored
-            place[:] = array.reshape(place.shape)
+            place[:] = array.reshape(T, N, D)[:steps]
         states = None if self.states is None else torch.from_numpy(self.states[clips])
         return features, torch.from_numpy(self.actions[clips]), states
 

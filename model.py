@@ -343,6 +343,37 @@ LOSSES = {
 }
 
 
+class Muon(torch.optim.Optimizer):
+    """
+    Muon (Jordan et al., 2024), as torch.optim.Muon with adjust_lr_fn='match_rms_adamw', but in float32: that
+    works in bfloat16, which most CPUs emulate, and was more than half of a step.
+    """
+
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group['params']:
+                mean = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - group['momentum'])
+                update = orthogonal(p.grad.lerp(mean, group['momentum']))
+                p.mul_(1 - group['lr'] * group['weight_decay'])
+                # Its steps are as large as AdamW's would be.
+                p.add_(update, alpha=-0.2 * group['lr'] * max(p.shape) ** 0.5)
+
+
+def orthogonal(x):
+    """The orthogonal matrix next to x (m,n), roughly: five Newton-Schulz iterations, with Muon's numbers."""
+    wide = x / x.norm().clamp(min=1e-7)
+    wide = wide.T if len(x) > x.shape[1] else wide
+    for _ in range(5):
+        gram = wide @ wide.T
+        wide = 3.4445 * wide + (2.0315 * gram @ gram - 4.775 * gram) @ wide
+    return wide.T if len(x) > x.shape[1] else wide
+
+
 def make_optimizers(predictor, kind, rate, muon_rate, beta2, weight_decay):
     """
     'adamw': AdamW of all parameters; 'muon': Muon (Jordan et al., 2024) of the matrices of the blocks and of
@@ -363,9 +394,7 @@ def make_optimizers(predictor, kind, rate, muon_rate, beta2, weight_decay):
               {'params': others, 'weight_decay': 0.0, 'scale': 1.0}]
     optimizers = [torch.optim.AdamW(groups, lr=rate, betas=(0.9, beta2), fused=True)]
     if of_muon:
-        # Its steps are as large as AdamW's would be.
-        group = {'params': of_muon, 'scale': muon_rate / rate}
-        optimizers.append(torch.optim.Muon([group], muon_rate, weight_decay, adjust_lr_fn='match_rms_adamw'))
+        optimizers.append(Muon([{'params': of_muon, 'scale': muon_rate / rate}], muon_rate, weight_decay))
     return optimizers
 
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from configurator import configure, refuse
 from data import Clips, batch_indices, has_split, make_slide, mean_push, median_scene, normed, read_ahead
-from hope import build, load
+from hope import WorldHead, build, load
 from model import LOSSES, Sizes, feature_loss, make_optimizers, rate_at, stream_loss, teacher_forcing_loss
 from support.files import autocast, average_gradients, launched, pick_device, save
 from support.worlds import Worlds, draw_worlds, fitting, given_pushes
@@ -163,6 +163,11 @@ optimizers = make_optimizers(predictor, optimizer, learning_rate, muon_rate, bet
 if resume:
     for each, state in zip(optimizers, checkpoint['optimizers']):
         each.load_state_dict(state)
+looks_of = predictor.world.looks if world else lambda z: z.new_zeros(len(z), WorldHead.LOOKS)
+if worlds:
+    parts = np.array_split(np.arange(len(train_clips)), math.ceil(len(train_clips) / 256))
+    first_steps = (normed(train_clips.stored(part, steps=1)[0].to(device)) for part in parts)
+    looks = torch.cat([looks_of(z[:, 0]).cpu() for z in first_steps])              # (clips,LOOKS)
 # The inverse dynamics is a model of its own: the gradients do not mix, so they are clipped apart.
 named = list(predictor.named_parameters())
 clipped = [[p for name, p in named if name.startswith('inverse') == apart] for apart in (False, True)]
@@ -187,7 +192,7 @@ def indices_of(step):
     drawn = batch_indices(len(train_clips), 16 * batch_size, seed, step).reshape(-1, 16 * stream_clips)
     pushes = torch.from_numpy(train_clips.actions[drawn, 0])
     rng = np.random.default_rng([seed, 4, step])
-    chosen = fitting(rng, worlds_of(step), pushes, push, lengths_of_A, stream_clips)
+    chosen = fitting(rng, worlds_of(step), pushes, looks[drawn], push, lengths_of_A, stream_clips)
     return np.take_along_axis(drawn, chosen, 1).ravel()
 
 
@@ -212,8 +217,8 @@ def second_loss(z, a, s, tau, streams):
     """The second loss of a micro-batch, and -log p(e): one mean each. streams: those of the step in it."""
     if worlds:
         made_up = Worlds(*(part[streams].to(device) for part in worlds_of(step)))
-        looks = predictor.world.looks(z[:, 0]) if world else z.new_zeros(len(z), made_up.direction.shape[-1])
-        given = given_pushes(made_up, a[:, 0].unflatten(0, (-1, stream_clips)), looks, push)
+        pushes, of_clips = (part.unflatten(0, (-1, stream_clips)) for part in (a[:, 0], looks_of(z[:, 0])))
+        given = given_pushes(made_up, pushes, of_clips, push)
         a = torch.cat([given.flatten(0, 1)[:, None], a[:, 1:]], 1)
     if not (worlds and world):
         return LOSSES[loss].train(predictor, z, a, tau, states=s).mean(), torch.zeros((), device=device)

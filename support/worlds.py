@@ -61,29 +61,35 @@ def draw_worlds(rng, streams, numbers, gain, plain):
     return Worlds(*(torch.from_numpy(array).float() for array in worlds))
 
 
+def which_side(worlds, looks):
+    """Where objects with looks (S,n,LOOKS) stand in worlds where looks count: from -1 to 1, (S,n)."""
+    side = torch.einsum('snl,sl->sn', looks, worlds.direction)
+    side = side / worlds.direction.norm(dim=-1, keepdim=True)
+    return torch.where(worlds.sharp > 0, side.sign(), torch.tanh(2 * side))
+
+
 def given_pushes(worlds, pushes, looks, mean_push):
-    """Pushes (S,n,A) that in these worlds look as `pushes` do in A; looks (S*n,LOOKS): of WorldHead.looks."""
+    """Pushes (S,n,A) that in these worlds look as `pushes` do in A; looks (S,n,LOOKS): of WorldHead.looks."""
     push = pushes - mean_push * worlds.on_top
     size = push.norm(dim=-1, keepdim=True).clamp(min=1e-6)
     # None becomes nothing at all, or turns round.
     push = push / size * (size + mean_push * worlds.along).clamp(min=0.1 * mean_push)
-    side = torch.einsum('snl,sl->sn', looks.view(*pushes.shape[:2], -1), worlds.direction)
-    side = side / worlds.direction.norm(dim=-1, keepdim=True)
-    side = torch.where(worlds.sharp > 0, side.sign(), torch.tanh(2 * side))
-    push = push * torch.exp(-worlds.log_gain * side)[..., None]
+    push = push * torch.exp(-worlds.log_gain * which_side(worlds, looks))[..., None]
     return torch.linalg.solve(worlds.matrix[:, None], push[..., None])[..., 0]
 
 
-def fitting(rng, worlds, pushes, mean_push, usual, count):
+def fitting(rng, worlds, pushes, looks, mean_push, usual, count):
     """
     Indices (S,count) of candidates' pushes (S,m,A) which are then given as strong as those of A, whose
     lengths are usual (n,): of each eighth of these equally many, as far as there are any. So in a world where
-    pushes count for much, a stream has motion that goes far.
+    pushes count for much, a stream has motion that goes far. Each strength is given to objects on both sides
+    of the looks (S,m,LOOKS): if the heavy ones alone were pushed hard, the push would tell what is heavy.
     """
-    looks = pushes.new_zeros(pushes[..., 0].numel(), WorldHead.LOOKS)
     length = given_pushes(worlds, pushes, looks, mean_push).norm(dim=-1).numpy()
     part = np.searchsorted(np.quantile(usual, np.linspace(0, 1, 9)), length)           # (S,m)
-    alike = (part[:, :, None] == part[:, None]).sum(2)
-    fits = (part > 0) & (part < 9)
+    side = (which_side(worlds, looks) > 0).numpy()
+    same_part, same_side = (kind[:, :, None] == kind[:, None] for kind in (part, side))
+    alike, others = (same_part & same_side).sum(2), (same_part & ~same_side).sum(2)
+    fits = (part > 0) & (part < 9) & (others > 0)
     # The greatest of log w + Gumbel noise are a draw by the weights w.
     return np.argsort(np.log(alike) - 1e3 * fits - rng.gumbel(size=part.shape), axis=1)[:, :count]
