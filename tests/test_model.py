@@ -259,6 +259,19 @@ def test_decay_and_optimiser_by_role():
     assert owners[2] == {'predictor_blocks', 'world'}
 
 
+@pytest.mark.parametrize('shape', [(30, 10), (10, 24)])
+def test_muon_is_that_of_torch_but_for_its_bfloat16(shape):
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+    both = (model.Muon([ours], 0.1, 0.04),
+            torch.optim.Muon([theirs], 0.1, 0.04, adjust_lr_fn='match_rms_adamw'))
+    for _ in range(3):
+        ours.grad = theirs.grad = torch.randn(shape)
+        for optimizer in both:
+            optimizer.step()
+    assert (ours - theirs).norm() < 0.02 * (ours - 1).norm()
+
+
 def test_the_rate_rises_stays_and_falls():
     rates = [model.rate_at(step, 100, 0.1, 1.0, 0.1, 0.3) for step in range(101)]
     assert rates[:11] == pytest.approx(torch.linspace(0.1, 1, 12)[1:].tolist(), abs=1e-6)

@@ -97,7 +97,7 @@ def test_another_seed_gives_another_result(tiny, trained, tmp_path):
 
 
 def test_accumulation_and_processes_change_nothing(tiny, tmp_path):
-    """The same clips, so the same losses but for rounding, which Muon's bfloat16 would amplify."""
+    """The same clips, so the same losses but for rounding, which Muon would amplify."""
     args = [*TINY, f'--data={tiny}', '--max_iters=3', '--optimizer=adamw']
     run('train.py', *args, f'--out={tmp_path}/one.pt')
     run('train.py', *args, f'--out={tmp_path}/parts.pt', '--accumulation=2')
@@ -177,11 +177,12 @@ def test_a_step_from_another_checkpoint(tiny, trained, tmp_path):
     drawn = batch_indices(len(clips), 128, 1, 0).reshape(2, 64)
     length = np.linalg.norm(val.actions[:, 0], axis=1)
     pushes = torch.from_numpy(clips.actions[drawn, 0])
-    chosen = worlds.fitting(np.random.default_rng([1, 4, 0]), world, pushes, push, length, 4)
-    z, a = clips[np.concatenate([row[few] for row, few in zip(drawn, chosen)])]
     with torch.no_grad():
+        looks = predictor.world.looks(clips[drawn.ravel()][0][:, 0]).view(2, 64, -1)
+        chosen = worlds.fitting(np.random.default_rng([1, 4, 0]), world, pushes, looks, push, length, 4)
+        z, a = clips[np.take_along_axis(drawn, chosen, 1).ravel()]
         first = teacher_forcing_loss(predictor, z[::4], a[::4], {})[0].item()
-        looks = predictor.world.looks(z[:, 0])
+        looks = predictor.world.looks(z[:, 0]).view(2, 4, -1)
         a[:, 0] = worlds.given_pushes(world, a[:, 0].view(2, 4, 2), looks, push).view(8, 2)
         lost, surprise = stream_loss(predictor, z, a, tau, 4)
     second = (lost * torch.tensor([0.4, 0.8, 1.2, 1.6])).mean().item()

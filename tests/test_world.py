@@ -283,18 +283,21 @@ def test_a_push_given_in_a_made_up_world_looks_like_the_push_of_the_clip():
 
 
 def test_clips_fit_their_worlds():
-    """Where they can, given pushes are as strong as those of A, each strength as often as there."""
+    """Given pushes are as strong as those of A, each strength as often, and tell nothing of the looks."""
     rng = np.random.default_rng(1)
-    drawn = worlds.draw_worlds(rng, 50, 2, gain=0.85, plain=0)
-    seen = F.normalize(torch.from_numpy(rng.normal(size=(50, 320, 2))), dim=-1).float()
-    seen = seen * torch.from_numpy(rng.uniform(0.2, 1.6, (50, 320, 1))).float()
+    drawn = worlds.draw_worlds(rng, 400, 2, gain=0.85, plain=0)
+    seen = F.normalize(torch.from_numpy(rng.normal(size=(400, 320, 2))), dim=-1).float()
+    seen = seen * torch.from_numpy(rng.uniform(0.2, 1.6, (400, 320, 1))).float()
+    looks = torch.from_numpy(rng.normal(size=(400, 320, 6))).float()
     usual = rng.uniform(0.25, 0.8, 1000)
-    chosen = worlds.fitting(rng, drawn, seen, 0.5, usual, 20)
+    chosen = worlds.fitting(rng, drawn, seen, looks, 0.5, usual, 20)
     assert all(len(set(row)) == 20 for row in chosen)
-    none = torch.zeros(50, 320, 6)
-    length = worlds.given_pushes(drawn, seen, none, 0.5).norm(dim=-1).numpy()
+    length = worlds.given_pushes(drawn, seen, looks, 0.5).norm(dim=-1).numpy()
     picked = np.take_along_axis(length, chosen, 1)
     assert (np.abs(picked - 0.525) < 0.28).mean() > 0.95 > 0.7 > (np.abs(length - 0.525) < 0.28).mean()
     # The farthest motion that there is was not given as a weak push more often than as a strong one.
     light = torch.linalg.det(drawn.matrix).abs().sqrt().numpy() > 1.5
     assert 0.4 < (picked[light] > 0.525).mean() < 0.6
+    heavy = (drawn.log_gain * worlds.which_side(drawn, looks) < -0.2).numpy()
+    strong, of_heavy = picked > 0.525, np.take_along_axis(heavy, chosen, 1)
+    assert abs(strong[of_heavy].mean() - strong.mean()) < 0.1 < abs(length[heavy].mean() - length.mean())
