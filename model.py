@@ -345,12 +345,12 @@ LOSSES = {
 
 class Muon(torch.optim.Optimizer):
     """
-    Muon (Jordan et al., 2024), as torch.optim.Muon with adjust_lr_fn='match_rms_adamw', but in float32: that
-    works in bfloat16, which most CPUs emulate, and was more than half of a step.
+    torch.optim.Muon (Jordan et al., 2024) with steps as large as AdamW's, but in float32: that works in bfloat16,
+    which most CPUs have to emulate.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        super().__init__(params, {'lr': lr, 'weight_decay': weight_decay, 'momentum': momentum})
 
     @torch.no_grad()
     def step(self):
@@ -358,20 +358,20 @@ class Muon(torch.optim.Optimizer):
             for p in group['params']:
                 mean = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p))
                 mean.lerp_(p.grad, 1 - group['momentum'])
-                update = orthogonal(p.grad.lerp(mean, group['momentum']))
                 p.mul_(1 - group['lr'] * group['weight_decay'])
-                # Its steps are as large as AdamW's would be.
-                p.add_(update, alpha=-0.2 * group['lr'] * max(p.shape) ** 0.5)
+                turn = orthogonal(p.grad.lerp(mean, group['momentum']))
+                p.sub_(0.2 * group['lr'] * max(p.shape) ** 0.5 * turn)
 
 
 def orthogonal(x):
-    """The orthogonal matrix next to x (m,n), roughly: five Newton-Schulz iterations, with Muon's numbers."""
-    wide = x / x.norm().clamp(min=1e-7)
-    wide = wide.T if len(x) > x.shape[1] else wide
+    """The orthogonal matrix nearest to x (m,n), roughly: five Newton-Schulz iterations, with Muon's numbers."""
+    if len(x) > x.shape[1]:
+        return orthogonal(x.T).T
+    x = x / x.norm().clamp(min=1e-7)
     for _ in range(5):
-        gram = wide @ wide.T
-        wide = 3.4445 * wide + (2.0315 * gram @ gram - 4.775 * gram) @ wide
-    return wide.T if len(x) > x.shape[1] else wide
+        gram = x @ x.T
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+    return x
 
 
 def make_optimizers(predictor, kind, rate, muon_rate, beta2, weight_decay):
