@@ -288,15 +288,19 @@ class WorldHead(nn.Module):
 
     (Bayesian online change-point detection, Adams & MacKay 2007, arXiv:0710.3742). n is the noise that the
     hypothesis has met, a running mean of |e|^2 / r from s^2 on. Of each time scale the likeliest is kept.
-    Before the next clip are born an empty one, home (clips of A) and former worlds.
+    Before the next clip are born two empty ones, home (clips of A) and former worlds. The second empty one is
+    of a world in which much depends on the object: its key has plain numbers, too, the direction of the push
+    and l times it; it expects less of each number, and much noise, so it learns with care.
 
     The state of B streams is {'now': hypotheses, 'known': those that can be born}, each {C (B,K,d,d), M
-    (B,K,d,v), noise, count (in how many numbers it was seen), log_weight, age in clips, world (the clip at
-    which it was first met, or IS_HOME), all (B,K)}.
+    (B,K,d,v), s2, noise, count (in how many numbers it was seen), log_weight, age in clips, world (the clip
+    at which it was first met, or IS_HOME), all (B,K)}; d is KEY and the plain numbers.
     """
     KEY, VALUE, LOOKS = 64, 48, 6
-    KEPT = 10                    # hypotheses kept from clip to clip; with those that are born 16
-    NEW, AGAIN = 5e-3, 2.5e-3    # chance that a new world begins at a clip, or a certain one that is known
+    KEPT = 9                     # hypotheses kept from clip to clip; with those that are born 16
+    # Chances that a new world begins at a clip, one in which much depends on the object, a certain known one.
+    NEW, NEW_OF_OBJECTS, AGAIN = 5e-3, 5e-4, 2.5e-3
+    OF_OBJECTS, ITS_NOISE = 0.1, 0.1       # its L^-1: of plain numbers, and over the usual one; its s^2
     FORMER, OLD = 4, 50          # former worlds kept, and the age from which a hypothesis is one
     DOUBT, SURE = 3, 30          # numbers in which a noise counts as seen, at first and at most
     IS_HOME, NONE = -1, -2       # in place of the clip at which a world was first met
@@ -305,6 +309,7 @@ class WorldHead(nn.Module):
         super().__init__()
         d, v = self.KEY, self.VALUE
         asked = sizes.width + self.LOOKS * (1 + sizes.action_dim)
+        self.plain = (1 + self.LOOKS) * sizes.action_dim
         self.norm = nn.LayerNorm(sizes.width, eps=1e-6)
         self.key = nn.Linear(asked, d)
         self.key_mlp = MLP(asked, 4 * d, d)
@@ -350,9 +355,10 @@ class WorldHead(nn.Module):
         token = self.norm(x[:, 0, 0].to(self.log_noise.dtype))
         looks = self.looks(z[:, 0])
         heading = a / a.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-        asked = torch.cat([token, looks, (looks[:, :, None] * heading[:, None]).flatten(1)], -1)
+        by_looks = (looks[:, :, None] * heading[:, None]).flatten(1)
+        asked = torch.cat([token, looks, by_looks], -1)
         # A clip without a push asks nothing and writes nothing.
-        key = a.any(-1, keepdim=True) * (self.key(asked) + self.key_mlp(asked))
+        key = a.any(-1, keepdim=True) * torch.cat([self.key(asked) + self.key_mlp(asked), heading, by_looks], -1)
         if shown is None:
             return key, None
         seen = self.seen(shown.hidden) - self.expected(asked)
@@ -376,19 +382,23 @@ class WorldHead(nn.Module):
 
     def start(self, streams):
         """The state of so many new streams: at home, with no former world yet."""
-        new = self.home_noise.new_tensor
-        homes, former = 1 + self.FORMER, self.FORMER
+        new, homes, former = self.home_noise.new_tensor, 1 + self.FORMER, self.FORMER
+        prior, s2, plain = (-self.log_prior).exp(), self.log_noise.exp(), (0, self.plain)
+        C, M = F.pad(self.home_C, (*plain, *plain)), F.pad(self.home_M, (0, 0, *plain))
+        empty = F.pad(prior, plain), self.OF_OBJECTS * F.pad(prior, plain, value=1.0)
+        chances = math.log(self.NEW), math.log(self.NEW_OF_OBJECTS), math.log(self.AGAIN)
         known = {
-            'C': torch.stack([(-self.log_prior).exp().diag(), *homes * [self.home_C]]),
-            'M': torch.stack([0 * self.home_M, *homes * [self.home_M]]),
-            'noise': torch.stack([self.log_noise.exp(), *homes * [self.home_noise]]),
-            'count': new([self.DOUBT, *homes * [self.SURE]]),
-            'log_weight': new([math.log(self.NEW), math.log(self.AGAIN), *former * [-math.inf]]),
-            'age': new((1 + homes) * [0]),
-            'world': new([0, self.IS_HOME, *former * [self.NONE]]),
+            'C': torch.stack([*map(torch.diag, empty), *homes * [C]]),
+            'M': torch.stack([0 * M, 0 * M, *homes * [M]]),
+            's2': torch.stack([s2, new(self.ITS_NOISE), *homes * [s2]]),
+            'noise': torch.stack([s2, new(self.ITS_NOISE), *homes * [self.home_noise]]),
+            'count': new([self.DOUBT, self.DOUBT, *homes * [self.SURE]]),
+            'log_weight': new([*chances, *former * [-math.inf]]),
+            'age': new((2 + homes) * [0]),
+            'world': new([0, 0, self.IS_HOME, *former * [self.NONE]]),
         }
         known = {name: part.expand(streams, *part.shape) for name, part in known.items()}
-        return {'now': {name: part[:, 1:2] for name, part in known.items()}, 'known': known}
+        return {'now': {name: part[:, 2:3] for name, part in known.items()}, 'known': known}
 
     def along(self, key, value, streams):
         """
@@ -396,7 +406,8 @@ class WorldHead(nn.Module):
         With one hypothesis the errors e of all clips follow from one Cholesky decomposition: they are the
         innovations of a Gaussian process (Rasmussen & Williams 2006, Eq. 2.25) with kernel k^T L^-1 k.
         """
-        k, v = (part.unflatten(0, (streams, -1)) for part in (key, value))     # (S,n,d) and (S,n,v)
+        # Without the plain numbers: (S,n,KEY) and (S,n,v).
+        k, v = (part.unflatten(0, (streams, -1)) for part in (key[:, :self.KEY], value))
         prior, s2 = (-self.log_prior).exp(), self.log_noise.exp()
         identity = torch.eye(k.shape[1], device=k.device, dtype=k.dtype)
         factor, failed = torch.linalg.cholesky_ex(k * prior @ k.mT + s2 * identity)        # (S,n,n)
@@ -433,11 +444,11 @@ class WorldHead(nn.Module):
 
     def learn(self, key, value, now):
         """Write one clip of each stream, key (B,d), value (B,v), to all hypotheses → them, -log p(e) (B,)."""
-        s2 = self.log_noise.exp()
         Ck = torch.einsum('bkde,be->bkd', now['C'], key)
-        ratio = 1 + torch.einsum('bkd,bd->bk', Ck, key).clamp(min=0) / s2      # rounding could make it < 1
+        # Rounding could make it less than 1.
+        ratio = 1 + torch.einsum('bkd,bd->bk', Ck, key).clamp(min=0) / now['s2']
         error = value[:, None] - torch.einsum('bd,bkdv->bkv', key, now['M'])
-        gain = Ck / (s2 * ratio)[..., None]
+        gain = Ck / (now['s2'] * ratio)[..., None]
         e = error[..., self.VALUE:]
         likely = now['log_weight'].log_softmax(1) + log_density(e, ratio * now['noise'])
         noise, count = self.heard(e, ratio, now['noise'], now['count'])
@@ -472,16 +483,16 @@ class WorldHead(nn.Module):
         return {'now': {name: torch.cat([kept[name], known[name]], 1) for name in kept}, 'known': known}
 
     def remember(self, best, known):
-        """The worlds that are known (B,2+FORMER), with the likeliest hypothesis (B,1) if it is old."""
+        """The worlds that are known (B,3+FORMER), with the likeliest hypothesis (B,1) if it is old."""
         old = (best['age'] >= self.OLD) & (best['world'] != self.IS_HOME)
         same = known['world'] == best['world']
         # Its own place, or that of the world that was met first.
-        place = torch.where(same.any(1), same.int().argmax(1), 2 + known['world'][:, 2:].argmin(1))
-        here = old & (torch.arange(same.shape[1], device=place.device) == place[:, None])  # (B,2+FORMER)
+        place = torch.where(same.any(1), same.int().argmax(1), 3 + known['world'][:, 3:].argmin(1))
+        here = old & (torch.arange(same.shape[1], device=place.device) == place[:, None])  # (B,3+FORMER)
         best |= {'log_weight': torch.full_like(best['age'], math.log(self.AGAIN)), 'age': 0 * best['age']}
         known = {name: torch.where(here.view(*here.shape, *[1] * (part.dim() - 2)), best[name], part)
                  for name, part in known.items()}
-        known['world'][:, 0] += 1              # the empty one's: the next clip
+        known['world'][:, :2] += 1             # those of the empty ones: the next clip
         return known
 
 

@@ -154,10 +154,11 @@ class WorldHead(Method):
         return {f'{key}, world head': value.tolist() for key, value in report.items()}
 
     def memory_of(self, split, indices):
-        """The memory of streams whose home is in the world of these clips."""
-        other = copy.deepcopy(self.predictor)
-        other.settle(*self.experiment.read(split, indices))
-        return other.start(self.streams)
+        """The memory of streams that these clips of a world were shown to."""
+        memory = self.predictor.start(1)
+        for index in indices:
+            _, memory = teacher_forcing_loss(self.predictor, *self.experiment.read(split, [index]), memory)
+        return repeated({'world': memory['world']}, self.streams)
 
 
 class TitanMemory(Method):

@@ -45,7 +45,7 @@ def test_shapes_of_the_interface(kind):
     net = predictor(kind)
     z, a = clips()
     z_hat, memory = net(z, a)
-    assert z_hat.shape == (B, T, N, D) and memory['world']['now']['M'].shape == (B, 7, 64, 50)
+    assert z_hat.shape == (B, T, N, D) and memory['world']['now']['M'].shape == (B, 8, 78, 50)
     assert ('titan' in memory) == (kind == 'hope')
     z_hat, again = net(*first(z, a), tau=TAU, memory=memory)
     assert z_hat.shape == (B, N, D) and again.keys() == memory.keys()
