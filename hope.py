@@ -358,7 +358,8 @@ class WorldHead(nn.Module):
         by_looks = (looks[:, :, None] * heading[:, None]).flatten(1)
         asked = torch.cat([token, looks, by_looks], -1)
         # A clip without a push asks nothing and writes nothing.
-        key = a.any(-1, keepdim=True) * torch.cat([self.key(asked) + self.key_mlp(asked), heading, by_looks], -1)
+        key = torch.cat([self.key(asked) + self.key_mlp(asked), heading, by_looks], -1)
+        key = a.any(-1, keepdim=True) * key
         if shown is None:
             return key, None
         seen = self.seen(shown.hidden) - self.expected(asked)

@@ -8,5 +8,5 @@ depth = 2
 width = 96
 heads = 4
 cms_hidden = 236
-max_iters = 1300
+max_iters = 1000
 out = 'out/hope.pt'
