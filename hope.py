@@ -304,6 +304,7 @@ class WorldHead(nn.Module):
     FORMER, OLD = 4, 50          # former worlds kept, and the age from which a hypothesis is one
     DOUBT, SURE = 3, 30          # numbers in which a noise counts as seen, at first and at most
     IS_HOME, NONE = -1, -2       # in place of the clip at which a world was first met
+    HOME = 2                     # its place in 'known': before it stand the empty ones, after it former worlds
 
     def __init__(self, sizes):
         super().__init__()
@@ -383,23 +384,22 @@ class WorldHead(nn.Module):
 
     def start(self, streams):
         """The state of so many new streams: at home, with no former world yet."""
-        new, homes, former = self.home_noise.new_tensor, 1 + self.FORMER, self.FORMER
-        prior, s2, plain = (-self.log_prior).exp(), self.log_noise.exp(), (0, self.plain)
-        C, M = F.pad(self.home_C, (*plain, *plain)), F.pad(self.home_M, (0, 0, *plain))
-        empty = F.pad(prior, plain), self.OF_OBJECTS * F.pad(prior, plain, value=1.0)
-        chances = math.log(self.NEW), math.log(self.NEW_OF_OBJECTS), math.log(self.AGAIN)
-        known = {
-            'C': torch.stack([*map(torch.diag, empty), *homes * [C]]),
-            'M': torch.stack([0 * M, 0 * M, *homes * [M]]),
-            's2': torch.stack([s2, new(self.ITS_NOISE), *homes * [s2]]),
-            'noise': torch.stack([s2, new(self.ITS_NOISE), *homes * [self.home_noise]]),
-            'count': new([self.DOUBT, self.DOUBT, *homes * [self.SURE]]),
-            'log_weight': new([*chances, *former * [-math.inf]]),
-            'age': new((2 + homes) * [0]),
-            'world': new([0, 0, self.IS_HOME, *former * [self.NONE]]),
-        }
+        prior, s2, its_noise = (-self.log_prior).exp(), self.log_noise.exp(), self.ITS_NOISE
+        usual, of_objects = F.pad(prior, (0, self.plain)), F.pad(prior, (0, self.plain), value=1.0)
+        M = F.pad(self.home_M, (0, 0, 0, self.plain))
+        home = F.pad(self.home_C, (0, self.plain, 0, self.plain)), M, s2, self.home_noise, self.SURE
+        rows = [
+            (usual.diag(), 0 * M, s2, s2, self.DOUBT, math.log(self.NEW), 0, 0),
+            ((self.OF_OBJECTS * of_objects).diag(), 0 * M, its_noise, its_noise, self.DOUBT,
+             math.log(self.NEW_OF_OBJECTS), 0, 0),
+            (*home, math.log(self.AGAIN), 0, self.IS_HOME),
+            *self.FORMER * [(*home, -math.inf, 0, self.NONE)],
+        ]
+        names = 'C', 'M', 's2', 'noise', 'count', 'log_weight', 'age', 'world'
+        known = {name: torch.stack([torch.as_tensor(part, dtype=s2.dtype, device=s2.device) for part in column])
+                 for name, column in zip(names, zip(*rows))}
         known = {name: part.expand(streams, *part.shape) for name, part in known.items()}
-        return {'now': {name: part[:, 2:3] for name, part in known.items()}, 'known': known}
+        return {'now': {name: part[:, self.HOME:self.HOME + 1] for name, part in known.items()}, 'known': known}
 
     def along(self, key, value, streams):
         """
@@ -484,16 +484,17 @@ class WorldHead(nn.Module):
         return {'now': {name: torch.cat([kept[name], known[name]], 1) for name in kept}, 'known': known}
 
     def remember(self, best, known):
-        """The worlds that are known (B,3+FORMER), with the likeliest hypothesis (B,1) if it is old."""
+        """The worlds that are known, as start() has them, with the likeliest hypothesis (B,1) if it is old."""
         old = (best['age'] >= self.OLD) & (best['world'] != self.IS_HOME)
         same = known['world'] == best['world']
         # Its own place, or that of the world that was met first.
-        place = torch.where(same.any(1), same.int().argmax(1), 3 + known['world'][:, 3:].argmin(1))
-        here = old & (torch.arange(same.shape[1], device=place.device) == place[:, None])  # (B,3+FORMER)
+        after = self.HOME + 1
+        place = torch.where(same.any(1), same.int().argmax(1), after + known['world'][:, after:].argmin(1))
+        here = old & (torch.arange(same.shape[1], device=place.device) == place[:, None])  # (B,after+FORMER)
         best |= {'log_weight': torch.full_like(best['age'], math.log(self.AGAIN)), 'age': 0 * best['age']}
         known = {name: torch.where(here.view(*here.shape, *[1] * (part.dim() - 2)), best[name], part)
                  for name, part in known.items()}
-        known['world'][:, :2] += 1             # those of the empty ones: the next clip
+        known['world'][:, :self.HOME] += 1     # those of the empty ones: the next clip
         return known
 
 

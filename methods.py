@@ -146,8 +146,12 @@ class WorldHead(Method):
 
     def look_back(self, z, a):
         self.predictor.world.diagnostics = []
-        _, memory = teacher_forcing_loss(self.predictor, z, a, self.memory)
-        self.memory = {'world': memory['world']}
+        self.memory = self.written(self.memory, z, a)
+
+    def written(self, memory, z, a):
+        """What a memory becomes when it is shown clips, one of each stream."""
+        _, memory = teacher_forcing_loss(self.predictor, z, a, memory)
+        return {'world': memory['world']}
 
     def diagnostics(self):
         *_, report = self.predictor.world.diagnostics or [{}]
@@ -157,8 +161,8 @@ class WorldHead(Method):
         """The memory of streams that these clips of a world were shown to."""
         memory = self.predictor.start(1)
         for index in indices:
-            _, memory = teacher_forcing_loss(self.predictor, *self.experiment.read(split, [index]), memory)
-        return repeated({'world': memory['world']}, self.streams)
+            memory = self.written(memory, *self.experiment.read(split, [index]))
+        return repeated(memory, self.streams)
 
 
 class TitanMemory(Method):

@@ -356,7 +356,9 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group['params']:
-                mean = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p))
+                if p not in self.state:
+                    self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+                mean = self.state[p]['momentum_buffer']
                 mean.lerp_(p.grad, 1 - group['momentum'])
                 p.mul_(1 - group['lr'] * group['weight_decay'])
                 turn = orthogonal(p.grad.lerp(mean, group['momentum']))

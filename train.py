@@ -163,11 +163,11 @@ optimizers = make_optimizers(predictor, optimizer, learning_rate, muon_rate, bet
 if resume:
     for each, state in zip(optimizers, checkpoint['optimizers']):
         each.load_state_dict(state)
-looks_of = predictor.world.looks if world else lambda z: z.new_zeros(len(z), WorldHead.LOOKS)
-if worlds:
-    parts = np.array_split(np.arange(len(train_clips)), math.ceil(len(train_clips) / 256))
-    first_steps = (normed(train_clips.stored(part, steps=1)[0].to(device)) for part in parts)
-    looks = torch.cat([looks_of(z[:, 0]).cpu() for z in first_steps])              # (clips,LOOKS)
+looks = torch.zeros(len(train_clips), WorldHead.LOOKS)     # of all clips; without a head they do not count
+if worlds and world:
+    for part in np.array_split(np.arange(len(looks)), math.ceil(len(looks) / 256)):
+        z_1 = normed(train_clips.stored(part, steps=1)[0].to(device))[:, 0]
+        looks[part] = predictor.world.looks(z_1).cpu()
 # The inverse dynamics is a model of its own: the gradients do not mix, so they are clipped apart.
 named = list(predictor.named_parameters())
 clipped = [[p for name, p in named if name.startswith('inverse') == apart] for apart in (False, True)]
@@ -197,13 +197,13 @@ def indices_of(step):
 
 
 def batches_of(steps):
-    """What this process reads at each step: clips for the inverse loss, then its micro-batches."""
+    """What this process reads at each step, clips and their looks: for the inverse loss, then micro-batches."""
     for step in steps:
         parts = share(indices_of(step), accumulation)
         if world:
             parts = share(batch_indices(len(train_clips), inverse_batch, seed + 1, step), 1) + parts
         for indices in parts:
-            yield train_clips.stored(indices, pinned=device.startswith('cuda'))
+            yield train_clips.stored(indices, pinned=device.startswith('cuda')), looks[indices]
 
 
 def on_device(batch):
@@ -213,12 +213,12 @@ def on_device(batch):
     return z, a.to(device), s.to(device) if states else None
 
 
-def second_loss(z, a, s, tau, streams):
+def second_loss(z, a, s, of_clips, tau, streams):
     """The second loss of a micro-batch, and -log p(e): one mean each. streams: those of the step in it."""
     if worlds:
         made_up = Worlds(*(part[streams].to(device) for part in worlds_of(step)))
-        pushes, of_clips = (part.unflatten(0, (-1, stream_clips)) for part in (a[:, 0], looks_of(z[:, 0])))
-        given = given_pushes(made_up, pushes, of_clips, push)
+        in_streams = (part.unflatten(0, (-1, stream_clips)) for part in (a[:, 0], of_clips.to(device)))
+        given = given_pushes(made_up, *in_streams, push)
         a = torch.cat([given.flatten(0, 1)[:, None], a[:, 1:]], 1)
     if not (worlds and world):
         return LOSSES[loss].train(predictor, z, a, tau, states=s).mean(), torch.zeros((), device=device)
@@ -268,7 +268,8 @@ for step in range(first_step, max_iters):
     # Inverse dynamics, of which no gradient is the predictor's; teacher forcing; second loss; -log p(e).
     losses = torch.zeros(4, device=device)
     if world:
-        z, a, _ = on_device(next(batches))
+        batch, _ = next(batches)
+        z, a, _ = on_device(batch)
         # As in a look-back: all steps but the last.
         inverse = predictor.inverse.loss(z[:, :-1], a)
         inverse.backward()
@@ -277,10 +278,11 @@ for step in range(first_step, max_iters):
     targets = np.random.default_rng([seed, 1, step]).choice(possible, batch_size)
     parts = share(np.arange(batch_size) // stream_clips, accumulation)
     for tau, streams in zip(share(targets, accumulation), parts):
-        z, a, s = on_device(next(batches))
+        batch, of_clips = next(batches)
+        z, a, s = on_device(batch)
         seen = s[::teacher_every] if states else None
         with precision:
-            second, surprised = second_loss(z, a, s, torch.from_numpy(tau).to(device), np.unique(streams))
+            second, surprised = second_loss(z, a, s, of_clips, torch.from_numpy(tau).to(device), np.unique(streams))
             first, _ = teacher_forcing_loss(predictor, z[::teacher_every], a[::teacher_every], {}, seen)
             total = (1 - weight) * first + weight * second + push_weight * surprised
         (total / accumulation).backward()

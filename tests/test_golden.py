@@ -61,7 +61,6 @@ def test_training_and_adaptation_come_out_as_they_were(name, tmp_path):
     golden, found = json.loads((GOLDEN / 'losses.json').read_text())[name], outcome(name, tmp_path / name)
     assert found.keys() == golden.keys()
     for what, numbers in found.items():
-        # Surprise is a logarithm.
         assert numbers == pytest.approx(golden[what], rel=2e-3, abs=0.02 if 'surprise' in what else None), what
 
 
