@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains every variant with three seeds, runs A→B→A with each and prints one table: bash ablate.sh
-# 15 variants, three trainings each; configs say how long one takes. Further options go to train.py:
+# 17 variants, three trainings each; configs say how long one takes. Further options go to train.py:
 # bash ablate.sh --max_iters=1000
 # What is finished is kept, so an interrupted table goes on where it stopped. Other options want another out.
 set -euo pipefail
@@ -24,6 +24,8 @@ HOPE                       world_head hope_jump
 ViT-AC                     LN-TTA     vit_jump
 ViT-AC_head                world_head vit_jump  --world=True --worlds=True
 ViT-AC_head_convolution    world_head vit_jump  --world=True --worlds=True --conv=True
+ViT-AC_convolution         LN-TTA     vit_jump  --conv=True
+ViT-AC_made-up_worlds      LN-TTA     vit_jump  --worlds=True
 no_convolution             world_head hope_jump --conv=False
 no_made-up_worlds          world_head hope_jump --plain_worlds=1
 gains_below_1.4            world_head hope_jump --world_gain=0.33
