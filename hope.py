@@ -222,7 +222,9 @@ class InverseDynamics(nn.Module):
         super().__init__()
         self.steps = sizes.steps - 1       # of a look-back: the last is only a target
         self.embed = nn.Linear(sizes.feature_dim, channels)
-        self.place = nn.Parameter(0.02 * torch.randn(math.prod(sizes.grid), channels))
+        # Two channels start as row and column. From random places one axis was not read for 1,000 steps, seed 3.
+        place = torch.cartesian_prod(*(torch.linspace(-1, 1, side) for side in sizes.grid))
+        self.place = nn.Parameter(torch.cat([place, 0.02 * torch.randn(len(place), channels - 2)], 1))
         self.query = nn.Linear(channels, slots)
         self.step = nn.Linear(slots * channels, step_size)     # the MLP can subtract positions of two steps
         self.mlp = nn.Sequential(nn.Linear(self.steps * step_size, self.HIDDEN), nn.GELU(),
