@@ -109,12 +109,12 @@ class TitanMemory(nn.Module):
         eta, alpha = F.softplus(self.read(weights, 'rates', k_in) + biases).unbind(-1)             # (G,P)
         retained = torch.exp(-alpha.mean(-1))[:, None, None]           # a mean: P must not matter
         target = self.targets(weights, v_in)
-        error = self.read(weights, 'mem', k) - target[..., self.rows['mem']]
-        surprise = error.square().sum(-1)                              # (G,P), raises the write rate
+        error = self.read(weights, 'all', k) - target                  # (G,P,3d+2)
+        surprise = error[..., self.rows['mem']].square().sum(-1)       # (G,P), raises the write rate
         gate = torch.ones_like(surprise)
         if self.sizes.surprise:
             gate = surprise / (surprise + of_each_clip(F.softplus(self.gate_bias), clips))
-        new = self.step(weights, start, retained, k, eta * gate, target)
+        new = self.step(weights, start, retained, k, eta * gate, target, error)
         if self.diagnostics is not None:
             drift = (new - start).norm() / self.memory.norm()
             self.diagnostics.append({'surprise': surprise.sqrt().mean(), 'gate': gate.mean(),
@@ -131,9 +131,9 @@ class TitanMemory(nn.Module):
         scale = (target.square() @ self.members).clamp(min=1).rsqrt()  # (G,P,4)
         return target * (scale @ self.members.mT)
 
-    def step(self, weights, start, retained, k, eta, target):
-        """The weights after a frame: retention (G,1,1), keys k (G,P,d), eta (G,P), targets (G,P,3d+2)."""
-        wanted = target - self.read(weights, 'all', k) if self.sizes.rule == 'dgd' else target
+    def step(self, weights, start, retained, k, eta, target, error):
+        """After a frame: retention (G,1,1), keys k (G,P,d), eta (G,P), targets and M(k) - target (G,P,3d+2)."""
+        wanted = -error if self.sizes.rule == 'dgd' else target
         new = self.proximal(start.lerp(weights, retained), k, eta, wanted)
         if self.sizes.self_targets:
             return new
@@ -186,20 +186,17 @@ class TwoLayerTitanMemory(TitanMemory):
         m_0 = of_each_clip(self.memory[:, rows], len(weights) // self.sizes.heads)
         return x.bmm(m_0.mT) + (x.bmm(w2).tanh() / w2.shape[-1] ** 0.5).bmm(w1[:, rows].mT)
 
-    def step(self, weights, start, retained, k, eta, target):
+    def step(self, weights, start, retained, k, eta, target, error):
         (start1, start2), (w1, w2) = self.layers(start), self.layers(weights)
         z, root = k.bmm(w2), w2.shape[-1] ** 0.5
         hidden = z.tanh() / root
-        output = hidden.bmm(w1.mT)
-        # The gradients of 1/2 |M(k) - t|^2 at the outputs of W1 and, bounded, of W2.
-        gradient1 = k.bmm(of_each_clip(self.memory, len(k) // self.sizes.heads).mT) + output - target
-        slope = (1 - z.tanh().square()) / root
+        slope = 1 / root - root * hidden.square()
         jacobian = slope.square() * w1.square().sum(1, keepdim=True)
         squared_norm = jacobian.sum(-1, keepdim=True)                  # (G,P,1)
-        gradient2 = gradient1.bmm(w1) * slope / (1 + squared_norm)
-        wanted1, wanted2 = -gradient1, -gradient2
+        # The error is the gradient of 1/2 |M(k) - t|^2 at the outputs of W1; at those of W2 it is bounded.
+        wanted1, wanted2 = -error, -error.bmm(w1) * slope / (1 + squared_norm)
         if self.sizes.rule == 'delta':
-            wanted1, wanted2 = output + wanted1, z + wanted2
+            wanted1, wanted2 = hidden.bmm(w1.mT) + wanted1, z + wanted2
         new1 = self.proximal(start1.lerp(w1, retained), hidden, eta, wanted1)
         new2 = self.proximal(start2.lerp(w2, retained).mT, k, eta, wanted2)
         return torch.cat([new1, new2.mT], 1)

@@ -162,9 +162,9 @@ def test_fixed_points(rule):
     with torch.no_grad():
         for _ in range(200):
             weights, start = weights_of(layer, state)
-            state = (layer.step(weights, start, retained, k, eta, t) - start).view(state.shape)
-        weights, _ = weights_of(layer, state)
-    torch.testing.assert_close(layer.read(weights, 'all', k), t / 2 if rule == 'dgd' else t, rtol=0, atol=1e-9)
+            found = layer.read(weights, 'all', k)
+            state = (layer.step(weights, start, retained, k, eta, t, found - t) - start).view(state.shape)
+    torch.testing.assert_close(found, t / 2 if rule == 'dgd' else t, rtol=0, atol=1e-9)
 
 
 @both_rules
