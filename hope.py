@@ -219,7 +219,7 @@ class InverseDynamics(nn.Module):
         super().__init__()
         self.steps = sizes.steps - 1       # of a look-back: the last is only a target
         self.embed = nn.Linear(sizes.feature_dim, channels)
-        # Two channels start as row and column. From random places one axis was not read for 1,000 steps, seed 3.
+        # Two channels start as row and column: from random places one axis can stay unread for 1,000 steps.
         place = torch.cartesian_prod(*(torch.linspace(-1, 1, side) for side in sizes.grid))
         self.place = nn.Parameter(torch.cat([place, 0.02 * torch.randn(len(place), channels - 2)], 1))
         self.query = nn.Linear(channels, slots)
