@@ -160,7 +160,7 @@ def test_fixed_points(rule):
     eta, retained = torch.full((B * H, 1), 0.5).double(), torch.ones(B * H, 1, 1).double()
     state = fresh(layer)
     with torch.no_grad():
-        for _ in range(200):
+        for _ in range(201):       # 200 writes before the last read
             weights, start = weights_of(layer, state)
             found = layer.read(weights, 'all', k)
             state = (layer.step(weights, start, retained, k, eta, t, found - t) - start).view(state.shape)
