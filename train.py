@@ -62,6 +62,7 @@ loss = 'jump'            # the second term [jump | rollout]
 lambda_start = 0.2       # its weight at the first step [0..1]
 lambda_end = 0.8         # its weight at the last step, linear in between [0..1]
 jump_last = 3            # jumps go to one of the last k steps, drawn per clip; evaluation takes all [1..]
+short_jumps = 0.3        # share of the steps, the first ones, in which jumps go to any step: easier to learn [0..1]
 rollout_steps = 2        # rollout: steps fed back; the last is scored (T = 2 in V-JEPA 2-AC) [1..]
 teacher_every = 15       # teacher forcing, the expensive term, sees every n-th clip; 1 = all of them [1..]
 inverse_batch = 256      # clips a step from which the world head learns to read pushes: cheap [1..]
@@ -274,7 +275,8 @@ for step in range(first_step, max_iters):
         inverse = predictor.inverse.loss(z[:, :-1], a)
         inverse.backward()
         losses[0] = inverse.detach()
-    possible = range(T - jump_last, T) if loss == 'jump' else [rollout_steps]
+    nearest = 1 if step < short_jumps * max_iters else T - jump_last
+    possible = range(nearest, T) if loss == 'jump' else [rollout_steps]
     targets = np.random.default_rng([seed, 1, step]).choice(possible, batch_size)
     parts = share(np.arange(batch_size) // stream_clips, accumulation)
     for tau, streams in zip(share(targets, accumulation), parts):

@@ -164,15 +164,16 @@ def test_the_next_command_works(tiny, trained, tmp_path):
 
 # ---- losses ------------------------------------------------------------------------------------------------
 
-def test_a_step_from_another_checkpoint(tiny, trained, tmp_path):
-    """Teacher forcing on every n-th clip of the batch, jumps on all, along streams of made-up worlds."""
+@pytest.mark.parametrize('short, nearest', [(0, 5), (0.1, 1)])
+def test_a_step_from_another_checkpoint(tiny, trained, tmp_path, short, nearest):
+    """Teacher forcing on every n-th clip, jumps on all, to any step at first, along streams of made-up worlds."""
     run('train.py', *TINY, f'--data={tiny}', f'--init_from={trained["hope"]}', f'--out={tmp_path}/x.pt',
         '--zoom=False', '--max_iters=1', '--learning_rate=1e-9', '--muon_rate=1e-9', '--lambda_start=0.3',
-        '--teacher_every=4', '--plain_worlds=0')
+        '--teacher_every=4', '--plain_worlds=0', f'--short_jumps={short}')
     predictor, _ = hope.load(trained['hope'])
     clips, val = Clips(tiny, 'train'), Clips(tiny, 'val')
     push = mean_push(clips.actions)
-    tau = torch.from_numpy(np.random.default_rng([1, 1, 0]).integers(5, 8, 8))
+    tau = torch.from_numpy(np.random.default_rng([1, 1, 0]).integers(nearest, 8, 8))
     world = worlds.draw_worlds(np.random.default_rng([1, 3, 0]), 2, 2, 0.85, 0)
     drawn = batch_indices(len(clips), 128, 1, 0).reshape(2, 64)
     length = np.linalg.norm(val.actions[:, 0], axis=1)
