@@ -167,9 +167,9 @@ class Experiment:
             split, indices = self.probes[domain]
             goals = planning.make_goals(self.splits[split], domain, indices, config['device'])
             self.goals[(i + 1) * n] = self.labels[i], goals
-        # The last two clips of the first phase, and the first ten of the second.
+        # The last two clips of the first phase, and the first nine of the second.
         drawable = Path(folder_of(config['data']), 'decoder.npy').exists()
-        self.shown = [*range(end)][max(0, n - 2):n + min(n, 10)] if drawable else []
+        self.shown = [*range(end)][max(0, n - 2):n + min(n, 9)] if drawable else []
 
     def count(self, uses):
         """As many clips as asked for, or a share of it if a split has too few; uses: {option: splits}."""

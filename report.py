@@ -24,6 +24,7 @@ EARLY = 25               # clips at the start and at the end of a phase whose me
 # Columns of the tables: figure, heading, format, and what it is.
 COLUMNS = [
     ('B_first', '1-25', '.4f', 'the first 25 clips of each phase away from home'),
+    ('B_last', 'last 25', '.4f', 'their last 25 clips'),
     ('return_cost', 'return', '+.3f', 'loss minus frozen loss on the first 25 clips back home'),
     ('forgetting', 'forget', '+.3f', 'loss on held-out clips of home after the first shift minus before it'),
     ('gap_closed', 'gap', '.0%', "share of the way from the own frozen loss away from home to the oracle's"),
@@ -81,6 +82,7 @@ def figures(row, rows, run):
     back = [i for i in range(1, len(domains)) if i not in away and i - 1 in away]
     found = {f'phase {i + 1}': over(loss, [i]) for i in range(len(domains))}
     found['B_first'] = over(loss[..., :EARLY], away)
+    found['B_last'] = over(loss[..., -EARLY:], away)
     if row['metres'] is not None:
         found['cm_B'] = over(100 * row['metres'], away)
     if len(loss) == 1:      # streams that are run as one batch have no time of their own
