@@ -116,7 +116,7 @@ class LNTTA(TTA):
 
 class LNTTA5(LNTTA):
     """LN-TTA with five steps a clip."""
-    rates = 3e-4, 1e-3, 3e-3, 1e-2
+    rates = 1e-4, 3e-4, 1e-3, 3e-3
     default = {'vit': 1e-3, 'hope': 1e-3}
     control = True
     steps = 5

@@ -59,7 +59,6 @@ def test_ways_to_write_a_flag(configured, flag, value):
     ('periods = 3', 'periods must be of type tuple, not 3'),
     ('steps = 0', 'steps = 0 is not allowed; allowed: 1..100'),
     ('rate = 0', 'rate = 0.0 is not allowed; allowed: >0'),
-    ('share = 1.5', 'share = 1.5 is not allowed; allowed: 0..1'),
     ("loss = 'jmp'", "loss = 'jmp' is not allowed; allowed: jump | rollout"),
 ])
 @pytest.mark.parametrize('in_a_file', [False, True])
