@@ -43,7 +43,7 @@ CONTINUAL = [
 ]
 # What is compared, with which other rows (first of all tuned LN-TTA), and on which figures.
 OURS = 'HOPE world head'
-AGAINST = ['ViT-AC LN-TTA', 'HOPE LN-TTA', 'ViT-AC + head world head']
+AGAINST = ['ViT-AC LN-TTA', 'ViT-AC LN-TTA x5', 'HOPE LN-TTA', 'ViT-AC + head world head']
 COMPARED = ['gap_closed', 'way_back', 'return_cost', 'harm']
 
 

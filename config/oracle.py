@@ -1,5 +1,5 @@
 # The oracle: the trained ViT-AC fine-tuned on other clips of B, the bound for methods that do not know B.
-# Needs out/vit.pt (config/vit_jump.py), takes 9 minutes on a CPU core. `val` is of A, where it gets worse.
+# Needs out/vit.pt (config/vit_jump.py), takes 3 to 9 minutes on a CPU core. `val` is of A, where it gets worse.
 model = 'vit'
 world = False
 worlds = False

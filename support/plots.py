@@ -12,8 +12,8 @@ import data
 from support.planning import positions
 
 # What is drawn first, and how, in colours that the colour-blind can tell apart (Okabe and Ito, 2008).
-FIRST = ['HOPE world head', 'HOPE frozen', 'ViT-AC LN-TTA', 'ViT-AC + head world head', 'HOPE LN-TTA',
-         'blank']
+FIRST = ['HOPE world head', 'HOPE frozen', 'ViT-AC LN-TTA', 'ViT-AC LN-TTA x5', 'ViT-AC + head world head',
+         'HOPE LN-TTA', 'blank']
 COLOURS = ['#D55E00', 'black', '#0072B2', '#009E73', '#56B4E9', '0.6']
 DASHES = ['-', '--', '-.', (0, (7, 1)), (0, (2, 1)), ':']
 STYLE = {'font.size': 8, 'legend.fontsize': 7, 'axes.spines.top': False, 'axes.spines.right': False}

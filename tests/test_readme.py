@@ -47,7 +47,7 @@ def small(script, *args):
 
 def commands_in(text):
     """The commands of a page, each as a list of words; of those that differ in a seed or a name the first."""
-    text = '\n'.join(re.findall(r'^```bash\n(.*?)^```$', text, re.S | re.M))
+    text = '\n'.join(re.findall(r'^```bash\n(.*?)^```$', text, re.S | re.M)).replace('$shift', 'C')
     text = re.sub(r'torchrun .*_node=\d', 'python', text.replace(' && ', '\n').replace('$seed', '1'))
     found = {}
     for words in [shlex.split(line, comments=True) for line in text.splitlines()]:
