@@ -124,7 +124,7 @@ class LNTTA5(LNTTA):
 
 class CMS(Method):
     """Online writes of HOPE's CMS levels: see hope.CMSWriter."""
-    rates = 3.0, 10.0, 30.0, 100.0
+    rates = 10.0, 30.0, 100.0, 300.0
     default = {'hope': 10.0}
     batched = False
 
@@ -167,7 +167,7 @@ class WorldHead(Method):
 
 class TitanMemory(Method):
     """HOPE's Titan memories, shown clips as in training. The rate is the share that is kept for the next."""
-    rates = 0.05, 0.2, 0.5, 1.0
+    rates = 0.01, 0.05, 0.2, 1.0
     default = {'hope': 0.05}
     fits = staticmethod(lambda sizes: sizes.model == 'hope' and sizes.mixer != 'attention')
 

@@ -166,7 +166,7 @@ def test_the_next_command_works(tiny, trained, tmp_path):
 
 @pytest.mark.parametrize('short, nearest', [(0, 5), (0.1, 1)])
 def test_a_step_from_another_checkpoint(tiny, trained, tmp_path, short, nearest):
-    """Teacher forcing on every n-th clip, jumps on all, to any step at first, along streams of made-up worlds."""
+    """Teacher forcing on every n-th clip, jumps on all, along streams of made-up worlds; near ones at first."""
     run('train.py', *TINY, f'--data={tiny}', f'--init_from={trained["hope"]}', f'--out={tmp_path}/x.pt',
         '--zoom=False', '--max_iters=1', '--learning_rate=1e-9', '--muon_rate=1e-9', '--lambda_start=0.3',
         '--teacher_every=4', '--plain_worlds=0', f'--short_jumps={short}')
