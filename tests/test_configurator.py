@@ -54,11 +54,11 @@ def test_ways_to_write_a_flag(configured, flag, value):
 @pytest.mark.parametrize('written, words', [
     ('stepz = 3', "no option is called 'stepz'; did you mean --steps?"),
     ('not_a_knob = 3', "no option is called 'not_a_knob'"),
-    ('steps = 2.5', 'steps must be of type int, not 2.5'),
-    ('flag = 1', 'flag must be of type bool, not 1'),
+    ('steps = 2.5', 'steps must be of type int, not 2.5'), ('flag = 1', 'flag must be of type bool, not 1'),
     ('periods = 3', 'periods must be of type tuple, not 3'),
     ('steps = 0', 'steps = 0 is not allowed; allowed: 1..100'),
     ('rate = 0', 'rate = 0.0 is not allowed; allowed: >0'),
+    ('share = 1.5', 'share = 1.5 is not allowed; allowed: 0..1'),
     ("loss = 'jmp'", "loss = 'jmp' is not allowed; allowed: jump | rollout"),
 ])
 @pytest.mark.parametrize('in_a_file', [False, True])
