@@ -52,7 +52,6 @@ device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or
 dtype = 'auto'           # auto = bfloat16 where device and model gain by it [auto | float32 | bfloat16]
 config = configure(globals()) if __name__ == '__main__' else {}
 
-PLAN_RATE = 1e-4         # LN-TTA's in V-JEPA 2 experiments before these: a row of its own, never tuned
 # By model, and whether it has a world head.
 MODELS = {('vit', False): 'ViT-AC', ('vit', True): 'ViT-AC + head',
           ('hope', False): 'HOPE - head', ('hope', True): 'HOPE'}
@@ -64,7 +63,8 @@ def read_checkpoint(path, config):
     """The Checkpoint in a file."""
     predictor, about = load(path, config['device'])
     sizes = predictor.sizes
-    name = 'oracle' if path in listed(config['oracle']) else MODELS[sizes.model, sizes.world]
+    name = MODELS[sizes.model, sizes.world] + ' rollout' * (about['loss'] == 'rollout')
+    name = 'oracle' if path in listed(config['oracle']) else name
     steps = about['clip_steps']
     targets = torch.arange(steps - about['jump_last'], steps, device=config['device'])
     precision = autocast(config['device'], config['dtype'], sizes.width)
@@ -265,7 +265,7 @@ def row_of(checkpoint, method, rate=None, rate_from=''):
 
 
 def rows_of(checkpoint, config):
-    """The rows of a checkpoint. Where rates are from: '' (there is none), given, tuned, default or plan."""
+    """The rows of a checkpoint. Where rates are from: '' (there is none), given, tuned or default."""
     if checkpoint.name == 'oracle':
         return [row_of(checkpoint, 'frozen')]
     sizes = checkpoint.predictor.sizes
@@ -282,8 +282,6 @@ def rows_of(checkpoint, config):
         if method.rates and name in given:
             choice = float(given[name]), 'given'
         rows.append(row_of(checkpoint, name, *choice))
-        if name == 'LN-TTA' and sizes.model == 'vit':
-            rows.append(row_of(checkpoint, name, PLAN_RATE, 'plan'))
     return rows
 
 

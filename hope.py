@@ -468,12 +468,14 @@ class WorldHead(nn.Module):
         """Show one clip to each of B streams, key (B,d), value (B,v) → the state before the next clip."""
         now, surprise = self.learn(key, value, state['now'])
         if self.diagnostics is not None:
-            weight, age, home = now['log_weight'].exp(), now['age'] - 1, now['world'] == self.IS_HOME
+            weight, age, is_home = now['log_weight'].exp(), now['age'] - 1, now['world'] == self.IS_HOME
             # The posterior over ages: of 0, 1, 2-3, 4-7 ... clips, and home.
-            place = torch.where(home, 11, (age.log2().floor() + 1).clamp(0, 10).long())
+            place = torch.where(is_home, 11, (age.log2().floor() + 1).clamp(0, 10).long())
             ages = torch.zeros_like(weight[:, :1]).repeat(1, 12).scatter_add_(1, place, weight).mean(0)
+            home = state['known']['M'][:, self.HOME]
+            change = torch.einsum('bk,bkdv->bdv', weight, now['M']) - home
             self.diagnostics.append({'surprise': surprise.mean(), 'mean age': (weight * age).sum(1).mean(),
-                                     'home': ages[11], 'ages': ages})
+                                     'home': ages[11], 'ages': ages, 'drift': change.norm() / home.norm()})
         known = self.remember(likeliest(now, 1, now['log_weight']), state['known'])
         # Of each time scale (ages of 1, 2-3, 4-7 ... clips) the likeliest first: the young have yet to learn.
         scale = now['age'].log2().floor()
@@ -550,9 +552,10 @@ class CMSWriter:
     def tick(self, loss, initial_loss):
         """Look back at a clip, where the written weights had this loss and the trained ones initial_loss."""
         gradients = torch.autograd.grad(loss.square() / 2, list(self.weights.values()))
+        self.gradients = dict(zip(self.weights, gradients))
         self.ticks += 1
         self.retention = earned_retention(loss.detach(), initial_loss)
-        for name, gradient in zip(self.weights, gradients):
+        for name, gradient in self.gradients.items():
             # The summed gradients were taken at the changed weights, so they are forgotten with the changes.
             self.sums[name] = self.retention * (self.sums[name] + gradient)
             self.changes[name] = self.retention * self.changes[name]
@@ -567,13 +570,13 @@ class CMSWriter:
         self.weights = {name: (p + self.changes[name]).requires_grad_() for name, p in self.initial.items()}
 
     def diagnostics(self):
-        """Per level, fast to slow: writes so far, the last retention, and the drift |change| / |initial|."""
+        """Per level, fast to slow: writes, the last retention and gradient norm, the drift |change| / |initial|."""
         rows = []
         for names, period in zip(self.levels, self.periods):
-            change, initial = (get_total_norm([part[name] for name in names])
-                               for part in (self.changes, self.initial))
+            gradient, change, initial = (get_total_norm([part[name] for name in names])
+                                         for part in (self.gradients, self.changes, self.initial))
             rows.append({'writes': self.ticks // period, 'retention': self.retention.item(),
-                         'drift': (change / initial).item()})
+                         'gradient norm': gradient.item(), 'drift': (change / initial).item()})
         return rows
 
 

@@ -72,7 +72,7 @@ class Method:
         """Learn from the clips that were predicted last, one of each stream: z (S,T,N,D), a (S,T,A)."""
 
     def diagnostics(self):
-        """Figures of the last look-back, {name: number}, as means over the streams."""
+        """Figures of the last look-back, {'name' or 'name, part': number}, as means over the streams."""
         return {}
 
     def losses(self, z, a):
@@ -89,29 +89,67 @@ class TTA(Method):
     rates = 1e-5, 3e-5, 1e-4, 3e-4
     default = {'vit': 1e-5}
     batched = False
-    adapts = torch.nn.Module     # the kind of modules whose parameters are adapted
 
     def start(self):
-        adapted = [module for module in self.predictor.modules() if isinstance(module, self.adapts)]
-        self.parameters = [p.requires_grad_() for module in adapted for p in module.parameters(recurse=False)]
+        self.adapt(self.predictor)
+
+    def adapt(self, *modules):
+        """Take the parameters of these modules. What has a row for each stream can adapt several."""
+        self.parameters = [p.requires_grad_() for module in modules for p in module.parameters()]
+        self.initial = [p.detach().clone() for p in self.parameters]
         self.optimizer = torch.optim.Adam(self.parameters, lr=self.rate)
 
     def look_back(self, z, a):
         for step in range(self.steps):
             z_hat = self.predict(z, a) if step else self.z_hat
             forced, _ = teacher_forcing_loss(self.predictor, z, a, {})
-            loss = feature_loss(z_hat, z[:, self.targets]).mean() + forced
+            # A sum over the streams, so that each has its own gradient.
+            loss = feature_loss(z_hat, z[:, self.targets]).sum() + len(z) * forced
             self.optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            with_gradient = [p for p in self.parameters if p.grad is not None]
+            self.norm = self.norm_of([p.grad for p in with_gradient])
+            for p in with_gradient:
+                p.grad *= (1 / (self.norm + 1e-6)).clamp(max=1).view(-1, *[1] * (p.dim() - 1))
             self.optimizer.step()
+
+    def norm_of(self, parts):
+        """The norm of all that each stream has in some tensors (S*...) → (S,)."""
+        return torch.cat([part.reshape(self.streams, -1) for part in parts], 1).norm(dim=1)
+
+    @torch.no_grad()
+    def diagnostics(self):
+        drift = self.norm_of([p - was for p, was in zip(self.parameters, self.initial)])
+        drift = drift / self.norm_of(self.initial)
+        return {'gradient norm': self.norm.mean().item(), 'drift': drift.mean().item()}
+
+
+class StreamNorm(torch.nn.Module):
+    """A LayerNorm that has a gain and a bias for each of S streams: (S*b,...,C) → the same shape."""
+
+    def __init__(self, norm, streams):
+        super().__init__()
+        self.eps = norm.eps
+        self.weight, self.bias = (torch.nn.Parameter(p.repeat(streams, 1)) for p in (norm.weight, norm.bias))
+
+    def forward(self, x):
+        x = F.layer_norm(x, x.shape[-1:], eps=self.eps).unflatten(0, (len(self.weight), -1))    # (S,b,...,C)
+        shape = len(self.weight), *[1] * (x.dim() - 2), -1
+        return torch.addcmul(self.bias.view(shape), x, self.weight.view(shape)).flatten(0, 1)
 
 
 class LNTTA(TTA):
-    """TTA of the gain and bias of every LayerNorm."""
+    """TTA of the gain and bias of every LayerNorm, of each stream its own."""
     rates = 1e-3, 3e-3, 1e-2, 3e-2
     default = {'vit': 3e-3, 'hope': 1e-2}
-    adapts = torch.nn.LayerNorm
+    batched = True
+
+    def start(self):
+        norms = {name: StreamNorm(module, self.streams) for name, module in self.predictor.named_modules()
+                 if isinstance(module, torch.nn.LayerNorm)}
+        for name, norm in norms.items():
+            self.predictor.set_submodule(name, norm)
+        self.adapt(*norms.values())
 
 
 class LNTTA5(LNTTA):
@@ -136,7 +174,7 @@ class CMS(Method):
 
     def diagnostics(self):
         levels = zip(self.net.periods, self.net.diagnostics())
-        return {f'{key}, CMS every {period}': value
+        return {f'{key}, every {period}': value
                 for period, level in levels for key, value in level.items()}
 
 
@@ -155,7 +193,7 @@ class WorldHead(Method):
 
     def diagnostics(self):
         *_, report = self.predictor.world.diagnostics or [{}]
-        return {f'{key}, world head': value.tolist() for key, value in report.items()}
+        return {key: value.tolist() for key, value in report.items()}
 
     def memory_of(self, split, indices):
         """The memory of streams that these clips of a world were shown to."""
@@ -205,7 +243,7 @@ class GainWriter(Method):
         self.change = (kept - self.rate * gradient).detach().requires_grad_()
 
     def diagnostics(self):
-        return {'gain, written': 1 + self.change.item()}
+        return {'gain': 1 + self.change.item()}
 
 
 class WorldsKnown(WorldHead):

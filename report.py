@@ -65,8 +65,7 @@ def read(folders):
             row |= {name: np.reshape(row[name], shape) for name in ('loss', 'metres') if row[name]}
         for row in rows:
             row['figures'] = figures(row, rows, run)
-            plan = f' {row["rate"]:g}' if row['rate_from'] == 'plan' else ''
-            groups.setdefault(f'{row["model"]} {row["method"]}{plan}'.strip(), []).append(row)
+            groups.setdefault(f'{row["model"]} {row["method"]}'.strip(), []).append(row)
     return first, groups
 
 
@@ -263,6 +262,7 @@ def write(folders, out):
     (out / 'table.tex').write_text(latex.translate(symbols), 'utf-8')
     tidy(groups).to_csv(out / 'figures.csv', index=False)
     plots.draw_stream(out / 'results.png', run, groups)
+    plots.draw_diagnostics(out / 'diagnostics.png', run, groups)
     if shown := plots.shown_clips(run, groups):
         plots.draw_animation(out / 'switch.gif', shown)
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from configurator import configure, refuse
 from data import Clips, batch_indices, has_split, make_slide, mean_push, median_scene, normed, read_ahead
 from hope import WorldHead, build, load
-from model import LOSSES, Sizes, feature_loss, make_optimizers, rate_at, stream_loss, teacher_forcing_loss
+from model import LOSSES, Sizes, make_optimizers, rate_at, stream_loss, teacher_forcing_loss
 from support.files import autocast, average_gradients, launched, pick_device, save
 from support.worlds import Worlds, draw_worlds, fitting, given_pushes
 from vjepa2 import start_from
@@ -231,25 +231,29 @@ def second_loss(z, a, s, of_clips, tau, streams):
 
 @torch.no_grad()
 def evaluate():
-    """Losses on val of teacher forcing, and over the last steps of the predictor and of what it must beat."""
+    """
+    On val: the loss of teacher forcing, and by step (T-1,) those of the predictor, of the same with the last
+    steps swapped, and of what it must beat, step 1 again and an empty scene.
+    """
     predictor.eval()
     if world:
         predictor.settle(*(part.to(device) for part in val_clips[-home_clips:]))
-    targets = torch.arange(T - jump_last, T, device=device)
+    targets = torch.arange(1, T, device=device)
     clips = np.arange(min(eval_clips, len(val_clips)))
     micro = batch_size // (accumulation * processes)
-    sums = np.zeros(5)
+    tf, by_step = 0, 0
     for indices in np.split(clips, range(micro, len(clips), micro)):
         z, a, s = on_device(val_clips.stored(indices))
         with precision:
             first, _ = teacher_forcing_loss(predictor, z, a, {}, s)
             z_hat = LOSSES[loss].predict(predictor, z, a, targets, states=s)
-            # Its predictions, the same with the steps swapped, z_1 again, an empty scene.
-            guesses = z_hat, z_hat.flip(1), z[:, :1], scene
-            losses = [first] + [feature_loss(guess, z[:, targets]).mean() for guess in guesses]
-        sums += len(z) * np.array(torch.stack(losses).tolist())
+            swapped = torch.cat([z_hat[:, :-jump_last], z_hat[:, -jump_last:].flip(1)], 1)
+            guesses = z_hat, swapped, z[:, :1], scene
+            losses = torch.stack([(guess - z[:, 1:]).abs().mean((0, 2, 3)) for guess in guesses])
+        tf += first.item() * len(z) / len(clips)
+        by_step += losses.cpu().numpy() * len(z) / len(clips)
     predictor.train()
-    return (sums / len(clips)).tolist()
+    return tf, by_step
 
 
 # ---- training ----------------------------------------------------------------------------------------------
@@ -313,7 +317,8 @@ for step in range(first_step, max_iters):
            f'{speed:.0f} clips/s  {left // 60:.0f}:{left % 60:02.0f} left')
     val_first = val_second = ''
     if evaluating:
-        val_first, val_second, swapped, copy, blank = evaluate()
+        val_first, by_step = evaluate()
+        val_second, swapped, copy, blank = by_step[:, -jump_last:].mean(1).tolist()
         print0(f'  val {done:>6}  tf {val_first:.4f}  {loss} {val_second:.4f}  '
                f'{1 - val_second / copy:.0%} below copy ({copy:.4f}), '
                f'{1 - val_second / blank:.0%} below blank ({blank:.4f})')
@@ -336,7 +341,8 @@ for step in range(first_step, max_iters):
             save(best_out, predictor, **about)
         save(out, predictor, optimizers=[each.state_dict() for each in optimizers], **about)
 
-print0(f'with the target steps swapped: {loss} {swapped / val_second - 1:+.0%}\n'
+print0(f'{loss} to step 2, 3 ... on val: {np.array2string(by_step[0], precision=4)[1:-1]}\n'
+       f'with the target steps swapped: {swapped / val_second - 1:+.0%}\n'
        f'finished in {(time.time() - started) / 60:.1f} min; best on val was step {best_step}: {best_out}')
 print0(f'next: python adapt.py --ckpt={out} --data={data}')
 if processes > 1:

@@ -19,13 +19,13 @@ DASHES = ['-', '--', '-.', (0, (7, 1)), (0, (2, 1)), ':']
 STYLE = {'font.size': 8, 'legend.fontsize': 7, 'axes.spines.top': False, 'axes.spines.right': False}
 # In clips; the last hypothesis of a world head is that the world is home again.
 AGES = ['0', '1', '2-3', '4-7', '8-15', '16-31', '32-63', '64-127', '128-255', '256-511', '512+', 'home']
+DIAGNOSTICS = 'surprise', 'gradient norm', 'drift'
 BESIDE = {'loc': 'upper left', 'bbox_to_anchor': (1, 1), 'frameon': False}
 
 
 def drawn(groups, most):
-    """At most so many of the groups, those of FIRST first → {name: rows}; a rate of the plan is not drawn."""
-    tuned = [name for name, rows in groups.items() if rows[0]['rate_from'] != 'plan']
-    names = sorted(tuned, key=[*FIRST, *groups].index)
+    """At most so many of the groups, those of FIRST first → {name: rows}."""
+    names = sorted(groups, key=[*FIRST, *groups].index)
     return {name: groups[name] for name in names[:most]}
 
 
@@ -35,20 +35,32 @@ def running_mean(values, width=10):
     return np.lib.stride_tricks.sliding_window_view(values, width, axis=-1).mean(-1)
 
 
-@matplotlib.rc_context(STYLE)
 def draw_stream(path, run, groups):
-    """A stream of phases: loss, position error, held-out probes, and what one memory reports."""
+    """A stream of phases: loss, position error, held-out probes, the ages of one world head's hypotheses."""
     groups = drawn(groups, 6)
     panels = [(draw_losses, 'loss', f'{run["loss"]} loss\nmean of 10 clips')]
     if any(rows[0]['metres'] is not None for rows in groups.values()):
         panels.append((draw_losses, 'metres', 'position error [m]\nmean of 10 clips'))
     for domain in dict.fromkeys(run['domains']):
         panels.append((draw_probes, domain, f'loss on held-\nout clips of {domain}'))
-    kinds = reported(groups)
-    for kind in sorted(kinds, key=lambda kind: kind != 'ages'):
-        panels.append((draw_ages if kind == 'ages' else draw_diagnostics, kinds[kind], kind))
+    if reported(groups, 'ages'):
+        panels.append((draw_ages, 'ages', 'clips since the\nworld changed'))
+    draw_panels(path, run, groups, panels)
+
+
+def draw_diagnostics(path, run, groups):
+    """What the methods report along the stream, each of DIAGNOSTICS in a panel."""
+    groups = drawn({name: rows for name, rows in groups.items() if rows[0]['diagnostics'][0]}, 6)
+    panels = [(draw_reports, kind, kind) for kind in DIAGNOSTICS if reported(groups, kind)]
+    if panels:
+        draw_panels(path, run, groups, panels)
+
+
+@matplotlib.rc_context(STYLE)
+def draw_panels(path, run, groups, panels):
+    """Panels (draw, what it draws, label) below each other, along a stream whose shifts are shaded."""
     fig = Figure(figsize=(6.3, 0.8 + 1.3 * len(panels)), layout='constrained')
-    axes = fig.subplots(len(panels), sharex=True)
+    axes = fig.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     n, domains = run['clips'], run['domains']
     for ax, (draw, what, label) in zip(axes, panels):
         # Phases away from home are shaded, and a thin line stands between two phases.
@@ -65,15 +77,15 @@ def draw_stream(path, run, groups):
     fig.savefig(path, dpi=160)
 
 
-def reported(groups):
-    """What the first group that reports anything has to say → {kind: {line: (seeds,clips,...)}}."""
-    rows = max(drawn(groups, 6).values(), key=lambda rows: bool(rows[0]['diagnostics'][0]))
-    kinds = {}
-    for key in rows[0]['diagnostics'][0]:
-        kind, _, block = key.partition(', ')
-        values = [[clip[key] for clip in row['diagnostics']] for row in rows]
-        kinds.setdefault(kind, {})[block] = np.array(values)
-    return kinds
+def reported(groups, kind):
+    """What the groups report of a kind, such as surprise → {(group, part): (seeds,clips,...)}."""
+    found = {}
+    for name, rows in groups.items():
+        for key in rows[0]['diagnostics'][0]:
+            if key.partition(', ')[0] == kind:
+                values = [[clip[key] for clip in row['diagnostics']] for row in rows]
+                found[name, key.partition(', ')[2]] = np.array(values)
+    return found
 
 
 def draw_band(ax, values, **style):
@@ -106,20 +118,23 @@ def draw_probes(ax, run, groups, domain):
     ax.set_ylim(0, None)
 
 
-def draw_ages(ax, run, groups, lines):
+def draw_ages(ax, run, groups, kind):
     """The weights of a world head's hypotheses by AGES, the mean of seeds, at each clip of the stream."""
-    [weights] = lines.values()                                                   # (seeds,clips,ages)
+    weights, *_ = reported(groups, kind).values()                                # (seeds,clips,ages)
     clips, ages = weights.shape[1:]
     ax.imshow(weights.mean(0).T, 'Greys', vmin=0, vmax=1, aspect='auto', interpolation='nearest',
               origin='lower', extent=(0, clips, -0.5, ages - 0.5))
     ax.set_yticks(range(ages), AGES, fontsize=6)
-    ax.set_ylabel('clips since the\nworld changed')
 
 
-def draw_diagnostics(ax, run, groups, lines):
-    """What a memory reports of one kind, such as its surprise: a line for each block or level."""
-    for (name, values), dashes in zip(lines.items(), DASHES):
-        draw_band(ax, values, label=name, color='black', ls=dashes)
+def draw_reports(ax, run, groups, kind):
+    """What methods report of one kind: a colour for each, a line for each block or level."""
+    for (name, part), values in reported(groups, kind).items():
+        place = [*groups].index(name)
+        same = [*reported({name: groups[name]}, kind)].index((name, part))
+        draw_band(ax, values, label=f'{name} {part}', color=COLOURS[place], ls=DASHES[same])
+    if kind != 'surprise':
+        ax.set_yscale('log')
     ax.legend(**BESIDE)
 
 

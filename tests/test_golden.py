@@ -52,7 +52,7 @@ def outcome(name, folder):
         found |= {f'{path.stem}, probes of {domain}': losses[0] for domain, losses in row['probes'].items()}
         # At this size the head changes losses by 2e-3 only.
         if row['method'] == 'world head':
-            found |= {'surprise of the stream': [clip['surprise, world head'] for clip in row['diagnostics']]}
+            found |= {'surprise of the stream': [clip['surprise'] for clip in row['diagnostics']]}
     return found
 
 

@@ -77,18 +77,19 @@ def test_a_clip_is_predicted_and_scored_before_it_is_shown(fitting, eight, metho
 
 @pytest.mark.parametrize('method', [*TTA, 'no carry', 'CMS', 'Titan memory'])
 def test_rate_zero_or_no_carry_is_frozen(fitting, eight, method):
-    """Bit for bit, but where what is written, nothing, is added."""
+    """Bit for bit, but where weights are added to or multiplied apart."""
     found, frozen = losses(fitting, method, 0.0, eight), losses(fitting, 'frozen', None, eight)
-    assert found == frozen or method in ('CMS', 'Titan memory') and found == pytest.approx(frozen, rel=1e-5)
+    assert found == (frozen if method in ('full TTA', 'no carry') else pytest.approx(frozen, rel=1e-5))
 
 
-@pytest.mark.parametrize('method', ['frozen', 'world head', 'worlds known', 'Titan memory', 'shuffled'])
+@pytest.mark.parametrize('method', ['frozen', 'world head', 'LN-TTA x5', 'worlds known', 'Titan memory', 'shuffled'])
 def test_streams_as_a_batch_are_streams_one_by_one(hope, experiment, method):
     """On their own clips and on the probes."""
     method = METHODS[method]
-    together = adapt.run_stream(method(hope, 0.05, experiment, 3), experiment.streams)
+    rate = method.rates[0] if method.rates else None
+    together = adapt.run_stream(method(hope, rate, experiment, 3), experiment.streams)
     for s, stream in enumerate(experiment.streams):
-        alone = adapt.run_stream(method(hope, 0.05, experiment), [stream])
+        alone = adapt.run_stream(method(hope, rate, experiment), [stream])
         for many, one in ((together['loss'], alone['loss']), (together['probes']['A'], alone['probes']['A'])):
             assert [values[s] for values in many] == pytest.approx([value for value, in one], rel=1e-3)
 
@@ -137,7 +138,8 @@ def test_tta_looks_back_at_all_steps_of_the_clip(hope, eight, method, steps, kin
         torch.nn.utils.clip_grad_norm_(norms, 1.0)
         adam.step()
     for name, p in net.named_parameters():
-        torch.testing.assert_close(dict(adapted.predictor.named_parameters())[name], p, rtol=1e-4, atol=1e-5)
+        found = dict(adapted.predictor.named_parameters())[name].view_as(p)
+        torch.testing.assert_close(found, p, rtol=1e-4, atol=1e-5)
 
 
 def test_the_gain_writer_follows_the_gradient(hope, eight):
@@ -157,6 +159,6 @@ def test_diagnostics(hope, eight):
     """Every block's memory and every CMS level report along the stream."""
     memory, titan, cms = (streamed(hope, name, rate, eight)['diagnostics'][-1]
                           for name, rate in (('world head', None), ('Titan memory', 0.5), ('CMS', 1.0)))
-    assert 0 < memory['home, world head'] <= 1 and sum(memory['ages, world head']) == pytest.approx(1)
+    assert 0 < memory['home'] <= 1 and sum(memory['ages']) == pytest.approx(1)
     assert 0 < titan['surprise, block 1'] < 2 and titan['drift, block 2'] > 0
-    assert [cms[f'writes, CMS every {period}'] for period in (1, 4, 16)] == [8, 2, 0]
+    assert [cms[f'writes, every {period}'] for period in (1, 4, 16)] == [8, 2, 0]

@@ -32,7 +32,7 @@ SMALL = {
     'report.py': ['--runs=out/mine_1'],
     'bench.py': ['--help'],
 }
-UNDRAWN = 'draw_stream = draw_animation = lambda *args: None\n'
+UNDRAWN = 'draw_stream = draw_diagnostics = draw_animation = lambda *args: None\n'
 MADE = shutil.ignore_patterns('.*', '__pycache__', 'out', 'data', 'assets', 'venv', 'env')
 
 

@@ -20,7 +20,7 @@ LEVELS = {'copy': (0.06, 0.09), 'HOPE frozen': (0.01, 0.07), 'HOPE world head': 
 
 def row_of(name, loss, seed=1, **more):
     *model, method = name.split(' ', 1)
-    return dict(rate=None, rate_from='', tried=None, metres=None, seconds=[0.002], probes={}, diagnostics=[],
+    return dict(rate=None, rate_from='', tried=None, metres=None, seconds=[0.002], probes={}, diagnostics=[{}],
                 planning=None, model=''.join(model), method=method, seed=seed, loss=loss.tolist()) | more
 
 
@@ -47,8 +47,8 @@ def noisy(seeds=1, domains='ABA', shift=0, **more):
         loss = levelled(*[LEVELS[name][domain != domains[0]] for domain in domains])
         loss = loss + rng.normal(0, 0.001) + rng.normal(0, 0.001, loss.shape)
         probes = {domain: rng.normal(0.05, 0.01, (1, len(domains) + 1)).tolist() for domain in domains}
-        reported = {'mean age, world head': 2.0, 'ages, world head': AGES} if 'world head' in name else {}
-        more['diagnostics'] = [{'surprise': 1.0, **reported}] * loss.size
+        reported = {'surprise': 1.0, 'ages': AGES} if 'world head' in name else {'drift, block 1': 2.0}
+        more['diagnostics'] = [{} if name == 'copy' else reported] * loss.size
         rows.append(row_of(name, loss, seed, probes=probes, **more))
     return rows
 
@@ -159,5 +159,6 @@ def test_pictures(tiny, tmp_path):
     assert drawn['pictures']['HOPE world head'] == pytest.approx(came, abs=0.01)
     assert drawn['clips'][1:3] == ['A, clip 50', 'B, clip 1'] and drawn['places'].shape == (5, 4, 2)
     assert Image.open(tmp_path / 'run' / 'switch.gif').n_frames == 5 * 4
-    picture = Image.open(tmp_path / 'run' / 'results.png')
-    assert min(picture.size) > 600 and np.std(picture) > 10
+    for name in 'results', 'diagnostics':
+        picture = Image.open(tmp_path / 'run' / f'{name}.png')
+        assert min(picture.size) > 500 and np.std(picture) > 10
