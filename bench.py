@@ -1,5 +1,5 @@
 """
-Speed: time and memory of forward + backward, HOPE against ViT-AC, and how both grow with the clip.
+Speed: time and memory of forward + backward, HOPE against ViT-AC, and how both grow with the clip (a picture).
 
     python bench.py                        full size: config/vit_full.py and config/hope_full.py
     python bench.py --vit=config/vit_jump.py --hope=config/hope_jump.py --features=48 --grid=4    laptop size
@@ -19,8 +19,9 @@ import torch
 from configurator import ROOT, configure, listed, read_config, read_knobs
 from data import normed
 from hope import build
-from model import Sizes, jump_loss, teacher_forcing_loss
+from model import LOSSES, Sizes, teacher_forcing_loss
 from support.files import autocast, pick_device
+from support.plots import draw_growth
 
 vit = 'config/vit_full.py'     # config file of the ViT-AC
 hope = 'config/hope_full.py'   # config file of the AC-HOPE-ViT
@@ -31,6 +32,7 @@ batch = 1                # clips at once [1..]
 repeats = 3              # timed repetitions of each, after one to warm up [1..]
 dtype = 'float32'        # what is computed in, as in train.py [auto | float32 | bfloat16]
 device = 'auto'          # auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps or cpu
+out = 'out/bench.png'    # picture of how teacher forcing grows with T, if there is more than one T
 configure(globals())
 device = pick_device(device)
 
@@ -44,10 +46,10 @@ def predictor_of(path):
     return build(sizes).to(device)
 
 
-def measure(path, T, jump):
+def measure(path, T, loss):
     """
-    Forward + backward on random clips, by teacher forcing over T steps or a jump to step T + 1 → median of
-    the seconds, and the peak of memory in MiB of this process, or of its GPU if it has one.
+    Forward + backward on random clips, by teacher forcing over T steps, or by a loss of LOSSES to step T + 1 →
+    median of the seconds, and the peak of memory in MiB of this process, or of its GPU if it has one.
     """
     net = predictor_of(path)
     z = normed(torch.randn(batch, T + 1, grid**2, features, device=device))
@@ -58,8 +60,11 @@ def measure(path, T, jump):
         net.zero_grad(set_to_none=True)
         started = time.perf_counter()
         with autocast(device, dtype, net.sizes.width):
-            loss = jump_loss(net, z, a, tau).mean() if jump else teacher_forcing_loss(net, z, a, {})[0]
-        loss.backward()
+            if loss in LOSSES:
+                lost = LOSSES[loss].train(net, z, a, tau).mean()
+            else:
+                lost, _ = teacher_forcing_loss(net, z, a, {})
+        lost.backward()
         # item() waits for the device. The last gradient is that of the first layer.
         net.predictor_embed.weight.grad.sum().item()
         seconds.append(time.perf_counter() - started)
@@ -78,12 +83,17 @@ if __name__ == '__main__':
     # A new process for each imports this script and reads the same command line.
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['torch'])
-    for T, jump in [*[(T, False) for T in lengths], (lengths[0], True)]:
+    growth = []
+    cases = [*[('teacher forcing', T) for T in lengths], ('jump', lengths[0]), ('rollout', 2)]
+    for loss, T in cases:
         measured = []
         for path in vit, hope:
             with ProcessPoolExecutor(1, context) as fresh:
-                measured += fresh.submit(measure, path, T, jump).result()
+                measured += fresh.submit(measure, path, T, loss).result()
         of_vit, mib_vit, of_hope, mib_hope = measured
-        label = f'jump to step {T + 1}' if jump else f'teacher forcing T={T}'
+        label = f'{loss} to step {T + 1}' if loss in LOSSES else f'{loss} T={T}'
         print(f'{label:<21}{of_vit:>9.3f} s{of_hope:>9.3f} s{of_hope / of_vit:>7.2f}'
               f'{mib_vit:>8.0f}{mib_hope:>8.0f}', flush=True)
+        growth += [] if loss in LOSSES else [measured]
+    if len(growth) > 1:
+        draw_growth(out, lengths, growth)

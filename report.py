@@ -35,12 +35,6 @@ COLUMNS = [
     ('cm_B', 'cm', '.1f', 'distance of the object from where the prediction has it, away from home'),
     ('ms', 'ms', '.1f', 'time of a clip: predicted, scored and shown'),
 ]
-CONTINUAL = [
-    ('StreamForgetting', 'forgot', '+.3f', 'lost by the end, positive is worse'),
-    ('backward_transfer', 'backward', '+.3f', ''),
-    ('forward_transfer', 'forward', '+.3f', 'transfer, positive is better (formulas: report.continual)'),
-    ('plasticity', 'plastic', '+.3f', 'gained by the first visit of a shift'),
-]
 # What is compared, with which other rows (first of all tuned LN-TTA), and on which figures.
 OURS = 'HOPE world head'
 AGAINST = ['ViT-AC LN-TTA', 'ViT-AC LN-TTA x5', 'HOPE LN-TTA', 'ViT-AC + head world head']
@@ -86,9 +80,10 @@ def figures(row, rows, run):
         found['cm_B'] = over(100 * row['metres'], away)
     if len(loss) == 1:      # streams that are run as one batch have no time of their own
         found['ms'] = [1000 * np.median(row['seconds'])]
-    if row['probes']:
-        at = [run['probe_at'].index(i * run['clips']) for i in range(len(domains) + 1)]
-        found |= continual({key: np.transpose(losses)[at] for key, losses in row['probes'].items()}, domains)
+    if row['probes'] and away:
+        before, after = (run['probe_at'].index((away[0] + i) * run['clips']) for i in (0, 1))
+        probes = np.array(row['probes'][domains[0]])                   # (S, times)
+        found['forgetting'] = probes[:, after] - probes[:, before]
     losses = {(other['model'], other['method'], other['seed']): other['loss'] for other in rows}
     frozen = losses.get((row['model'], 'frozen', row['seed']))
     # Where there is one oracle only, it serves all seeds.
@@ -113,26 +108,6 @@ def of_planning(phases):
         found[f'{label} cm'] = [np.median(cm)]
         found['plan ms'] = [phase['ms']]
     return found
-
-
-def continual(R, domains):
-    """
-    Figures of held-out clips → {name: (S,)}. R: {domain: losses (1+P,S) after 0 ... P phases}.
-    Forgetting as in Avalanche (arXiv:2104.00405), transfer as by Lopez-Paz & Ranzato 2017 (arXiv:1706.08840),
-    forward from the checkpoint, not from random weights. Signs turn, as those have accuracies.
-    """
-    P = len(domains)
-    visits = [(R[domain], i) for i, domain in enumerate(domains, 1)]
-    first = [visits[domains.index(domain)] for domain in dict.fromkeys(domains)]
-    home, new = R[domains[0]], first[1:]
-    differences = {
-        'StreamForgetting': [loss[P] - loss[i] for loss, i in first if i < P],
-        'backward_transfer': [loss[i] - loss[P] for loss, i in visits if i < P],
-        'forward_transfer': [loss[0] - loss[i - 1] for loss, i in new],
-        'plasticity': [loss[i - 1] - loss[i] for loss, i in new],
-        'forgetting': [home[i] - home[i - 1] for _, i in new[:1]],
-    }
-    return {name: np.mean(several, axis=0) for name, several in differences.items() if several}
 
 
 def clips_to(share, loss, frozen):
@@ -243,7 +218,6 @@ def tables(run, groups):
         '±: half the 95 % t interval over means of seeds, or streams of one.',
         comparisons(lines),
         rates(groups, run),
-        table('held-out clips', lines, CONTINUAL)[1],
         table('choosing pushes', lines, pushes)[1],
     ]
     return '\n\n'.join(filter(None, texts)) + '\n', main

@@ -1,4 +1,4 @@
-"""report.py: figures by hand and as in the papers, intervals, paired tests, tables and pictures."""
+"""report.py: figures by hand, intervals, paired tests, tables and pictures."""
 import itertools
 import json
 
@@ -74,9 +74,7 @@ def test_a_b_a_by_hand(tmp_path):
         'B_first': (20 * 0.07 + 5 * 0.03) / 25, 'B_last': 0.03, 'phase 1': 0.02, 'phase 2': 0.046,
         'phase 3': 0.025, 'cm_B': 3, 'ms': 2, 'forgetting': 5 - 2, 'return_cost': (5 * 0.07 + 20 * 0.02) / 25,
         # Windows of 10 clips: half of them from clip 16 on.
-        'gap_closed': 0.024 / 0.05, 't50': 16,
-        'StreamForgetting': ((3 - 2) + (6 - 4)) / 2, 'backward_transfer': -1.5, 'forward_transfer': 7 - 7,
-        'plasticity': 7 - 4})
+        'gap_closed': 0.024 / 0.05, 't50': 16})
     assert figures_of(tmp_path / 'no_oracle', rows[1:])['way_back'] == pytest.approx(0.024 / 0.06)
     # Worse than copying, it has come no part of the way.
     rows.append(row_of('copy', levelled(1, 0.04, 1)))
@@ -103,15 +101,6 @@ def test_never_and_intervals_over_seeds_or_over_the_streams_of_one():
     # t(0.975, 2) = 4.302653 and t(0.975, 1) = 12.706205, of the tables.
     assert report.cell(B, '.4f') == f'2.0000±{4.302653 / 3 ** 0.5:.4f}'
     assert report.cell(B[:2], '+.3f') == '+1.000±12.706' and report.cell(B[:1], '.0f') == '0'
-
-
-def test_continual_learning_as_in_the_papers():
-    found = report.continual({'A': [9, 1, 3, 2], 'B': [9, 8, 2, 5], 'C': [9, 7, 6, 1]}, list('ABC'))
-    assert {name: found[name] for name, *_ in report.CONTINUAL} == {
-        'StreamForgetting': (1 + 3) / 2, 'backward_transfer': -(1 + 3) / 2,
-        'forward_transfer': ((9 - 8) + (9 - 6)) / 2, 'plasticity': ((8 - 2) + (6 - 1)) / 2}
-    found = report.continual({'A': [1, 2, 6, 1, 5], 'B': [9, 8, 3, 7, 4]}, list('ABAB'))
-    assert found['StreamForgetting'] == 2 and found['backward_transfer'] == ((2 - 5) + (3 - 4) + (1 - 5)) / 3
 
 
 def test_several_runs_are_seeds_and_are_compared_in_pairs(tmp_path, capsys):
