@@ -125,3 +125,12 @@ def test_page(page):
         assert anchor in [re.sub(r'[^\w\- ]', '', heading).replace(' ', '-') for heading in headings]
     assert len(PAGES[README].split()) <= 900 and sum(len(PAGES[path].split()) for path in DOCS) <= 6000
     assert len([path for path in DOCS if f'](docs/{path.name})' in PAGES[README]]) == len(DOCS) == 7
+
+
+def test_the_figures_of_the_readme_are_those_of_its_page():
+    lines = PAGES[Path(ROOT, 'docs', 'results.md')].splitlines()
+    rows = re.findall(r'^\|\W*((?:HOPE|ViT-AC),.*)\|$', PAGES[README], re.M)
+    assert len(rows) == 6
+    for name, *cells in [row.split('|') for row in rows]:
+        line, *_ = [line for line in lines if line.startswith(re.sub('[,*]', '', name) + '  ') and '±' in line]
+        assert {cell for cell in cells if cell} <= {*line.replace(' %', '').split()}, name
