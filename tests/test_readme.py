@@ -66,7 +66,9 @@ def supply(place, words, tiny, trained):
     for path in re.findall(r'(?:out|assets)/\w+\.pt', text):
         (place / path).parent.mkdir(exist_ok=True)
         if not (place / path).exists():
-            shutil.copy(trained['hope' if 'hope' in path else 'vit'], place / path)
+            # Of a loop over seeds the first was run.
+            first = place / re.sub(r'\d(?=\.pt)', '1', path)
+            shutil.copy(first if first.exists() else trained['hope' if 'hope' in path else 'vit'], place / path)
     if '--source=clips' in words and not (place / 'clips').exists():
         run(place / 'tests/thesis_folder.py', 'clips', *SMALL['tests/thesis_folder.py'], cwd=place)
 
