@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains every variant with three seeds, runs A→B→A with each and prints one table: bash ablate.sh
-# 17 variants, three trainings each; configs say how long one takes. Further options go to train.py:
+# 20 variants, three trainings each; configs say how long one takes. Further options go to train.py:
 # bash ablate.sh --max_iters=1000
 # What is finished is kept, so an interrupted table goes on where it stopped. Other options want another out.
 set -euo pipefail
@@ -36,6 +36,9 @@ no_surprise_gate           world_head hope_jump --surprise=False
 one_CMS_level              world_head hope_jump --cms_periods=(1,) --cms_hidden=708
 Hope-Attention             world_head hope_jump --mixer=attention --cms_hidden=300
 Titan_without_attention    world_head hope_jump --mixer=titan --cms_hidden=300
+HOPE_without_head          LN-TTA     hope_jump --world=False --worlds=False
+HOPE_rollout               LN-TTA     hope_jump --world=False --loss=rollout
+ViT-AC_rollout             LN-TTA     vit_rollout
 paper CMS hope_jump --world=False --worlds=False --mixer=titan --memory_hidden=24 --conv=False --cms_hidden=300
 VARIANTS
 
