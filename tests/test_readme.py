@@ -134,5 +134,5 @@ def test_the_figures_of_the_readme_are_those_of_its_page():
     assert len(rows) == 6
     for name, *cells in [row.split('|') for row in rows]:
         name = re.sub('[,*]', '', name)
-        [line] = re.findall(rf'^\|{name}\|(.*)\|$', PAGES[Path(ROOT, 'docs', 'results.md')], re.M)
+        line, *_ = re.findall(rf'^\|{name}\|(.*)\|$', PAGES[Path(ROOT, 'docs', 'results.md')], re.M)
         assert {*filter(None, cells)} <= {*line.replace('%', '').split('|')}, name
