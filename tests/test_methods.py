@@ -85,8 +85,7 @@ def test_rate_zero_or_no_carry_is_frozen(fitting, eight, method):
 @pytest.mark.parametrize('method', ['frozen', 'world head', 'LN-TTA', 'worlds known', 'Titan memory', 'shuffled'])
 def test_streams_as_a_batch_are_streams_one_by_one(hope, experiment, method):
     """On their own clips and on the probes."""
-    method = METHODS[method]
-    rate = method.rates[0] if method.rates else None
+    method, rate = METHODS[method], [*METHODS[method].rates, None][0]
     together = adapt.run_stream(method(hope, rate, experiment, 3), experiment.streams)
     for s, stream in enumerate(experiment.streams):
         alone = adapt.run_stream(method(hope, rate, experiment), [stream])
@@ -138,8 +137,8 @@ def test_tta_looks_back_at_all_steps_of_the_clip(hope, eight, method, steps, kin
         torch.nn.utils.clip_grad_norm_(norms, 1.0)
         adam.step()
     for name, p in net.named_parameters():
-        found = dict(adapted.predictor.named_parameters())[name].view_as(p)
-        torch.testing.assert_close(found, p, rtol=1e-4, atol=1e-5)
+        found = dict(adapted.predictor.named_parameters())[name]
+        torch.testing.assert_close(found.view_as(p), p, rtol=1e-4, atol=1e-5)
 
 
 def test_the_gain_writer_follows_the_gradient(hope, eight):

@@ -40,8 +40,9 @@ def small(script, *args):
     if '--source=clips' in args:
         content = CODED if '--content=pictures' in args else ['--content=features']
         return ['--split=train:17000-17079,B:22000-22011,fit_B:22012-22023,A2:23000-23023', *content]
-    if script == 'adapt.py' and '--methods' not in str(args) and '--out=out/aba_both' not in args:
-        return [*SMALL[script], '--methods=frozen, world head']
+    if script == 'adapt.py' and '--methods=all' not in args:
+        given = '--methods' in str(args) and '--plan' not in args
+        return [*SMALL[script], '--tune_on=', *['--methods=frozen, world head'] * (not given)]
     return SMALL[script] + ['--init_from='] * ('config/finetune_vjepa2_ac.py' in args)
 
 
@@ -66,8 +67,7 @@ def supply(place, words, tiny, trained):
     for path in re.findall(r'(?:out|assets)/\w+\.pt', text):
         (place / path).parent.mkdir(exist_ok=True)
         if not (place / path).exists():
-            # Of a loop over seeds the first was run.
-            first = place / re.sub(r'\d(?=\.pt)', '1', path)
+            first = place / re.sub(r'\d(?=\.pt)', '1', path)    # of a loop over seeds, which was run
             shutil.copy(first if first.exists() else trained['hope' if 'hope' in path else 'vit'], place / path)
     if '--source=clips' in words and not (place / 'clips').exists():
         run(place / 'tests/thesis_folder.py', 'clips', *SMALL['tests/thesis_folder.py'], cwd=place)
@@ -130,9 +130,8 @@ def test_page(page):
 
 
 def test_the_figures_of_the_readme_are_those_of_its_page():
-    rows = re.findall(r'^\|\W*((?:HOPE|ViT-AC),.*)\|$', PAGES[README], re.M)
+    rows = re.findall(r'^\|\W*((?:HOPE|ViT-AC),.*)\|$', PAGES[README].replace('**', ''), re.M)
     assert len(rows) == 6
-    for name, *cells in [row.split('|') for row in rows]:
-        name = re.sub('[,*]', '', name)
+    for name, *cells in [row.replace(',', '').split('|') for row in rows]:
         line, *_ = re.findall(rf'^\|{name}\|(.*)\|$', PAGES[Path(ROOT, 'docs', 'results.md')], re.M)
         assert {*filter(None, cells)} <= {*line.replace('%', '').split('|')}, name
