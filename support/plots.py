@@ -214,10 +214,11 @@ def draw_domains(path, seed, world):
     fig.savefig(path, dpi=90)
 
 
+@matplotlib.rc_context(STYLE)
 def draw_growth(path, lengths, growth):
     """Seconds and memory against the steps of a clip; growth: for each [s and MiB of ViT-AC, of HOPE]."""
     fig = Figure(figsize=(6.3, 2.4), layout='constrained')
-    for ax, place, label in zip(fig.subplots(1, 2), (0, 1), ('seconds, forward + backward', 'peak memory, MiB')):
+    for ax, place, label in zip(fig.subplots(1, 2), (0, 1), ('seconds', 'peak memory [MiB]')):
         for name, column, colour in ('ViT-AC', place, COLOURS[2]), ('HOPE', place + 2, COLOURS[0]):
             ax.plot(lengths, [row[column] for row in growth], 'o-', label=name, color=colour)
         ax.set(xlabel='time steps of a clip', ylabel=label, xlim=(0, None), ylim=(0, None))
