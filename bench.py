@@ -1,5 +1,5 @@
 """
-Speed: time and memory of forward + backward, HOPE against ViT-AC, and how both grow with the clip (a picture).
+Speed: time and memory of forward + backward, HOPE against ViT-AC, and how both grow with the clip.
 
     python bench.py                        full size: config/vit_full.py and config/hope_full.py
     python bench.py --vit=config/vit_jump.py --hope=config/hope_jump.py --features=48 --grid=4    laptop size
@@ -48,7 +48,7 @@ def predictor_of(path):
 
 def measure(path, T, loss):
     """
-    Forward + backward on random clips, by teacher forcing over T steps, or by a loss of LOSSES to step T + 1 →
+    Forward + backward on random clips, by teacher forcing over T steps or a loss of LOSSES to step T + 1 →
     median of the seconds, and the peak of memory in MiB of this process, or of its GPU if it has one.
     """
     net = predictor_of(path)
@@ -94,6 +94,7 @@ if __name__ == '__main__':
         label = f'{loss} to step {T + 1}' if loss in LOSSES else f'{loss} T={T}'
         print(f'{label:<21}{of_vit:>9.3f} s{of_hope:>9.3f} s{of_hope / of_vit:>7.2f}'
               f'{mib_vit:>8.0f}{mib_hope:>8.0f}', flush=True)
-        growth += [] if loss in LOSSES else [measured]
+        if loss not in LOSSES:
+            growth.append(measured)
     if len(growth) > 1:
         draw_growth(out, lengths, growth)

@@ -570,7 +570,7 @@ class CMSWriter:
         self.weights = {name: (p + self.changes[name]).requires_grad_() for name, p in self.initial.items()}
 
     def diagnostics(self):
-        """Per level, fast to slow: writes, the last retention and gradient norm, the drift |change| / |initial|."""
+        """Per level, fast to slow: writes, last retention and gradient norm, drift |change| / |initial|."""
         rows = []
         for names, period in zip(self.levels, self.periods):
             gradient, change, initial = (get_total_norm([part[name] for name in names])

@@ -94,7 +94,7 @@ class TTA(Method):
         self.adapt(self.predictor)
 
     def adapt(self, *modules):
-        """Take the parameters of these modules. What has a row for each stream can adapt several."""
+        """Adapt the parameters of these modules, which with S streams have S rows each."""
         self.parameters = [p.requires_grad_() for module in modules for p in module.parameters()]
         self.initial = [p.detach().clone() for p in self.parameters]
         self.optimizer = torch.optim.Adam(self.parameters, lr=self.rate)
@@ -133,9 +133,9 @@ class StreamNorm(torch.nn.Module):
         self.weight, self.bias = (torch.nn.Parameter(p.repeat(streams, 1)) for p in (norm.weight, norm.bias))
 
     def forward(self, x):
-        x = F.layer_norm(x, x.shape[-1:], eps=self.eps).unflatten(0, (len(self.weight), -1))    # (S,b,...,C)
-        shape = len(self.weight), *[1] * (x.dim() - 2), -1
-        return torch.addcmul(self.bias.view(shape), x, self.weight.view(shape)).flatten(0, 1)
+        of_streams = zip(x.chunk(len(self.weight)), self.weight, self.bias)
+        return torch.cat([F.layer_norm(part, part.shape[-1:], weight, bias, self.eps)
+                          for part, weight, bias in of_streams])
 
 
 class LNTTA(TTA):

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from configurator import configure, refuse
 from data import Clips, batch_indices, has_split, make_slide, mean_push, median_scene, normed, read_ahead
 from hope import WorldHead, build, load
-from model import LOSSES, Sizes, make_optimizers, rate_at, stream_loss, teacher_forcing_loss
+from model import LOSSES, Sizes, feature_loss, make_optimizers, rate_at, stream_loss, teacher_forcing_loss
 from support.files import autocast, average_gradients, launched, pick_device, save
 from support.worlds import Worlds, draw_worlds, fitting, given_pushes
 from vjepa2 import start_from
@@ -248,8 +248,10 @@ def evaluate():
             first, _ = teacher_forcing_loss(predictor, z, a, {}, s)
             z_hat = LOSSES[loss].predict(predictor, z, a, targets, states=s)
             swapped = torch.cat([z_hat[:, :-jump_last], z_hat[:, -jump_last:].flip(1)], 1)
-            guesses = z_hat, swapped, z[:, :1], scene
-            losses = torch.stack([(guess - z[:, 1:]).abs().mean((0, 2, 3)) for guess in guesses])
+            guesses = z_hat, swapped, z[:, :1].expand_as(z_hat), scene.expand_as(z_hat)
+            # Steps in place of clips: a mean for each step.
+            true = z[:, 1:].transpose(0, 1)
+            losses = torch.stack([feature_loss(guess.transpose(0, 1), true) for guess in guesses])
         tf += first.item() * len(z) / len(clips)
         by_step += losses.cpu().numpy() * len(z) / len(clips)
     predictor.train()

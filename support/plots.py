@@ -129,10 +129,9 @@ def draw_ages(ax, run, groups, kind):
 
 def draw_reports(ax, run, groups, kind):
     """What methods report of one kind: a colour for each, a line for each block or level."""
-    for (name, part), values in reported(groups, kind).items():
-        place = [*groups].index(name)
-        same = [*reported({name: groups[name]}, kind)].index((name, part))
-        draw_band(ax, values, label=f'{name} {part}', color=COLOURS[place], ls=DASHES[same])
+    for (name, rows), colour in zip(groups.items(), COLOURS):
+        for ((_, part), values), dashes in zip(reported({name: rows}, kind).items(), DASHES):
+            draw_band(ax, values, label=f'{name} {part}', color=colour, ls=dashes)
     if kind != 'surprise':
         ax.set_yscale('log')
     ax.legend(**BESIDE)

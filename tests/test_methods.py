@@ -77,15 +77,15 @@ def test_a_clip_is_predicted_and_scored_before_it_is_shown(fitting, eight, metho
 
 @pytest.mark.parametrize('method', [*TTA, 'no carry', 'CMS', 'Titan memory'])
 def test_rate_zero_or_no_carry_is_frozen(fitting, eight, method):
-    """Bit for bit, but where weights are added to or multiplied apart."""
+    """Bit for bit, but where what is written, nothing, is added."""
     found, frozen = losses(fitting, method, 0.0, eight), losses(fitting, 'frozen', None, eight)
-    assert found == (frozen if method in ('full TTA', 'no carry') else pytest.approx(frozen, rel=1e-5))
+    assert found == frozen or method in ('CMS', 'Titan memory') and found == pytest.approx(frozen, rel=1e-5)
 
 
 @pytest.mark.parametrize('method', ['frozen', 'world head', 'LN-TTA', 'worlds known', 'Titan memory', 'shuffled'])
 def test_streams_as_a_batch_are_streams_one_by_one(hope, experiment, method):
     """On their own clips and on the probes."""
-    method, rate = METHODS[method], [*METHODS[method].rates, None][0]
+    method, rate = METHODS[method], 1e-3 if method == 'LN-TTA' else 0.05
     together = adapt.run_stream(method(hope, rate, experiment, 3), experiment.streams)
     for s, stream in enumerate(experiment.streams):
         alone = adapt.run_stream(method(hope, rate, experiment), [stream])
@@ -136,8 +136,7 @@ def test_tta_looks_back_at_all_steps_of_the_clip(hope, eight, method, steps, kin
         (methods.feature_loss(z_hat, z[:, hope.targets]).mean() + forced).backward()
         torch.nn.utils.clip_grad_norm_(norms, 1.0)
         adam.step()
-    for name, p in net.named_parameters():
-        found = dict(adapted.predictor.named_parameters())[name]
+    for found, p in zip(adapted.predictor.parameters(), net.parameters(), strict=True):
         torch.testing.assert_close(found.view_as(p), p, rtol=1e-4, atol=1e-5)
 
 

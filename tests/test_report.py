@@ -148,5 +148,6 @@ def test_pictures(tiny, tmp_path):
     assert drawn['pictures']['HOPE world head'] == pytest.approx(came, abs=0.01)
     assert drawn['clips'][1:3] == ['A, clip 50', 'B, clip 1'] and drawn['places'].shape == (5, 4, 2)
     assert Image.open(tmp_path / 'run' / 'switch.gif').n_frames == 5 * 4
-    for picture in (Image.open(tmp_path / 'run' / f'{name}.png') for name in ('results', 'diagnostics')):
-        assert min(picture.size) > 500 and np.std(picture) > 10
+    for name, side in ('results', 600), ('diagnostics', 500):
+        picture = Image.open(tmp_path / 'run' / f'{name}.png')
+        assert min(picture.size) > side and np.std(picture) > 10
