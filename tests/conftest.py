@@ -56,8 +56,6 @@ def some_clips(clips=3, steps=5):
     return F.layer_norm(random(clips, steps, 4, 12), (12,)), random(clips, steps, 2)
 
 
-# ---- running the scripts -----------------------------------------------------------------------------------
-
 # It imports torch once; a script then starts in a fork of it, in a tenth of the time.
 FORKS = multiprocessing.get_context('forkserver')
 FORKS.set_forkserver_preload(['torch', 'torch._dynamo', 'pandas', 'scipy.stats', 'matplotlib.pyplot'])
@@ -107,8 +105,6 @@ def refused(done):
     assert done.returncode == 2 and len(lines) == 1 and 'Traceback' not in done.stderr, done.stderr
     return lines[0]
 
-
-# ---- what several tests look at ----------------------------------------------------------------------------
 
 def pytest_xdist_auto_num_workers(config):
     """One process, which starts sooner than several, where files or tests are named."""

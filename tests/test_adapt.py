@@ -46,8 +46,6 @@ def changed(path, new, **changes):
     return str(new)
 
 
-# ---- which clips are used for what -------------------------------------------------------------------------
-
 @pytest.mark.parametrize('changes', [
     {'phases': 'A,B,A', 'streams': 4},
     {'phases': 'val,B,A'},
@@ -83,8 +81,6 @@ def test_names_of_phases():
     assert adapt.labels_of(['A', 'B', 'A', 'B']) == ['A₁', 'B₁', 'A₂', 'B₂']
     assert adapt.labels_of(['A1', 'B', 'A2']) == ['A1', 'B', 'A2']
 
-
-# ---- whole runs --------------------------------------------------------------------------------------------
 
 def test_rows_are_run_once_and_another_run_is_refused(tiny, trained, tmp_path, refusal):
     """A row that is missing is run, and no other file of a row changes; methods may be added."""
@@ -163,8 +159,6 @@ def test_what_is_learned_is_seen_at_the_next_clip(tiny, trained, dtype):
         for name in ('frozen', 'full TTA')]
     assert frozen[0] == learned[0] and frozen[1] != learned[1]
 
-
-# ---- refusals ----------------------------------------------------------------------------------------------
 
 def test_a_checkpoint_of_another_data_set_is_refused(tiny, trained, tmp_path, refusal):
     """Not one of the same with more clips, or with other random numbers."""

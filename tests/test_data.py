@@ -19,8 +19,6 @@ def slid(clips):
     return np.linalg.norm(clips['position'][:, -1] - clips['position'][:, 0], axis=1)
 
 
-# ---- the world ---------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize('domain', data.DOMAINS)
 def test_motion_obeys_newtons_law(domain):
     """
@@ -84,7 +82,6 @@ def test_objects_stay_in_view(domain):
 
 
 def test_a_new_domain_must_fit_the_room(monkeypatch, capsys):
-    """Which moves no clip of the others: see tests/test_prepare.py."""
     monkeypatch.setitem(data.DOMAINS, 'feather', data.Physics(mu=0.02, mass=0.2))
     for arguments in (('feather', 100, 1, 'x'), ('A', 100, 1, 'x', 6)):
         with pytest.raises(SystemExit):
@@ -111,7 +108,7 @@ def test_splits_share_no_clip_and_a_seed_fixes_each():
 
 
 def test_pictures_show_the_object_where_the_physics_puts_it():
-    """And it stands out from the plane, by 0.3 of the range of brightness or more."""
+    """To a quarter of a pixel; it stands out from the plane by 0.3 of the range of brightness or more."""
     clips = data.simulate('B', 8, 1, 'x')
     frames = data.render(clips, 96)
     assert frames.shape == (8, data.FRAMES, 96, 96, 3) and frames.dtype == torch.uint8
@@ -121,11 +118,15 @@ def test_pictures_show_the_object_where_the_physics_puts_it():
     x = (light.sum(2) * pixel).sum(-1) / light.sum((2, 3))
     y = (light.sum(3) * pixel).sum(-1) / light.sum((2, 3))
     centre = torch.stack([x, y], -1).double().numpy()
-    # A quarter of a pixel.
     assert np.abs(centre - clips['position']).max() < 0.002
 
 
-# ---- a data set --------------------------------------------------------------------------------------------
+def test_a_zoomed_picture_is_a_part_of_a_larger_one():
+    near = data.simulate('A', 20, 1, 'x', zoom=1.5)
+    far = {**near, 'position': near['position'] / 1.5, 'radius': near['radius'] / 1.5}
+    part = data.render(far, 96)[:, :, :64, :64]
+    assert (data.render(near, 64).int() - part.int()).abs().max() <= 1 and part.float().std() > 10
+
 
 def test_one_clip_some_clips_and_a_loader(tiny):
     clips = data.Clips(tiny, 'val')

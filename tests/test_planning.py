@@ -76,3 +76,13 @@ def test_with_a_perfect_predictor_goals_are_reached_and_a_wrong_one_misses(clips
     assert np.array_equal(off, reached(goals, pushes)) and ms > 0
     predict, goals = where_pushed(goals, wrong=0.5)
     assert reached(goals, plan_pushes(predict, goals, 0.8)).mean() > 0.02
+
+
+def test_a_goal_is_found_that_few_candidates_come_near():
+    """As with features: far from the goal, where the object covers no part of it, all pushes are alike."""
+    angle = np.random.default_rng(2).uniform(0, 2 * np.pi, 50)
+    goals = 0.7 * np.stack([np.cos(angle), np.sin(angle)], -1)
+    found = [planning.search(lambda tried: np.linalg.norm(tried - goal, axis=-1).clip(max=0.15), 0.8)
+             for goal in goals]
+    off = np.linalg.norm(found - goals, axis=-1)
+    assert (off < 0.05).mean() >= 0.95 and np.linalg.norm(found, axis=-1).max() <= 0.8

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
 
@@ -151,3 +152,15 @@ def test_pictures(tiny, tmp_path):
     for name, side in ('results', 600), ('diagnostics', 500):
         picture = Image.open(tmp_path / 'run' / f'{name}.png')
         assert min(picture.size) > side and np.std(picture) > 10
+
+
+def test_ages_of_a_world_are_drawn_as_an_image(tmp_path):
+    """Those of the group that reports them: clips from left to right, ages upwards, the mean of seeds."""
+    first, groups = report.read([write_run(tmp_path / 'run', noisy(seeds=2))])
+    for clip in groups['HOPE world head'][1]['diagnostics'][:N]:
+        clip['ages'] = AGES[::-1]
+    ax = Figure().subplots()
+    plots.draw_ages(ax, first, groups, 'ages')
+    image = ax.images[0].get_array()
+    assert image.shape == (12, 3 * N) and (image[:, N:].T == AGES).all() and (image[[0, -1], :N] == 0.5).all()
+    assert ax.get_yticklabels()[-1].get_text() == 'home' and ax.get_xlim() == (0, 3 * N)

@@ -64,8 +64,6 @@ def own_set(folder, pushes):
     return folder
 
 
-# ---- one seed, one result ----------------------------------------------------------------------------------
-
 @pytest.mark.parametrize('kind', ['hope', 'vit'])
 def test_killed_and_resumed_it_ends_as_if_never_stopped(kind, tiny, tmp_path):
     """Killed after its first checkpoint, maybe while it writes another, it ends with the same weights."""
@@ -108,8 +106,6 @@ def test_accumulation_and_processes_change_nothing(tiny, tmp_path):
         np.testing.assert_allclose(other, one, rtol=0, atol=1e-6)
         assert furthest(tmp_path / f'{name}.pt', tmp_path / 'one.pt') < 2e-4
 
-
-# ---- what it starts from, and what it leaves ---------------------------------------------------------------
 
 def test_nothing_is_overwritten_and_nothing_wrong_resumed(tiny, trained, tmp_path):
     for name in 'x.pt', 'x_best.pt':
@@ -161,8 +157,6 @@ def test_the_next_command_works(tiny, trained, tmp_path):
     assert (python, script) == ('python', 'adapt.py')
     run(script, *flags, *FEW, '--methods=frozen', f'--out={tmp_path}/aba')
 
-
-# ---- losses ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('short, nearest', [(0, 5), (0.1, 1)])
 def test_a_step_from_another_checkpoint(tiny, trained, tmp_path, short, nearest):
@@ -217,8 +211,6 @@ def test_what_is_not_finite_stops_it_and_is_not_saved(tiny, tmp_path):
         assert words in refused(done) and 'lower --learning_rate' in refused(done)
         assert (tmp_path / 'x.pt').read_bytes() == before
 
-
-# ---- clips of the user's own -------------------------------------------------------------------------------
 
 def test_what_does_not_go_together_is_refused_in_one_line(tmp_path):
     one, many = own_set(tmp_path / 'one', pushes=1), own_set(tmp_path / 'many', pushes=8)

@@ -63,8 +63,6 @@ def student(e, scale):
     return stats.multivariate_t.logpdf(e.detach(), shape=scale.item() * np.eye(len(e)), df=hope.FREEDOM)
 
 
-# ---- exact -------------------------------------------------------------------------------------------------
-
 def test_what_a_stream_reads_is_least_squares_over_the_clips_before():
     """In training: against the normal equations, solved for every clip; and gradients flow through it."""
     head = world_head()
@@ -123,8 +121,6 @@ def test_the_hypotheses_are_those_of_a_loop_over_clips():
         total = sum(row[2] for row in rows)
         rows = [[*row[:2], row[2] / total, *row[3:]] for row in rows]
 
-
-# ---- laws --------------------------------------------------------------------------------------------------
 
 @both
 def test_a_jump_reads_and_teacher_forcing_writes(kind):
@@ -255,8 +251,6 @@ def test_it_stays_finite_under_any_input():
         state = head.write(key, value, state)
         assert all(part[part != -math.inf].isfinite().all() for part in state['now'].values())
 
-
-# ---- looks, inverse and made-up worlds ---------------------------------------------------------------------
 
 def test_looks_are_white_and_bounded():
     net = predictor()
