@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -114,8 +115,11 @@ if processes > 1:
         device = f'cuda:{local_rank}'
         torch.cuda.set_device(device)
     dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')     # waits for all processes
+second_thread = None
 if device == 'cpu' and width < 256:
-    torch.set_num_threads(1)       # matrices so small are multiplied faster by one thread than by several
+    # Matrices so small are multiplied faster by one thread than by several, so another one has other work.
+    torch.set_num_threads(1)
+    second_thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=[1])
 precision = autocast(device, dtype, width)
 torch.backends.cuda.matmul.allow_tf32 = True
 
@@ -214,6 +218,29 @@ def on_device(batch):
     return z, a.to(device), s.to(device) if states else None
 
 
+def beside(work, *args):
+    """Have the second thread compute work(*args) → what waits for it; without one, what computes it."""
+    return second_thread.submit(work, *args).result if second_thread else functools.partial(work, *args)
+
+
+def inverse_loss(batch):
+    """The inverse dynamics' loss on a batch, whose gradients are added to those of its parameters."""
+    z, a, _ = on_device(batch)
+    # As in a look-back: all steps but the last.
+    loss = predictor.inverse.loss(z[:, :-1], a)
+    loss.backward()
+    return loss.detach()
+
+
+def first_loss(z, a, s, share):
+    """Teacher forcing on every n-th clip of a micro-batch; a share of its gradients is added."""
+    seen = s[::teacher_every] if states else None
+    with precision:
+        loss, _ = teacher_forcing_loss(predictor, z[::teacher_every], a[::teacher_every], {}, seen)
+    (share * loss).backward()
+    return loss.detach()
+
+
 def second_loss(z, a, s, of_clips, tau, streams):
     """The second loss of a micro-batch, and -log p(e): one mean each. streams: those of the step in it."""
     if worlds:
@@ -272,15 +299,9 @@ for step in range(first_step, max_iters):
     for group in [group for each in optimizers for group in each.param_groups]:
         group['lr'] = rate * group['scale']
 
-    # Inverse dynamics, of which no gradient is the predictor's; teacher forcing; second loss; -log p(e).
+    # Jumps take as long as teacher forcing and inverse dynamics, of which no gradient is the predictor's.
     losses = torch.zeros(4, device=device)
-    if world:
-        batch, _ = next(batches)
-        z, a, _ = on_device(batch)
-        # As in a look-back: all steps but the last.
-        inverse = predictor.inverse.loss(z[:, :-1], a)
-        inverse.backward()
-        losses[0] = inverse.detach()
+    inverse = beside(inverse_loss, next(batches)[0]) if world else None
     nearest = 1 if step < short_jumps * max_iters else T - jump_last
     possible = range(nearest, T) if loss == 'jump' else [rollout_steps]
     targets = np.random.default_rng([seed, 1, step]).choice(possible, batch_size)
@@ -288,13 +309,14 @@ for step in range(first_step, max_iters):
     for tau, streams in zip(share(targets, accumulation), parts):
         batch, of_clips = next(batches)
         z, a, s = on_device(batch)
-        seen = s[::teacher_every] if states else None
+        first = beside(first_loss, z, a, s, (1 - weight) / accumulation)
         with precision:
             second, surprised = second_loss(z, a, s, of_clips, torch.from_numpy(tau).to(device), np.unique(streams))
-            first, _ = teacher_forcing_loss(predictor, z[::teacher_every], a[::teacher_every], {}, seen)
-            total = (1 - weight) * first + weight * second + push_weight * surprised
+            total = weight * second + push_weight * surprised
         (total / accumulation).backward()
-        losses[1:] += torch.stack([first, second, surprised]).detach() / accumulation
+        losses[1:] += torch.stack([first(), second.detach(), surprised.detach()]) / accumulation
+    if world:
+        losses[0] = inverse()
     if processes > 1:
         average_gradients(predictor, processes)
         dist.all_reduce(losses)
