@@ -311,7 +311,7 @@ def batch_indices(clips, batch_size, seed, number):
         order = np.random.default_rng([seed, epoch]).permutation(clips)
         missing = batch_size - len(picked)
         picked.extend(order[offset:offset + missing])
-    return np.array(picked)
+    return np.array(picked, int)
 
 
 def read_ahead(batches):

@@ -181,7 +181,7 @@ clipped = [[p for name, p in named if name.startswith('inverse') == apart] for a
 # ---- batches and losses ------------------------------------------------------------------------------------
 def share(values, count):
     """This process's share of what the clips of a step have, such as indices or targets, in `count` parts."""
-    return np.split(values, count * processes)[rank::processes]
+    return np.array_split(values, count * processes)[rank::processes]
 
 
 def worlds_of(step):
@@ -202,13 +202,13 @@ def indices_of(step):
 
 
 def batches_of(steps):
-    """What this process reads at each step, clips and their looks: for the inverse loss, then micro-batches."""
+    """What this process reads for each micro-batch: its clips, their looks, other clips for the inverse loss."""
     for step in steps:
-        parts = share(indices_of(step), accumulation)
-        if world:
-            parts = share(batch_indices(len(train_clips), inverse_batch, seed + 1, step), 1) + parts
-        for indices in parts:
-            yield train_clips.stored(indices, pinned=device.startswith('cuda')), looks[indices]
+        watched = batch_indices(len(train_clips), inverse_batch if world else 0, seed + 1, step)
+        parts = share(indices_of(step), accumulation), share(watched, accumulation)
+        for indices, others in zip(*parts):
+            clips, watched = (train_clips.stored(part, device.startswith('cuda')) for part in (indices, others))
+            yield clips, looks[indices], watched
 
 
 def on_device(batch):
@@ -223,22 +223,19 @@ def beside(work, *args):
     return second_thread.submit(work, *args).result if second_thread else functools.partial(work, *args)
 
 
-def inverse_loss(batch):
-    """The inverse dynamics' loss on a batch, whose gradients are added to those of its parameters."""
-    z, a, _ = on_device(batch)
-    # As in a look-back: all steps but the last.
-    loss = predictor.inverse.loss(z[:, :-1], a)
-    loss.backward()
-    return loss.detach()
-
-
-def first_loss(z, a, s, share):
-    """Teacher forcing on every n-th clip of a micro-batch; a share of its gradients is added."""
+def other_losses(z, a, s, watched, forced_weight):
+    """Losses of inverse dynamics and of teacher forcing on every n-th clip, whose gradients are added."""
     seen = s[::teacher_every] if states else None
     with precision:
-        loss, _ = teacher_forcing_loss(predictor, z[::teacher_every], a[::teacher_every], {}, seen)
-    (share * loss).backward()
-    return loss.detach()
+        forced, _ = teacher_forcing_loss(predictor, z[::teacher_every], a[::teacher_every], {}, seen)
+    (forced_weight * forced / accumulation).backward()
+    if not world:
+        return torch.zeros_like(forced), forced
+    z, a, _ = on_device(watched)
+    # As in a look-back: all steps but the last.
+    inverse = predictor.inverse.loss(z[:, :-1], a)
+    (inverse / accumulation).backward()
+    return inverse, forced
 
 
 def second_loss(z, a, s, of_clips, tau, streams):
@@ -299,24 +296,20 @@ for step in range(first_step, max_iters):
     for group in [group for each in optimizers for group in each.param_groups]:
         group['lr'] = rate * group['scale']
 
-    # Jumps take as long as teacher forcing and inverse dynamics, of which no gradient is the predictor's.
     losses = torch.zeros(4, device=device)
-    inverse = beside(inverse_loss, next(batches)[0]) if world else None
     nearest = 1 if step < short_jumps * max_iters else T - jump_last
     possible = range(nearest, T) if loss == 'jump' else [rollout_steps]
     targets = np.random.default_rng([seed, 1, step]).choice(possible, batch_size)
     parts = share(np.arange(batch_size) // stream_clips, accumulation)
     for tau, streams in zip(share(targets, accumulation), parts):
-        batch, of_clips = next(batches)
+        batch, of_clips, watched = next(batches)
         z, a, s = on_device(batch)
-        first = beside(first_loss, z, a, s, (1 - weight) / accumulation)
+        others = beside(other_losses, z, a, s, watched, 1 - weight)
         with precision:
             second, surprised = second_loss(z, a, s, of_clips, torch.from_numpy(tau).to(device), np.unique(streams))
             total = weight * second + push_weight * surprised
         (total / accumulation).backward()
-        losses[1:] += torch.stack([first(), second.detach(), surprised.detach()]) / accumulation
-    if world:
-        losses[0] = inverse()
+        losses += torch.stack([*others(), second, surprised]).detach() / accumulation
     if processes > 1:
         average_gradients(predictor, processes)
         dist.all_reduce(losses)
