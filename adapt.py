@@ -175,15 +175,12 @@ class Experiment:
         """As many clips as asked for, or a share of it if a split has too few; uses: {option: splits}."""
         asked = {option: self.config[option] for option in uses}
 
-        def shares(counts):
-            needed = Counter()
-            for option, splits in uses.items():
-                for split in splits:
-                    needed[split] += counts[option]
-            return [len(self.splits[split]) / count for split, count in needed.items()]
-        share = min(1, *shares(asked))
-        found = {option: max(1, int(share * count)) for option, count in asked.items()}
-        if min(shares(found)) < 1:
+        def share(counts):
+            """What the scarcest split has of what is needed of it."""
+            needed = Counter(split for option in uses for split in counts[option] * uses[option])
+            return min(len(self.splits[split]) / count for split, count in needed.items())
+        found = {option: max(1, int(min(1, share(asked)) * count)) for option, count in asked.items()}
+        if share(found) < 1:
             refuse(f'data set {self.config["data"]} has too few clips for stream, tuning and probes')
         if found != asked:
             print(f'data set {self.config["data"]} has no more clips: {found}')

@@ -21,11 +21,6 @@ def unit(x):
     return x * x.square().sum(-1, keepdim=True).clamp(min=1e-6).rsqrt()
 
 
-def of_each_clip(parameter, clips):
-    """A parameter of all heads, (H,...), again for each clip → (clips*H,...)."""
-    return parameter.expand(clips, *parameter.shape).flatten(0, 1)
-
-
 def by_step(rope, steps):
     """A rotation (cos, sin), each (b,1,T*P,d), cut into time steps → (cos, sin), each (T,b,1,P,d)."""
     return [part.unflatten(2, (steps, -1)).movedim(2, 0) for part in rope]
@@ -45,7 +40,8 @@ class TitanMemory(nn.Module):
         M ← a M - beta (a M k - t) k^T                        repeated, it converges to M k = t
     In both, a M stands for M_0 + a (M - M_0): a memory decays to M_0, not to zero.
 
-    The state of a memory, (B,H,3d+2,d), is the change of its weights since the clip began. G below is B*H.
+    The state of a memory, (B,H,3d+2,d), is the change of its weights since the clip began. Weights that are
+    still those of the start are the same for all clips, (1,H,3d+2,d).
     """
 
     def __init__(self, sizes):
@@ -56,8 +52,8 @@ class TitanMemory(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)     # the query, the input of M_k and the input of M_v
         self.conv = PatchConv(sizes) if sizes.conv else nn.Identity()
         self.proj = nn.Linear(width, width)
-        self.rows = {'k': slice(d), 'v': slice(d, 2 * d), 'mem': slice(2 * d, 3 * d), 'rates': slice(3 * d, None),
-                     'all': slice(None)}
+        self.rows = {'k': slice(d), 'v': slice(d, 2 * d), 'mem': slice(-d - 2, -2), 'rates': slice(-2, None),
+                     'all': slice(None), 'mem, rates': slice(-d - 2, None)}
         identity = F.pad(torch.eye(d).repeat(3, 1), (0, 0, 0, 2))      # (3d+2,d)
         self.memory = nn.Parameter(identity + 0.02 * torch.randn(heads, 3 * d + 2, d))
         # Without it an all-zero token (no action) would stay exactly zero through all blocks, and LayerNorm's
@@ -73,47 +69,49 @@ class TitanMemory(nn.Module):
         self.register_buffer('members', members, persistent=False)
         self.diagnostics = None                    # if it is set to a list, every write appends a dict
 
-    def forward(self, x, rope, memory=None):
-        """x (B,T,P,C), rope: see Predictor.rope, memory: state or None → y (B,T,P,C), state to go on from."""
-        B, T, H = *x.shape[:2], self.sizes.heads
-        qkv = self.qkv(self.conv(x)).unflatten(-1, (3, H, -1)).permute(3, 1, 0, 4, 2, 5)
+    def forward(self, x, rope, memory=None, part='all'):
+        """
+        x (B,T,P,C), rope: see Predictor.rope, memory: state or None → y (B,T,P,C), state to go on from. Where
+        nothing goes on, after the one step of a jump, the part that is read is written alone, and is no state.
+        """
+        T = x.shape[1]
+        qkv = self.qkv(self.conv(x)).unflatten(-1, (3, self.sizes.heads, -1)).permute(3, 1, 0, 4, 2, 5)
         q, k_in, v_in = qkv.to(self.memory.dtype).contiguous()         # each (T,B,H,P,d)
         rope_q, rope_k = rope
         y = []
         with torch.autocast(x.device.type, enabled=False):             # bfloat16 would lose small writes
             q = rotate(unit(q + self.query_bias), by_step(rope_q, T))
-            start = of_each_clip(self.start(), B)
-            weights = start if memory is None else start + memory.flatten(0, 1)
-            # The memories of all clips and heads form one batch for bmm; one chunk is one time step.
-            tokens = [part.flatten(1, 2) for part in (q, k_in, v_in, *by_step(rope_k, T))]
-            for q_t, k_t, v_t, cos_t, sin_t in zip(*tokens):
-                weights = self.write(weights, start, k_t, v_t, (cos_t, sin_t))
+            start = self.start()[None]
+            weights = start if memory is None else start + memory
+            # One chunk is one time step.
+            for q_t, k_t, v_t, cos_t, sin_t in zip(q, k_in, v_in, *by_step(rope_k, T)):
+                weights = self.write(weights, start, k_t, v_t, (cos_t, sin_t), part)
                 # Read after the write: a jump from a single frame would otherwise read an empty memory.
-                y.append(self.read(weights, 'mem', q_t))               # (G,P,d)
-        y = torch.stack(y).unflatten(1, (B, H)).permute(1, 0, 3, 2, 4).flatten(3)      # (B,T,P,C)
-        return self.proj(y), (weights - start).unflatten(0, (B, H))
+                y.append(self.read(weights, 'mem', q_t))               # (B,H,P,d)
+        y = torch.stack(y, 1).transpose(2, 3).flatten(3)               # (B,T,P,C)
+        return self.proj(y), weights - start if part == 'all' else None
 
     def start(self):
         """The weights that every clip starts from, (H,.,.)."""
         return self.memory
 
     def read(self, weights, part, x):
-        """A part of M(x), named as in rows; weights (G,.,.), x (G,P,d) → (G,P,rows of the part)."""
-        return x.bmm(weights[:, self.rows[part]].mT)
+        """A part of M(x), named as in rows; weights (B or 1,H,.,.), x (B,H,P,d) → (B,H,P,rows of the part)."""
+        return x @ weights[:, :, self.rows[part]].mT
 
-    def write(self, weights, start, k_in, v_in, rope):
-        """Write P tokens, k_in and v_in (G,P,d), all as M sees them at the start (Eq. 90) → new weights."""
-        clips = len(weights) // self.sizes.heads
+    def write(self, weights, start, k_in, v_in, rope, part='all'):
+        """Write P tokens, k_in and v_in (B,H,P,d), all as M sees them at the start (Eq. 90) → a part's weights."""
         k = rotate(unit(self.read(weights, 'k', k_in)), rope)
-        biases = of_each_clip(torch.stack([self.eta_bias, self.alpha_bias], -1), clips)            # (G,1,2)
-        eta, alpha = F.softplus(self.read(weights, 'rates', k_in) + biases).unbind(-1)             # (G,P)
-        retained = torch.exp(-alpha.mean(-1))[:, None, None]           # a mean: P must not matter
-        target = self.targets(weights, v_in)
-        error = self.read(weights, 'all', k) - target                  # (G,P,3d+2)
-        surprise = error[..., self.rows['mem']].square().sum(-1)       # (G,P), raises the write rate
+        biases = torch.stack([self.eta_bias, self.alpha_bias], -1)     # (H,1,2)
+        eta, alpha = F.softplus(self.read(weights, 'rates', k_in) + biases).unbind(-1)             # (B,H,P)
+        retained = torch.exp(-alpha.mean(-1))[..., None, None]         # a mean: P must not matter
+        target = self.targets(weights, v_in, part)
+        error = self.read(weights, part, k) - target                   # (B,H,P,3d+2 or fewer)
+        surprise = error[..., self.rows['mem']].square().sum(-1)       # (B,H,P), raises the write rate
         gate = torch.ones_like(surprise)
         if self.sizes.surprise:
-            gate = surprise / (surprise + of_each_clip(F.softplus(self.gate_bias), clips))
+            gate = surprise / (surprise + F.softplus(self.gate_bias))
+        weights, start = (each[:, :, self.rows[part]] for each in (weights, start))
         new = self.step(weights, start, retained, k, eta * gate, target, error)
         if self.diagnostics is not None:
             drift = (new - start).norm() / self.memory.norm()
@@ -121,40 +119,43 @@ class TitanMemory(nn.Module):
                                      'retention': retained.mean(), 'drift': drift})
         return new
 
-    def targets(self, weights, v_in):
-        """v_in (G,P,d) → the targets of each token's key, t (G,P,3d+2): M_c(v), or v itself."""
-        v = unit(self.read(weights, 'v', v_in))
+    def targets(self, weights, v_in, part):
+        """v_in (B,H,P,d) → the targets of each token's key, t (B,H,P,3d+2) or a part: M_c(v), or v itself."""
+        v, rows = unit(self.read(weights, 'v', v_in)), self.rows[part]
         if not self.sizes.self_targets:
-            return F.pad(v.repeat(1, 1, 3), (0, 2))
-        target = self.read(weights, 'all', v)
+            return F.pad(v.repeat(1, 1, 1, 3), (0, 2))[..., rows]
+        target = self.read(weights, part, v)
         # Unless cut to length 1, one target of P keys could make the memory grow by up to sqrt(P) a step.
-        scale = (target.square() @ self.members).clamp(min=1).rsqrt()  # (G,P,4)
-        return target * (scale @ self.members.mT)
+        scale = (target.square() @ self.members[rows]).clamp(min=1).rsqrt()            # (B,H,P,4)
+        return target * (scale @ self.members[rows].mT)
 
     def step(self, weights, start, retained, k, eta, target, error):
-        """After a frame: retention (G,1,1), keys k (G,P,d), eta (G,P), targets and M(k) - target (G,P,3d+2)."""
+        """
+        After a frame: retention (B,H,1,1), keys k (B,H,P,d), eta (B,H,P), targets and M(k) - target (B,H,P,3d+2).
+        """
         wanted = -error if self.sizes.rule == 'dgd' else target
         new = self.proximal(start.lerp(weights, retained), k, eta, wanted)
         if self.sizes.self_targets:
             return new
-        return torch.cat([new[:, :-2], weights[:, -2:]], 1)            # v has none for eta and alpha
+        # v has none for eta and alpha.
+        return torch.cat([new[:, :, :-2], weights[:, :, -2:].expand(len(new), -1, -1, -1)], 2)
 
     def proximal(self, kept, keys, eta, wanted):
         """
-        One proximal step of a layer for all tokens of a frame, whatever their order → the weights (G,r,c)
+        One proximal step of a layer for all tokens of a frame, whatever their order → the weights (B,H,r,c)
         that minimise
 
             |W - W_a|^2 + sum_i eta_i |W k_i - u_i|^2,      W_a = start + retained (weights - start)
 
         over W. The solution is W = (W_a + U^T E K) (I + K^T E K)^-1, a contraction for every eta > 0. kept,
-        W_a (G,r,c), keys k (G,P,c), eta (G,P), wanted outputs u (G,P,r). These are minus the gradient at the
+        W_a (B,H,r,c), keys k (B,H,P,c), eta (B,H,P), wanted outputs u (B,H,P,r). These are minus the gradient at the
         layer's output (rule 'dgd', Eq. 93), or the present output minus the gradient (rule 'delta').
         """
         Ek = eta[..., None] * keys
         identity = torch.eye(keys.shape[-1], device=keys.device, dtype=keys.dtype)
-        gram = torch.baddbmm(identity, keys.mT, Ek)                    # positive definite
-        right_side = torch.baddbmm(kept, wanted.mT, Ek)
-        return right_side.bmm(torch.linalg.inv_ex(gram).inverse)
+        gram = identity + keys.mT @ Ek                                 # positive definite
+        right_side = kept + wanted.mT @ Ek
+        return right_side @ torch.linalg.inv_ex(gram).inverse
 
 
 class TwoLayerTitanMemory(TitanMemory):
@@ -176,30 +177,33 @@ class TwoLayerTitanMemory(TitanMemory):
     def start(self):
         return torch.cat([self.layer1, self.layer2.mT], 1)
 
+    def forward(self, x, rope, memory=None, part='all'):
+        # The five share a layer, so all are written.
+        return super().forward(x, rope, memory)
+
     def layers(self, weights):
-        """weights (G,3d+2+d,h) → W1 (G,3d+2,h) and the transpose of W2 (G,d,h)."""
-        return weights.split(self.memory.shape[1:], 1)
+        """weights (B,H,3d+2+d,h) → W1 (B,H,3d+2,h) and the transpose of W2 (B,H,d,h)."""
+        return weights.split(self.memory.shape[1:], 2)
 
     def read(self, weights, part, x):
         w1, w2 = self.layers(weights)
         rows = self.rows[part]
-        m_0 = of_each_clip(self.memory[:, rows], len(weights) // self.sizes.heads)
-        return x.bmm(m_0.mT) + (x.bmm(w2).tanh() / w2.shape[-1] ** 0.5).bmm(w1[:, rows].mT)
+        return x @ self.memory[:, rows].mT + (x @ w2).tanh() / w2.shape[-1] ** 0.5 @ w1[:, :, rows].mT
 
     def step(self, weights, start, retained, k, eta, target, error):
         (start1, start2), (w1, w2) = self.layers(start), self.layers(weights)
-        z, root = k.bmm(w2), w2.shape[-1] ** 0.5
+        z, root = k @ w2, w2.shape[-1] ** 0.5
         hidden = z.tanh() / root
         slope = 1 / root - root * hidden.square()
-        jacobian = slope.square() * w1.square().sum(1, keepdim=True)
-        squared_norm = jacobian.sum(-1, keepdim=True)                  # (G,P,1)
+        jacobian = slope.square() * w1.square().sum(2, keepdim=True)
+        squared_norm = jacobian.sum(-1, keepdim=True)                  # (B,H,P,1)
         # The error is the gradient of 1/2 |M(k) - t|^2 at the outputs of W1; at those of W2 it is bounded.
-        wanted1, wanted2 = -error, -error.bmm(w1) * slope / (1 + squared_norm)
+        wanted1, wanted2 = -error, -error @ w1 * slope / (1 + squared_norm)
         if self.sizes.rule == 'delta':
-            wanted1, wanted2 = hidden.bmm(w1.mT) + wanted1, z + wanted2
+            wanted1, wanted2 = hidden @ w1.mT + wanted1, z + wanted2
         new1 = self.proximal(start1.lerp(w1, retained), hidden, eta, wanted1)
         new2 = self.proximal(start2.lerp(w2, retained).mT, k, eta, wanted2)
-        return torch.cat([new1, new2.mT], 1)
+        return torch.cat([new1, new2.mT], 2)
 
 
 # What B clips have shown: the last hidden layer of the inverse dynamics (B,HIDDEN), and how the push that it
@@ -415,12 +419,14 @@ class WorldHead(nn.Module):
         z, W = (torch.linalg.solve_triangular(factor, part, upper=False) for part in (v, k * prior))
         scale = factor.diagonal(dim1=1, dim2=2)                        # (S,n)
         error = scale[..., None] * z
-        noise, count, surprises = s2.expand(streams), s2.new_full((), self.DOUBT), []
-        for e, ratio in zip(error[..., self.VALUE:].unbind(1), (scale.square() / s2).unbind(1)):
-            surprises.append(-log_density(e, ratio * noise))
-            noise, count = self.heard(e, ratio, noise, count)
+        noise, count, noises = s2.expand(streams), s2.new_full((), self.DOUBT), []
+        e, ratio = error[..., self.VALUE:], scale.square() / s2
+        for e_j, ratio_j in zip(e.unbind(1), ratio.unbind(1)):
+            noises.append(noise)
+            noise, count = self.heard(e_j, ratio_j, noise, count)
+        surprise = -log_density(e, ratio * torch.stack(noises, 1))     # (S,n)
         now = {'C': prior.diag() - W.mT @ W, 'M': W.mT @ z, 'noise': noise}
-        return (v - error).flatten(0, 1), torch.stack(surprises, 1), now
+        return (v - error).flatten(0, 1), surprise, now
 
     def heard(self, e, ratio, noise, count):
         """The noise of hypotheses, and in how many numbers it was seen, after errors e (...,A)."""
@@ -601,13 +607,13 @@ class HopeBlock(nn.Module):
         self.cms_norm = nn.LayerNorm(width, eps=1e-6)
         self.cms = CMS(width, sizes.cms_hidden, len(sizes.cms_periods))
 
-    def forward(self, x, rope, memory=None, head=nn.Identity()):
+    def forward(self, x, rope, memory=None, head=nn.Identity(), jump=False):
         """x (B,T,P,C), rope: see Predictor.rope, memory: that of this block or None → (B,T,P,C), memory."""
         new = None
         if self.attn:
             x = head(x + self.attn(self.attn_norm(x), rope))
         if self.titan:
-            y, new = self.titan(self.titan_norm(x), rope, memory)
+            y, new = self.titan(self.titan_norm(x), rope, memory, 'mem, rates' if jump else 'all')
             x = x + y
         if not self.attn:
             x = head(x)

@@ -153,7 +153,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width, sizes.mlp_hidden)
 
-    def forward(self, x, rope, memory=None, head=nn.Identity()):
+    def forward(self, x, rope, memory=None, head=nn.Identity(), jump=False):
         """x (B,T,P,C), rope: see Predictor.rope, head: the world head's → (B,T,P,C), None (no memory)."""
         x = head(x + self.attn(self.conv(self.norm1(x)), rope))
         return x + self.mlp(self.norm2(x)), None
@@ -239,7 +239,7 @@ class Predictor(nn.Module):
         assert (states is None) == (self.state_encoder is None), 'states are given if there is a state token'
         memory = self.start(B) if memory is None else memory
         uses_world = 'world' in memory and (tau is not None or T > 1)
-        new_memory = {'world': memory['world']} if 'world' in memory else {}
+        new_memory = dict(memory)
         shown = self.inverse.look(z, a[:, 0]) if uses_world and tau is None else None
 
         def head(x):
@@ -253,10 +253,10 @@ class Predictor(nn.Module):
         titan = memory.get('titan', [None] * len(self.predictor_blocks))
         written = []
         for i, (block, state) in enumerate(zip(self.predictor_blocks, titan)):
-            given = [x, rope, state, head] if i == 0 and uses_world else [x, rope, state]
+            given = x, rope, state, head if i == 0 and uses_world else nn.Identity(), tau is not None
             x, new = checkpoint(block, *given, use_reentrant=False) if self.checkpointing else block(*given)
             written.append(new)
-        if written[0] is not None:
+        if tau is None and written[0] is not None:
             new_memory['titan'] = written
         z_hat = self.predictor_proj(self.predictor_norm(x[:, :, -N:]))
         if self.sizes.normed_output:

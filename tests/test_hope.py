@@ -36,17 +36,10 @@ def fresh(layer, clips=B):
     return torch.zeros(clips, *layer.start().shape).double()
 
 
-def weights_of(layer, state):
-    """The weights of all memories, and those they started from, (G,.,.)."""
-    start = hope.of_each_clip(layer.start(), len(state))
-    return start + state.flatten(0, 1), start
-
-
 def write(layer, state, k_in, v_in, rope):
     """The state after one chunk: state, k_in and v_in (B,H,...), the rope for all of them."""
-    weights, start = weights_of(layer, state)
-    new = layer.write(weights, start, k_in.flatten(0, 1), v_in.flatten(0, 1), [part[0] for part in rope])
-    return (new - start).view(state.shape)
+    start = layer.start()[None]
+    return layer.write(start + state, start, k_in, v_in, rope) - start
 
 
 def convolved(layer, x):
@@ -156,14 +149,13 @@ def test_equals_the_token_by_token_loop(variant):
 def test_fixed_points(rule):
     """One pair written again and again: DGD ends at M k = t / 2, the delta rule at M k = t."""
     layer = memory_layer(rule=rule)
-    k, t = F.normalize(torch.randn(B * H, 1, d).double(), dim=-1), torch.randn(B * H, 1, 3 * d + 2).double()
-    eta, retained = torch.full((B * H, 1), 0.5).double(), torch.ones(B * H, 1, 1).double()
-    state = fresh(layer)
+    k, t = F.normalize(torch.randn(B, H, 1, d).double(), dim=-1), torch.randn(B, H, 1, 3 * d + 2).double()
+    eta, retained = torch.full((B, H, 1), 0.5).double(), torch.ones(B, H, 1, 1).double()
+    start = weights = layer.start()[None]
     with torch.no_grad():
         for _ in range(201):       # 200 writes before the last read
-            weights, start = weights_of(layer, state)
             found = layer.read(weights, 'all', k)
-            state = (layer.step(weights, start, retained, k, eta, t, found - t) - start).view(state.shape)
+            weights = layer.step(weights, start, retained, k, eta, t, found - t)
     torch.testing.assert_close(found, t / 2 if rule == 'dgd' else t, rtol=0, atol=1e-9)
 
 
@@ -192,6 +184,9 @@ def test_two_calls_are_one_long_call_and_clips_are_apart(variant):
     second, memory = layer(x[:, 2:], (late, late), memory)
     torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=0, atol=1e-12)
     torch.testing.assert_close(memory, end, rtol=0, atol=1e-12)
+    one = [part[:, :, :P] for part in rope]
+    y, _ = layer(x[:, :1], (one, one), part='mem, rates')      # as in a jump
+    torch.testing.assert_close(y, whole[:, :1], rtol=0, atol=1e-12)
     x[1] += 1
     y, memory = layer(x, (rope, rope))
     assert torch.equal(y[0], whole[0]) and torch.equal(memory[0], end[0])
