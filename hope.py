@@ -96,11 +96,11 @@ class TitanMemory(nn.Module):
         return self.memory
 
     def read(self, weights, part, x):
-        """A part of M(x), named as in rows; weights (B or 1,H,.,.), x (B,H,P,d) → (B,H,P,rows of the part)."""
+        """A part of M(x), named as in rows; weights (B or 1,H,.,.), x (B,H,P,d) → (B,H,P,rows of it)."""
         return x @ weights[:, :, self.rows[part]].mT
 
     def write(self, weights, start, k_in, v_in, rope, part='all'):
-        """Write P tokens, k_in and v_in (B,H,P,d), all as M sees them at the start (Eq. 90) → a part's weights."""
+        """Write P tokens, k_in, v_in (B,H,P,d), all as M sees them at the start (Eq. 90) → a part's weights."""
         k = rotate(unit(self.read(weights, 'k', k_in)), rope)
         biases = torch.stack([self.eta_bias, self.alpha_bias], -1)     # (H,1,2)
         eta, alpha = F.softplus(self.read(weights, 'rates', k_in) + biases).unbind(-1)             # (B,H,P)
@@ -130,9 +130,7 @@ class TitanMemory(nn.Module):
         return target * (scale @ self.members[rows].mT)
 
     def step(self, weights, start, retained, k, eta, target, error):
-        """
-        After a frame: retention (B,H,1,1), keys k (B,H,P,d), eta (B,H,P), targets and M(k) - target (B,H,P,3d+2).
-        """
+        """After a frame: retention (B,H,1,1), k (B,H,P,d), eta (B,H,P), target and M(k) - target (B,H,P,rows)."""
         wanted = -error if self.sizes.rule == 'dgd' else target
         new = self.proximal(start.lerp(weights, retained), k, eta, wanted)
         if self.sizes.self_targets:
@@ -148,8 +146,8 @@ class TitanMemory(nn.Module):
             |W - W_a|^2 + sum_i eta_i |W k_i - u_i|^2,      W_a = start + retained (weights - start)
 
         over W. The solution is W = (W_a + U^T E K) (I + K^T E K)^-1, a contraction for every eta > 0. kept,
-        W_a (B,H,r,c), keys k (B,H,P,c), eta (B,H,P), wanted outputs u (B,H,P,r). These are minus the gradient at the
-        layer's output (rule 'dgd', Eq. 93), or the present output minus the gradient (rule 'delta').
+        W_a (B,H,r,c), keys k (B,H,P,c), eta (B,H,P), wanted outputs u (B,H,P,r). These are minus the gradient
+        at the layer's output (rule 'dgd', Eq. 93), or the present output minus the gradient (rule 'delta').
         """
         Ek = eta[..., None] * keys
         identity = torch.eye(keys.shape[-1], device=keys.device, dtype=keys.dtype)

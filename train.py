@@ -202,7 +202,7 @@ def indices_of(step):
 
 
 def batches_of(steps):
-    """What this process reads for each micro-batch: its clips, their looks, other clips for the inverse loss."""
+    """What this process reads for each micro-batch: clips, their looks, and clips for the inverse loss."""
     for step in steps:
         watched = batch_indices(len(train_clips), inverse_batch if world else 0, seed + 1, step)
         parts = share(indices_of(step), accumulation), share(watched, accumulation)
