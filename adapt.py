@@ -43,7 +43,7 @@ probe_clips = 200        # clips of the held-out probe set of each world, and go
 probe_every = 100        # clips of the stream between two probes [1..]
 streams = 1              # orders of the clips; with several, intervals are over them, too [1..]
 plan = False             # at the end of every phase, choose pushes that bring objects to goals
-methods = ''             # as they are called in the table, separated by commas; '' = no controls, or all
+methods = ''             # by commas, as in the table, with its model or for all; '' = no controls, or all
 rates = ''               # learning rates that are given instead of tuned: LN-TTA=0.003,CMS=10
 tune_on = 'C'            # domain X of the tuning stream A→X→A; without one, rates are the defaults
 out = 'out/aba'          # folder for the results
@@ -270,7 +270,8 @@ def rows_of(checkpoint, config):
     usual = 'tuned' if config['tune_on'] else 'default'
     rows = []
     for name, method in METHODS.items():
-        wanted = name in asked or asked == ['all'] or not asked and not method.control
+        named = name in asked or f'{checkpoint.name} {name}' in asked
+        wanted = named or asked == ['all'] or not asked and not method.control
         # The wrong world is the first that is tuned on.
         possible = method.fits(sizes) and (name != 'wrong world' or config['tune_on'])
         if not wanted or not possible:
@@ -328,7 +329,8 @@ def main(config):
     rows = [row_of(nobody, 'copy'), row_of(nobody, 'blank')]
     for checkpoint in checkpoints:
         rows += rows_of(checkpoint, config)
-    unknown = {*config['methods']} - {'all', *(row['method'] for row in rows)}
+    names = {name for row in rows for name in (row['method'], f'{row["model"]} {row["method"]}')}
+    unknown = {*config['methods']} - names - {'all'}
     unused = {*config['rates']} - {row['method'] for row in rows if row['rate_from'] == 'given'}
     for name in sorted(unknown | unused):
         refuse(f'{name} is no method, or can adapt none of {config["ckpt"]}; there are {", ".join(METHODS)}')
