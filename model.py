@@ -232,7 +232,8 @@ class Predictor(nn.Module):
         states (B,T or more,S): where the predictor has a state token.
         memory: what an earlier call returned, None for that of new streams, {} for none at all; {'world': see
         hope.WorldHead.forward, 'titan': [a tensor (B,...) per block]}, each clip of the batch with its own. A
-        jump reads 'world', teacher forcing over two steps or more, which show motion, writes it.
+        jump reads it and hands it on as it is. Teacher forcing writes it, 'world' over two steps or more alone,
+        which show motion.
         """
         B, T, N, _ = z.shape
         assert tau is None or T == 1, 'a jump takes the first step alone'
