@@ -6,7 +6,7 @@ A→B→A: how a trained predictor adapts when the physics changes, and what it 
     python adapt.py --ckpt=out/hope.pt --methods=all       with the controls that could refute the result
     python adapt.py --ckpt=out/hope.pt --phases=A,B,A,B    any other stream of worlds
     python adapt.py --ckpt=out/hope.pt --plan              and how well pushes are chosen with what is learned
-    python adapt.py config/report.py                       three seeds, with intervals
+    python adapt.py config/report.py                       five seeds, five orders, with intervals
 
 Nobody tells the model where a phase ends. Each clip is predicted and scored from its first step and action
 alone; only then is it shown, and the method may learn from it. Each row of the table is a file in `out`; the
