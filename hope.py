@@ -52,6 +52,7 @@ class TitanMemory(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)     # the query, the input of M_k and the input of M_v
         self.conv = PatchConv(sizes) if sizes.conv else nn.Identity()
         self.proj = nn.Linear(width, width)
+        # Counted from the end where they are also read in weights that are 'mem, rates' alone.
         self.rows = {'k': slice(d), 'v': slice(d, 2 * d), 'mem': slice(-d - 2, -2), 'rates': slice(-2, None),
                      'all': slice(None), 'mem, rates': slice(-d - 2, None)}
         identity = F.pad(torch.eye(d).repeat(3, 1), (0, 0, 0, 2))      # (3d+2,d)
@@ -71,8 +72,8 @@ class TitanMemory(nn.Module):
 
     def forward(self, x, rope, memory=None, part='all'):
         """
-        x (B,T,P,C), rope: see Predictor.rope, memory: state or None → y (B,T,P,C), state to go on from. Where
-        nothing goes on, after the one step of a jump, the part that is read is written alone, and is no state.
+        x (B,T,P,C), rope: see Predictor.rope, memory: state or None → y (B,T,P,C), state to go on from. After
+        the one step of a jump nothing goes on: 'mem, rates' alone are written, and there is no state.
         """
         T = x.shape[1]
         qkv = self.qkv(self.conv(x)).unflatten(-1, (3, self.sizes.heads, -1)).permute(3, 1, 0, 4, 2, 5)

@@ -304,6 +304,7 @@ for step in range(first_step, max_iters):
     for tau, streams in zip(share(targets, accumulation), parts):
         batch, of_clips, watched = next(batches)
         z, a, s = on_device(batch)
+        # The two parts share no graph: their gradients are added up in the parameters, whatever the order.
         others = beside(other_losses, z, a, s, watched, 1 - weight)
         with precision:
             second, surprised = second_loss(z, a, s, of_clips, torch.from_numpy(tau).to(device), np.unique(streams))
