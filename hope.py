@@ -43,6 +43,7 @@ class TitanMemory(nn.Module):
     The state of a memory, (B,H,3d+2,d), is the change of its weights since the clip began. Weights that are
     still those of the start are the same for all clips, (1,H,3d+2,d).
     """
+    JUMP = 'mem, rates'      # what a jump writes, as nothing goes on after its one step
 
     def __init__(self, sizes):
         super().__init__()
@@ -70,12 +71,9 @@ class TitanMemory(nn.Module):
         self.register_buffer('members', members, persistent=False)
         self.diagnostics = None                    # if it is set to a list, every write appends a dict
 
-    def forward(self, x, rope, memory=None, part='all'):
-        """
-        x (B,T,P,C), rope: see Predictor.rope, memory: state or None → y (B,T,P,C), state to go on from. After
-        the one step of a jump nothing goes on: 'mem, rates' alone are written, and there is no state.
-        """
-        T = x.shape[1]
+    def forward(self, x, rope, memory=None, jump=False):
+        """x (B,T,P,C), rope: see Predictor.rope, memory: state or None → y (B,T,P,C), state; a jump has None."""
+        T, part = x.shape[1], self.JUMP if jump else 'all'
         qkv = self.qkv(self.conv(x)).unflatten(-1, (3, self.sizes.heads, -1)).permute(3, 1, 0, 4, 2, 5)
         q, k_in, v_in = qkv.to(self.memory.dtype).contiguous()         # each (T,B,H,P,d)
         rope_q, rope_k = rope
@@ -90,7 +88,7 @@ class TitanMemory(nn.Module):
                 # Read after the write: a jump from a single frame would otherwise read an empty memory.
                 y.append(self.read(weights, 'mem', q_t))               # (B,H,P,d)
         y = torch.stack(y, 1).transpose(2, 3).flatten(3)               # (B,T,P,C)
-        return self.proj(y), weights - start if part == 'all' else None
+        return self.proj(y), None if jump else weights - start
 
     def start(self):
         """The weights that every clip starts from, (H,.,.)."""
@@ -165,6 +163,7 @@ class TwoLayerTitanMemory(TitanMemory):
     change of W1 above that of the transpose of W2. Two things keep a rounding error from growing a
     thousandfold over a clip: sqrt(h) bounds the keys of W1, and the gradient at the hidden layer is bounded.
     """
+    JUMP = 'all'             # as the five share a layer
 
     def __init__(self, sizes):
         super().__init__(sizes)
@@ -175,10 +174,6 @@ class TwoLayerTitanMemory(TitanMemory):
 
     def start(self):
         return torch.cat([self.layer1, self.layer2.mT], 1)
-
-    def forward(self, x, rope, memory=None, part='all'):
-        # The five share a layer, so all are written.
-        return super().forward(x, rope, memory)
 
     def layers(self, weights):
         """weights (B,H,3d+2+d,h) → W1 (B,H,3d+2,h) and the transpose of W2 (B,H,d,h)."""
@@ -612,7 +607,7 @@ class HopeBlock(nn.Module):
         if self.attn:
             x = head(x + self.attn(self.attn_norm(x), rope))
         if self.titan:
-            y, new = self.titan(self.titan_norm(x), rope, memory, 'mem, rates' if jump else 'all')
+            y, new = self.titan(self.titan_norm(x), rope, memory, jump)
             x = x + y
         if not self.attn:
             x = head(x)

@@ -185,7 +185,7 @@ def test_two_calls_are_one_long_call_and_clips_are_apart(variant):
     torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=0, atol=1e-12)
     torch.testing.assert_close(memory, end, rtol=0, atol=1e-12)
     one = [part[:, :, :P] for part in rope]
-    y, _ = layer(x[:, :1], (one, one), part='mem, rates')      # as in a jump
+    y, _ = layer(x[:, :1], (one, one), jump=True)
     torch.testing.assert_close(y, whole[:, :1], rtol=0, atol=1e-12)
     x[1] += 1
     y, memory = layer(x, (rope, rope))
