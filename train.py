@@ -181,7 +181,7 @@ clipped = [[p for name, p in named if name.startswith('inverse') == apart] for a
 # ---- batches and losses ------------------------------------------------------------------------------------
 def share(values, count):
     """This process's share of what the clips of a step have, such as indices or targets, in `count` parts."""
-    return np.array_split(values, count * processes)[rank::processes]
+    return np.split(values, count * processes)[rank::processes]
 
 
 def worlds_of(step):
@@ -204,8 +204,8 @@ def indices_of(step):
 def batches_of(steps):
     """What this process reads for each micro-batch: clips, their looks, and clips for the inverse loss."""
     for step in steps:
-        watched = batch_indices(len(train_clips), inverse_batch if world else 0, seed + 1, step)
-        parts = share(indices_of(step), accumulation), share(watched, accumulation)
+        drawn = batch_indices(len(train_clips), inverse_batch if world else 0, seed + 1, step)
+        parts = share(indices_of(step), accumulation), share(drawn, accumulation)
         for indices, others in zip(*parts):
             clips, watched = (train_clips.stored(part, device.startswith('cuda')) for part in (indices, others))
             yield clips, looks[indices], watched
