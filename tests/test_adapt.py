@@ -128,11 +128,11 @@ def test_seeds_orders_and_worlds_that_come_back(tiny, trained, tmp_path):
 def test_planning_and_a_rollout_beside_a_jump(tiny, trained, tmp_path, refusal):
     rollout = changed(trained['hope'], tmp_path / 'x.pt', loss='rollout')
     options = dict(plan=True, tune_on='', clips=2, probe_clips=1, phases='A,B',
-                   methods='HOPE world head, HOPE rollout frozen')
+                   methods='HOPE world head, HOPE rollout frozen, HOPE rollout world head')
     with mock.patch('support.planning.search', lambda cost, largest: cost(np.zeros((1, 2))) * [1, 0]):
         rows, about = adapted(tiny, tmp_path / 'aba', ckpt=f'{trained["hope"]},{rollout}', **options)
     assert about['loss'] == 'jump and rollout' and about['tuned_on'] == ''
-    assert [*rows][2:] == ['HOPE world head', 'HOPE rollout frozen']
+    assert [*rows][2:] == ['HOPE world head', 'HOPE rollout frozen', 'HOPE rollout world head']
     assert [(at['phase'], len(at['distance'])) for at in rows['HOPE world head']['planning']] == [('A', 1), ('B', 1)]
     fewer = changed(trained['hope'], tmp_path / 'y.pt', jump_last=2)
     assert 'have other target steps' in refusal(tiny, tmp_path, ckpt=f'{trained["hope"]},{fewer}')

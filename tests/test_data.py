@@ -121,11 +121,14 @@ def test_pictures_show_the_object_where_the_physics_puts_it():
     assert np.abs(centre - clips['position']).max() < 0.002
 
 
-def test_a_zoomed_picture_is_a_part_of_a_larger_one():
+def test_a_zoomed_picture_is_a_part_of_a_larger_one_and_changes_no_other():
     near = data.simulate('A', 20, 1, 'x', zoom=1.5)
     far = {**near, 'position': near['position'] / 1.5, 'radius': near['radius'] / 1.5}
     part = data.render(far, 96)[:, :, :64, :64]
     assert (data.render(near, 64).int() - part.int()).abs().max() <= 1 and part.float().std() > 10
+    plain = data.simulate('A', 20, 1, 'y')
+    both = {key: np.concatenate([values, near[key]]) for key, values in plain.items()}
+    assert torch.equal(data.render(both, 64)[:20], data.render(plain, 64))
 
 
 def test_one_clip_some_clips_and_a_loader(tiny):
