@@ -1,5 +1,5 @@
 # The report: 5 seeds of each model, 5 orders of the clips, for each method, with intervals. Needs five seeds of
-# HOPE, ViT-AC and oracle; docs/results.md has the loop that trains them. Takes 20 to 30 minutes on two cores.
+# HOPE, ViT-AC and oracle; docs/results.md has the loop that trains them. Takes 21 minutes on two cores.
 # Expect HOPE's world head to close 90 % of the gap, LN-TTA on the ViT-AC 77 %, with five steps a clip 83 %.
 ckpt = ('out/hope_1.pt, out/hope_2.pt, out/hope_3.pt, out/hope_4.pt, out/hope_5.pt, '
         'out/vit_1.pt, out/vit_2.pt, out/vit_3.pt, out/vit_4.pt, out/vit_5.pt')
