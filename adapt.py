@@ -1,5 +1,4 @@
-"""
-A→B→A: how a trained predictor adapts when the physics changes, and what it forgets.
+"""A→B→A: how a trained predictor adapts when the physics changes, and what it forgets.
 
     python adapt.py --ckpt=out/hope.pt                     every method that this checkpoint can do
     python adapt.py --ckpt=out/hope.pt,out/vit.pt          compared in one table
@@ -10,8 +9,7 @@ A→B→A: how a trained predictor adapts when the physics changes, and what it 
 
 Nobody tells the model where a phase ends. Each clip is predicted and scored from its first step and action
 alone; only then is it shown, and the method may learn from it. Each row of the table is a file in `out`; the
-same command, given again, runs what is missing.
-"""
+same command, given again, runs what is missing."""
 import copy
 import functools
 import json
@@ -125,8 +123,7 @@ def resolved(config):
 
 
 class Experiment:
-    """
-    What every method goes through, of a resolved config. No clip serves twice.
+    """What every method goes through, of a resolved config. No clip serves twice.
 
     streams: clips (split, index) of all phases, in each order. tuning: the stream A→X→A; other: its X.
     probes: {domain: (split, indices)}, scored after probe_at clips. shown: the numbers of clips to be drawn.
@@ -144,9 +141,14 @@ class Experiment:
         self.splits = {split: Clips(config['data'], split) for split in ['train', 'val', *streamed, *shifts]}
         tuned = ['val', 'val', *shifts, *shifts] if shifts else []
         uses = {'clips': streamed, 'probe_clips': [*probed.values()], 'tune_clips': tuned}
-        self.clips, self.probe_clips, few = self.count(uses)
+        # As many clips as asked for, or if a split has too few, the same share of each.
+        needed = Counter(split for option in uses for split in config[option] * uses[option])
+        share = min(1, *(len(self.splits[split]) / count for split, count in needed.items()))
+        self.clips, self.probe_clips, few = counts = [max(1, int(share * config[option])) for option in uses]
+        if share < 1:
+            print(f'data set {config["data"]} has no more clips: {dict(zip(uses, counts))}')
         n = self.clips
-        # Probes and tuning take the first clips of a split, streams some of the others, in another order each.
+        # Probes and tuning take the first clips of a split; streams take others, each in an order of its own.
         free = {split: [*range(len(clips))] for split, clips in self.splits.items()}
         self.probes = {domain: (split, [free[split].pop(0) for _ in range(self.probe_clips)])
                        for domain, split in probed.items()}
@@ -170,21 +172,6 @@ class Experiment:
         # The last two clips of the first phase, and the first nine of the second.
         drawable = Path(folder_of(config['data']), 'decoder.npy').exists()
         self.shown = [*range(end)][max(0, n - 2):n + min(n, 9)] if drawable else []
-
-    def count(self, uses):
-        """As many clips as asked for, or a share of it if a split has too few; uses: {option: splits}."""
-        asked = {option: self.config[option] for option in uses}
-
-        def share(counts):
-            """What the scarcest split has of what is needed of it."""
-            needed = Counter(split for option in uses for split in counts[option] * uses[option])
-            return min(len(self.splits[split]) / count for split, count in needed.items())
-        found = {option: max(1, int(min(1, share(asked)) * count)) for option, count in asked.items()}
-        if share(found) < 1:
-            refuse(f'data set {self.config["data"]} has too few clips for stream, tuning and probes')
-        if found != asked:
-            print(f'data set {self.config["data"]} has no more clips: {found}')
-        return found.values()
 
     def bare(self, readout=None):
         """The same without probes, goals and clips to be drawn."""
@@ -211,12 +198,10 @@ experiment_of = functools.cache(lambda config: Experiment(json.loads(config)))
 # ---- the stream --------------------------------------------------------------------------------------------
 
 def run_stream(method, streams):
-    """
-    Run a method over S streams at once, of the same phases, test-then-train: predict, score, look back.
+    """Run a method over S streams at once, of the same phases, test-then-train: predict, score, look back.
 
     Returns loss and metres (S values of each clip), seconds, diagnostics, and what the Experiment asks for:
-    probes {domain: S losses each time}, planning and predicted (K,N,D) of the first stream.
-    """
+    probes {domain: S losses each time}, planning and predicted (K,N,D) of the first stream."""
     experiment = method.experiment
     notes = {name: [] for name in ('loss', 'metres', 'seconds', 'diagnostics', 'planning', 'predicted')}
     notes['probes'] = {domain: [] for domain in experiment.probes}
@@ -344,8 +329,8 @@ def main(config):
                 refuse(f'{path} is of another run: {key} = {there.get(key)}, not {value}; name another --out')
     text = json.dumps(config)
     experiment = experiment_of(text)
-    names = 'labels', 'domains', 'clips', 'probe_at'
-    run = {name: getattr(experiment, name) for name in names} | {
+    run = {
+        **{name: getattr(experiment, name) for name in ('labels', 'domains', 'clips', 'probe_at')},
         'config': config,
         'phases': config['phases'],
         'streams': config['streams'],

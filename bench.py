@@ -1,11 +1,9 @@
-"""
-Speed: time and memory of forward + backward, HOPE against ViT-AC, and how both grow with the clip.
+"""Speed: time and memory of forward + backward, HOPE against ViT-AC, and how both grow with the clip.
 
     python bench.py                        full size: config/vit_full.py and config/hope_full.py
     python bench.py --vit=config/vit_jump.py --hope=config/hope_jump.py --features=48 --grid=4    laptop size
 
-Each is measured in a process of its own, which has a peak of memory of its own.
-"""
+Each is measured in a process of its own, which has a peak of memory of its own."""
 import multiprocessing
 import os
 import resource
@@ -47,10 +45,8 @@ def predictor_of(path):
 
 
 def measure(path, T, loss):
-    """
-    Forward + backward on random clips, by teacher forcing over T steps or a loss of LOSSES to step T + 1 →
-    median of the seconds, and the peak of memory in MiB of this process, or of its GPU if it has one.
-    """
+    """Forward + backward on random clips, by teacher forcing over T steps or a loss of LOSSES to step T + 1 →
+    median of the seconds, and the peak of memory in MiB of this process, or of its GPU if it has one."""
     net = predictor_of(path)
     z = normed(torch.randn(batch, T + 1, grid**2, features, device=device))
     a = torch.ones(batch, T + 1, 2, device=device)

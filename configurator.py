@@ -1,13 +1,11 @@
-"""
-Config files and --key=value over a script's knobs.
+"""Config files and --key=value over a script's knobs.
 
     python train.py config/hope_jump.py --max_iters=100 --resume     files and flags apply in the order given
     python train.py --help                                           every knob, its default and its comment
 
 The knobs of a script are the plain globals above its `config = configure(globals())` line. The comment
 behind a knob is its help text; a bracket at its end gives the allowed values: [1..], [>0], [0..1] or [jump
-| rollout].
-"""
+| rollout]."""
 import ast
 import difflib
 import os

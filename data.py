@@ -1,11 +1,9 @@
-"""
-Clips: the physics of a sliding object, its pictures, and batches of clips from a prepared data set.
+"""Clips: the physics of a sliding object, its pictures, and batches of clips from a prepared data set.
 
     clips = Clips('slide', 'val')           # len(clips) clips, read from disk on demand
     z, a = clips[[0, 5]]                    # z (2,T,N,D) float32, layer-normed; a (2,T,A) float32
 
-To change the world, change the constants and DOMAINS below; to add a domain, add a row to DOMAINS.
-"""
+To change the world, change the constants and DOMAINS below; to add a domain, add a row to DOMAINS."""
 import json
 import os
 import subprocess
@@ -65,10 +63,8 @@ ROOM += [Physics(mu=0.01, mass=1.0, wind=(wind, wind)) for wind in (0.2, -0.2)]
 
 
 def displacement(impulse, physics, seconds):
-    """
-    Metres slid `seconds` after an impulse in N·s (broadcasts): v0 = J/m, constant deceleration mu*g (Coulomb
-    friction), rest after v0/(mu*g) at v0^2 / (2 mu g).
-    """
+    """Metres slid `seconds` after an impulse in N·s (broadcasts): v0 = J/m, constant deceleration mu*g
+    (Coulomb friction), rest after v0/(mu*g) at v0^2 / (2 mu g)."""
     v0 = impulse / physics.mass
     brake = physics.mu * GRAVITY
     t = np.minimum(np.maximum(seconds, 0.0), v0 / brake)
@@ -104,16 +100,14 @@ def places_to_start(radius, paths, zoom):
 
 
 def simulate(domain, clips, seed, split, zoom=1):
-    """
-    Draw clips of a domain and solve their motion; the same (seed, split) gives the same clips.
+    """Draw clips of a domain and solve their motion; the same (seed, split) gives the same clips.
 
     Returns arrays over n = clips: mu (n,), mass (n,) kg, impulse (n,2) N·s without the wind, position
     (n,FRAMES,2) m in the picture; for render() corners (n,), radius (n,) m, angle (n,) rad, colour (n,3) in
     0..1. Objects rest during the first time step, so z_1 holds no physics; the impulse acts at its last
-    frame. Refuses a domain in which objects slide out of view. zoom: plane and objects are so many times smaller
-    and seen from as much nearer by, and position and radius are those in the picture. Above 1 the room is that
-    of this domain alone.
-    """
+    frame. Refuses a domain in which objects slide out of view. zoom: plane and objects are so many times
+    smaller and seen from as much nearer by; position and radius are those in the picture; above 1 the room is
+    that of this domain alone."""
     rng = np.random.default_rng([seed, zlib.crc32(split.encode())])
     u = rng.random((clips, 11))
     size = IMPULSE[0] * (IMPULSE[1] / IMPULSE[0]) ** u[:, 0:1]         # (n,1)
@@ -147,10 +141,8 @@ def simulate(domain, clips, seed, split, zoom=1):
 
 
 def render(clips, size, device='cpu'):
-    """
-    Pictures of the clips of simulate() → uint8 (n,FRAMES,size,size,3), antialiased. All shapes are regular
-    polygons: folding the angle maps all edges to one, whose signed distance is computed.
-    """
+    """Pictures of the clips of simulate() → uint8 (n,FRAMES,size,size,3), antialiased. All shapes are regular
+    polygons: folding the angle maps all edges to one, whose signed distance is computed."""
     def column(name, *shape):
         return torch.as_tensor(clips[name], dtype=torch.float32, device=device).view(*shape)
     n = len(clips['mu'])
@@ -194,10 +186,8 @@ def tubelets(frames, patch):
 
 
 def pictures(z, decoder, grid, patch):
-    """
-    Features turned back into pictures: z (n,N,D) layer-normed, decoder (D+1, 3*TUBELET*patch*patch) of
-    prepare.py, grid (rows, columns) → float (n,H,W,3) in [0,1], the last frame of the step.
-    """
+    """Features turned back into pictures: z (n,N,D) layer-normed, decoder (D+1, 3*TUBELET*patch*patch) of
+    prepare.py, grid (rows, columns) → float (n,H,W,3) in [0,1], the last frame of the step."""
     n = len(z)
     rows, columns = grid
     blocks = z @ decoder[:-1] + decoder[-1]                            # (n,N,3*t*y*x)
@@ -240,12 +230,10 @@ def make_slide(name):
 
 
 class Clips:
-    """
-    Splits of a data set, joined, read from disk on demand: clips[indices] → z (b,T,N,D), a (b,T,A); a number
-    gives one clip. .actions (n,T,A) and .states (n,T,S or None) float32, .physics (arrays of simulate(),
-    empty for several splits), .meta, .several_pushes (whether any clip has a push after step 1). Refuses a
-    split that is missing.
-    """
+    """Splits of a data set, joined, read from disk on demand: clips[indices] → z (b,T,N,D), a (b,T,A); a
+    number gives one clip. .actions (n,T,A) and .states (n,T,S or None) float32, .physics (arrays of
+    simulate(), empty for several splits), .meta, .several_pushes (whether any clip has a push after step 1).
+    Refuses a split that is missing."""
 
     def __init__(self, name, *splits):
         self.meta = read_meta(name)
@@ -277,9 +265,8 @@ class Clips:
         return (z[0], a[0]) if np.ndim(chosen) == 0 else (z, a)
 
     def stored(self, clips, pinned=False, steps=None):
-        """
-        Clips (b,) as they are stored → features (b,T,N,D) float16, actions (b,T,A), states (b,T,S) or None.
-        pinned: in memory that a GPU can copy from without waiting. steps: only so many of the features.
+        """Clips (b,) as they are stored → features (b,T,N,D) float16, actions (b,T,A), states (b,T,S) or
+        None. pinned: in memory that a GPU can copy from without waiting. steps: only so many of the features.
         """
         clips = np.asarray(clips)
         T, N, D = self.meta['shape']
@@ -300,9 +287,8 @@ def normed(features):
 
 
 def batch_indices(clips, batch_size, seed, number):
-    """
-    Indices (batch_size,) of batch `number` of an endless pass in random order, a fresh permutation per epoch.
-    It depends on its arguments only, so a resumed run draws the same clips without a saved position.
+    """Indices (batch_size,) of batch `number` of an endless pass in random order, a fresh permutation per
+    epoch. It depends on its arguments only, so a resumed run draws the same clips without a saved position.
     """
     first = number * batch_size
     picked = []

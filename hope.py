@@ -1,9 +1,7 @@
-"""
-AC-HOPE-ViT: model.Predictor with a Titan memory and a Continuum Memory System (CMS) in each block, and in the
-first block a world head: the memory that is carried from clip to clip. See build() and load(), at the end.
+"""AC-HOPE-ViT: model.Predictor with a Titan memory and a Continuum Memory System (CMS) in each block, and in
+the first block a world head, the memory that is carried from clip to clip. build() and load() are at the end.
 
-Source of Eq.: "Nested Learning: The Illusion of Deep Learning Architectures" (Behrouz et al., 2025).
-"""
+Source of Eq.: "Nested Learning: The Illusion of Deep Learning Architectures" (Behrouz et al., 2025)."""
 import math
 from collections import namedtuple
 
@@ -27,12 +25,10 @@ def by_step(rope, steps):
 
 
 class TitanMemory(nn.Module):
-    """
-    Five associative memories per head, fast weights per clip: M_k, M_v, M_mem (d→d), M_eta, M_alpha (d→1).
+    """Five associative memories per head, fast weights per clip: M_k, M_v, M_mem (d→d), M_eta, M_alpha (d→1).
 
-    Each is a matrix, M(x) = M x. All five are written with the same keys, so they are stored as the rows of
-    one matrix (3d+2,d), in this order (Eq. 83-87). M_0, the matrix that every clip starts from, is an
-    ordinary parameter, near the identity at first. The query has no memory of its own.
+    Each is a matrix, M(x) = M x. All five are written with the same keys, so they are the rows of one matrix
+    (3d+2,d), in this order (Eq. 83-87). M_0, from which every clip starts, is an ordinary parameter.
 
     rule = 'dgd': Delta Gradient Descent (Eq. 93). For one token, with beta = eta / (1 + eta):
         M ← a M (I - beta k k^T) - beta (M k - t) k^T         repeated, it converges to M k = t / 2
@@ -41,8 +37,7 @@ class TitanMemory(nn.Module):
     In both, a M stands for M_0 + a (M - M_0): a memory decays to M_0, not to zero.
 
     The state of a memory, (B,H,3d+2,d), is the change of its weights since the clip began. Weights that are
-    still those of the start are the same for all clips, (1,H,3d+2,d).
-    """
+    still those of the start are the same for all clips, (1,H,3d+2,d)."""
     JUMP = 'mem, rates'      # what a jump writes, as nothing goes on after its one step
 
     def __init__(self, sizes):
@@ -58,8 +53,7 @@ class TitanMemory(nn.Module):
                      'all': slice(None), 'mem, rates': slice(-d - 2, None)}
         identity = F.pad(torch.eye(d).repeat(3, 1), (0, 0, 0, 2))      # (3d+2,d)
         self.memory = nn.Parameter(identity + 0.02 * torch.randn(heads, 3 * d + 2, d))
-        # Without it an all-zero token (no action) would stay exactly zero through all blocks, and LayerNorm's
-        # gradient at zero, 1/sqrt(eps), overflows within a dozen of them.
+        # Without it an all-zero token (no action) stays zero, where LayerNorm's gradient is 1/sqrt(eps).
         self.query_bias = nn.Parameter(0.02 * torch.randn(heads, 1, d))
         self.eta_bias = nn.Parameter(torch.full((heads, 1), 2.0))      # softplus(2) = 2.1: corrects 2/3
         # Retention is exp(-softplus(-4)) = 0.98 a step, 0.86 over 8. At 0.5, a clip would leave under 1 %.
@@ -72,7 +66,7 @@ class TitanMemory(nn.Module):
         self.diagnostics = None                    # if it is set to a list, every write appends a dict
 
     def forward(self, x, rope, memory=None, jump=False):
-        """x (B,T,P,C), rope: see Predictor.rope, memory: state or None → y (B,T,P,C), state; a jump has None."""
+        """x (B,T,P,C), rope of Predictor.rope, a state or None → y (B,T,P,C), the state, in a jump None."""
         T, part = x.shape[1], self.JUMP if jump else 'all'
         qkv = self.qkv(self.conv(x)).unflatten(-1, (3, self.sizes.heads, -1)).permute(3, 1, 0, 4, 2, 5)
         q, k_in, v_in = qkv.to(self.memory.dtype).contiguous()         # each (T,B,H,P,d)
@@ -99,7 +93,7 @@ class TitanMemory(nn.Module):
         return x @ weights[:, :, self.rows[part]].mT
 
     def write(self, weights, start, k_in, v_in, rope, part='all'):
-        """Write P tokens, k_in, v_in (B,H,P,d), all as M sees them at the start (Eq. 90) → a part's weights."""
+        """Write P tokens, k_in, v_in (B,H,P,d), all as M sees them first (Eq. 90) → a part's weights."""
         k = rotate(unit(self.read(weights, 'k', k_in)), rope)
         biases = torch.stack([self.eta_bias, self.alpha_bias], -1)     # (H,1,2)
         eta, alpha = F.softplus(self.read(weights, 'rates', k_in) + biases).unbind(-1)             # (B,H,P)
@@ -119,7 +113,7 @@ class TitanMemory(nn.Module):
         return new
 
     def targets(self, weights, v_in, part):
-        """v_in (B,H,P,d) → the targets of each token's key, t (B,H,P,3d+2) or a part: M_c(v), or v itself."""
+        """v_in (B,H,P,d) → the targets of the tokens' keys, t (B,H,P,3d+2) or a part: M_c(v), or v itself."""
         v, rows = unit(self.read(weights, 'v', v_in)), self.rows[part]
         if not self.sizes.self_targets:
             return F.pad(v.repeat(1, 1, 1, 3), (0, 2))[..., rows]
@@ -129,18 +123,15 @@ class TitanMemory(nn.Module):
         return target * (scale @ self.members[rows].mT)
 
     def step(self, weights, start, retained, k, eta, target, error):
-        """After a frame: retention (B,H,1,1), k (B,H,P,d), eta (B,H,P), target and M(k) - target (B,H,P,rows)."""
+        """After a frame: retention (B,H,1,1), k (B,H,P,d), eta (B,H,P), t and M(k) - t (B,H,P,rows) → weights."""
         wanted = -error if self.sizes.rule == 'dgd' else target
         new = self.proximal(start.lerp(weights, retained), k, eta, wanted)
-        if self.sizes.self_targets:
-            return new
-        # v has none for eta and alpha.
-        return torch.cat([new[:, :, :-2], weights[:, :, -2:].expand(len(new), -1, -1, -1)], 2)
+        # The target v has nothing to say of eta and alpha.
+        kept = weights[:, :, -2:].expand(len(new), -1, -1, -1)
+        return new if self.sizes.self_targets else torch.cat([new[:, :, :-2], kept], 2)
 
     def proximal(self, kept, keys, eta, wanted):
-        """
-        One proximal step of a layer for all tokens of a frame, whatever their order → the weights (B,H,r,c)
-        that minimise
+        """One proximal step of a layer for the tokens of a frame, in any order → weights (B,H,r,c) that minimise
 
             |W - W_a|^2 + sum_i eta_i |W k_i - u_i|^2,      W_a = start + retained (weights - start)
 
@@ -156,8 +147,7 @@ class TitanMemory(nn.Module):
 
 
 class TwoLayerTitanMemory(TitanMemory):
-    """
-    The paper's memory of two layers (Eq. 89): M(x) = M_0 x + W1 tanh(W2 x) / sqrt(h), with h = memory_hidden.
+    """The paper's memory of two layers (Eq. 89): M(x) = M_0 x + W1 tanh(W2 x) / sqrt(h), h = memory_hidden.
 
     W1 and W2 are fast weights. All five memories share the hidden layer. The state (B,H,3d+2+d,h) is the
     change of W1 above that of the transpose of W2. Two things keep a rounding error from growing a
@@ -189,8 +179,7 @@ class TwoLayerTitanMemory(TitanMemory):
         z, root = k @ w2, w2.shape[-1] ** 0.5
         hidden = z.tanh() / root
         slope = 1 / root - root * hidden.square()
-        jacobian = slope.square() * w1.square().sum(2, keepdim=True)
-        squared_norm = jacobian.sum(-1, keepdim=True)                  # (B,H,P,1)
+        squared_norm = slope.square() @ w1.square().sum(2)[..., None]  # of the Jacobian, (B,H,P,1)
         # The error is the gradient of 1/2 |M(k) - t|^2 at the outputs of W1; at those of W2 it is bounded.
         wanted1, wanted2 = -error, -error @ w1 * slope / (1 + squared_norm)
         if self.sizes.rule == 'delta':
@@ -207,10 +196,8 @@ FREEDOM = 3      # degrees of freedom of Student's t: few, which forgives single
 
 
 class InverseDynamics(nn.Module):
-    """
-    Which push of phase A explains the features of a clip: eight softmax-pooled slots a step of patches with a
-    learned place, an MLP over the first `steps` steps. Missing ones count as zeros.
-    """
+    """Which push of phase A explains the features of a clip: eight softmax-pooled slots a step of patches
+    with a learned place, an MLP over the first `steps` steps. Missing ones count as zeros."""
     HIDDEN = 128
 
     def __init__(self, sizes, channels=48, slots=8, step_size=32):
@@ -265,8 +252,7 @@ def log_density(error, variance):
 
 
 class WorldHead(nn.Module):
-    """
-    The Titan memory that is carried from clip to clip: what a push does in the present world.
+    """The Titan memory that is carried from clip to clip: what a push does in the present world.
 
     It stands in the first block, after attention, at the action's token t of step 1. A prediction reads it, a
     clip that is shown writes one association. With x = (LN t, the looks l of the object, l times the
@@ -278,10 +264,9 @@ class WorldHead(nn.Module):
         read     t <- t + W_o (k M)                     without the columns of u
 
     Least squares, in which L and s are learned. There is one memory for each hypothesis "the world has been
-    as it is since clip j", with its probability w. The read is the mean over them. A clip is written to each,
-    and with e = u - k M and r = 1 + k^T C k / s^2
+    as it is since clip j", with its probability w. The read is the mean over them, a clip is written to each:
 
-        w <- w p(e),     p: Student's t with squared scale r n
+        w <- w p(e)      p: Student's t with squared scale r n,  e = u - k M,  r = 1 + k^T C k / s^2
 
     (Bayesian online change-point detection, Adams & MacKay 2007, arXiv:0710.3742). n is the noise that the
     hypothesis has met, a running mean of |e|^2 / r from s^2 on. Of each time scale the likeliest is kept.
@@ -291,8 +276,7 @@ class WorldHead(nn.Module):
 
     The state of B streams is {'now': hypotheses, 'known': those that can be born}, each {C (B,K,d,d), M
     (B,K,d,v), s2, noise, count (in how many numbers it was seen), log_weight, age in clips, world (the clip
-    at which it was first met, or IS_HOME), all (B,K)}; d is KEY and the plain numbers.
-    """
+    at which it was first met, or IS_HOME), all (B,K)}; d is KEY and the plain numbers."""
     KEY, VALUE, LOOKS = 64, 48, 6
     KEPT = 9                     # hypotheses kept from clip to clip; with those that are born 16
     # Chances that a new world begins at a clip, one in which much depends on the object, a certain known one.
@@ -301,7 +285,7 @@ class WorldHead(nn.Module):
     FORMER, OLD = 4, 50          # former worlds kept, and the age from which a hypothesis is one
     DOUBT, SURE = 3, 30          # numbers in which a noise counts as seen, at first and at most
     IS_HOME, NONE = -1, -2       # in place of the clip at which a world was first met
-    HOME = 2                     # its place in 'known': before it stand the empty ones, after it former worlds
+    HOME = 2                     # its place in 'known', between the empty ones and former worlds
 
     def __init__(self, sizes):
         super().__init__()
@@ -330,12 +314,10 @@ class WorldHead(nn.Module):
         self.diagnostics = None      # if it is set to a list, every write appends a dict
 
     def forward(self, x, z, a, state, shown=None):
-        """
-        x (B,T,P,C), the clips' z (B,T,N,D) and pushes a (B,A); a state of B streams is read → x, the state.
-        shown, Shown of the B clips: it is written instead → x as it is, the new state.
-        state, in training Shown of S streams of n clips, B = S n: each clip reads what those before it in its
-        stream write into an empty memory → x, -log p(e) of each clip (S,n).
-        """
+        """x (B,T,P,C), the clips' z (B,T,N,D) and pushes a (B,A); a state of B streams is read → x, the
+        state. shown, Shown of the B clips: it is written instead → x as it is, the new state. state, in
+        training Shown of S streams of n clips, B = S n: each clip reads what those before it in its stream
+        write into an empty memory → x, -log p(e) of each clip (S,n)."""
         training = isinstance(state, Shown)
         with torch.autocast(x.device.type, enabled=False):
             key, value = self.associate(x, z, a, state if training else shown)
@@ -372,7 +354,7 @@ class WorldHead(nn.Module):
     def get_to_know(self, z, scene):
         """Find the directions of looks() in clips z (B,T,N,D) of A before an empty scene (N,D)."""
         self.scene.copy_(scene)
-        far = (z[:, 0] - self.scene).abs().sum(1)                      # (B,D)
+        far = (z[:, 0] - scene).abs().sum(1)                           # (B,D)
         self.looks_mean.copy_(far.mean(0))
         _, scale, directions = torch.linalg.svd(far - far.mean(0), full_matrices=False)
         scale = scale[:self.LOOKS] / len(far) ** 0.5
@@ -382,28 +364,29 @@ class WorldHead(nn.Module):
     def start(self, streams):
         """The state of so many new streams: at home, with no former world yet."""
         prior, s2, its_noise = (-self.log_prior).exp(), self.log_noise.exp(), self.ITS_NOISE
-        usual, of_objects = F.pad(prior, (0, self.plain)), F.pad(prior, (0, self.plain), value=1.0)
+        usual, of_objects = (F.pad(prior, (0, self.plain), value=plain) for plain in (0.0, 1.0))
         M = F.pad(self.home_M, (0, 0, 0, self.plain))
         home = F.pad(self.home_C, (0, self.plain, 0, self.plain)), M, s2, self.home_noise, self.SURE
+        new_of_objects = (self.OF_OBJECTS * of_objects).diag(), 0 * M, its_noise, its_noise, self.DOUBT
         rows = [
             (usual.diag(), 0 * M, s2, s2, self.DOUBT, math.log(self.NEW), 0, 0),
-            ((self.OF_OBJECTS * of_objects).diag(), 0 * M, its_noise, its_noise, self.DOUBT,
-             math.log(self.NEW_OF_OBJECTS), 0, 0),
+            (*new_of_objects, math.log(self.NEW_OF_OBJECTS), 0, 0),
             (*home, math.log(self.AGAIN), 0, self.IS_HOME),
             *self.FORMER * [(*home, -math.inf, 0, self.NONE)],
         ]
         names = 'C', 'M', 's2', 'noise', 'count', 'log_weight', 'age', 'world'
-        known = {name: torch.stack([torch.as_tensor(part, dtype=s2.dtype, device=s2.device) for part in column])
-                 for name, column in zip(names, zip(*rows))}
-        known = {name: part.expand(streams, *part.shape) for name, part in known.items()}
-        return {'now': {name: part[:, self.HOME:self.HOME + 1] for name, part in known.items()}, 'known': known}
+        known = {}
+        for name, column in zip(names, zip(*rows)):
+            part = torch.stack([torch.as_tensor(each, dtype=s2.dtype, device=s2.device) for each in column])
+            known[name] = part.expand(streams, *part.shape)
+        now = {name: part[:, self.HOME:self.HOME + 1] for name, part in known.items()}
+        return {'now': now, 'known': known}
 
     def along(self, key, value, streams):
-        """
-        S streams into empty memories, key (S n,d), value (S n,v) → reads (S n,v), -log p(e) (S,n), hypotheses.
+        """S streams into empty memories, key (S n,d), value (S n,v) → reads (S n,v), -log p(e) (S,n), memory.
+
         With one hypothesis the errors e of all clips follow from one Cholesky decomposition: they are the
-        innovations of a Gaussian process (Rasmussen & Williams 2006, Eq. 2.25) with kernel k^T L^-1 k.
-        """
+        innovations of a Gaussian process (Rasmussen & Williams 2006, Eq. 2.25) with kernel k^T L^-1 k."""
         # Without the plain numbers: (S,n,KEY) and (S,n,v).
         k, v = (part.unflatten(0, (streams, -1)) for part in (key[:, :self.KEY], value))
         prior, s2 = (-self.log_prior).exp(), self.log_noise.exp()
@@ -452,16 +435,11 @@ class WorldHead(nn.Module):
         e = error[..., self.VALUE:]
         likely = now['log_weight'].log_softmax(1) + log_density(e, ratio * now['noise'])
         noise, count = self.heard(e, ratio, now['noise'], now['count'])
-        return {
-            **now,
-            # The least squares with one more row, without solving them anew (Sherman and Morrison).
-            'C': now['C'] - gain[..., :, None] * Ck[..., None, :],
-            'M': now['M'] + gain[..., :, None] * error[..., None, :],
-            'noise': noise,
-            'count': count,
-            'log_weight': likely.log_softmax(1),
-            'age': now['age'] + 1,
-        }, -likely.logsumexp(1)
+        # The least squares with one more row, without solving them anew (Sherman and Morrison).
+        C = now['C'] - gain[..., :, None] * Ck[..., None, :]
+        M = now['M'] + gain[..., :, None] * error[..., None, :]
+        new = {'C': C, 'M': M, 'noise': noise, 'count': count, 'log_weight': likely.log_softmax(1)}
+        return {**now, **new, 'age': now['age'] + 1}, -likely.logsumexp(1)
 
     @torch.no_grad()
     def write(self, key, value, state):
@@ -485,11 +463,11 @@ class WorldHead(nn.Module):
         return {'now': {name: torch.cat([kept[name], known[name]], 1) for name in kept}, 'known': known}
 
     def remember(self, best, known):
-        """The worlds that are known, as start() has them, with the likeliest hypothesis (B,1) if it is old."""
+        """The known worlds, as start() has them, with the likeliest hypothesis (B,1) if it is old."""
         old = (best['age'] >= self.OLD) & (best['world'] != self.IS_HOME)
         same = known['world'] == best['world']
-        # Its own place, or that of the world that was met first.
         after = self.HOME + 1
+        # Its own place, or that of the world that was met first.
         place = torch.where(same.any(1), same.int().argmax(1), after + known['world'][:, after:].argmin(1))
         here = old & (torch.arange(same.shape[1], device=place.device) == place[:, None])  # (B,after+FORMER)
         best |= {'log_weight': torch.full_like(best['age'], math.log(self.AGAIN)), 'age': 0 * best['age']}
@@ -523,22 +501,20 @@ class CMS(nn.Module):
 
 
 class CMSWriter:
-    """
-    A predictor whose CMS levels are written along a stream of clips; it is called like the predictor, whose
-    own weights stay as they are. tick() is the look-back at a clip. Level l is written at every C_l-th (Eq. 71):
+    """A predictor whose CMS levels are written along a stream of clips. It is called like the predictor, whose
+    own weights stay as they are. tick() looks back at a clip. Level l is written at every C_l-th (Eq. 71):
 
         change_l <- change_l - rate / C_l * sum of the gradients of L since the last write
 
     L is loss^2 / 2: a clip that is predicted well causes hardly any write. At every tick changes and sums are
-    multiplied by earned_retention(): they are kept as far as they help.
-    """
+    multiplied by earned_retention(): they are kept as far as they help."""
 
     def __init__(self, predictor, rate):
         self.predictor, self.rate = predictor, rate
         self.periods = predictor.sizes.cms_periods
         self.ticks = 0
-        named = predictor.named_parameters()
         # The trained weights, their changes, the sums of their gradients since the last write.
+        named = predictor.named_parameters()
         self.initial = {name: p.detach() for name, p in named if '.cms.levels.' in name}
         self.changes = {name: torch.zeros_like(p) for name, p in self.initial.items()}
         self.sums = dict(self.changes)

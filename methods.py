@@ -1,11 +1,9 @@
-"""
-The methods of adaptation, a short class each. To add one, derive a class from Method, say in look_back()
+"""The methods of adaptation, a short class each. To add one, derive a class from Method, say in look_back()
 what it learns, and add its line to METHODS.
 
     method = METHODS['world head'](checkpoint)        # see adapt.Checkpoint
     z_hat = method.predict(z, a)                      # z (S,T,N,D), a (S,T,A): the next clip of S streams
-    method.look_back(z, a)                            # they have been scored: learn from them
-"""
+    method.look_back(z, a)                            # they have been scored: learn from them"""
 import copy
 
 import torch
@@ -17,13 +15,11 @@ from model import LOSSES, feature_loss, repeated, teacher_forcing_loss
 
 
 class Method:
-    """
-    The checkpoint as it is, and what all methods have in common: a copy of it, and how clips are predicted.
+    """The checkpoint as it is, and what all methods have in common: its copy, and how clips are predicted.
 
     rates: the learning rates that tuning tries, () = it has none; default: {model: the rate without tuning}.
     control: it is run only where it is asked for, and may know from adapt.Experiment what no method can know.
-    batched: its streams run as one batch; a method that learns by gradients adapts one stream.
-    """
+    batched: its streams run as one batch; a method that learns by gradients adapts one stream."""
     rates = ()
     default = {'vit': None, 'hope': None}
     control = False
@@ -249,16 +245,13 @@ class GainWriter(Method):
 class WorldsKnown(WorldHead):
     """It is told when the world changes, and which it is then: what any memory could reach."""
     control = True
-    shown = 0
 
     def start(self):
-        self.worlds = [self.memory_of(*self.experiment.probes[domain]) for domain in self.experiment.domains]
-        self.memory = self.worlds[0]
+        worlds = [self.memory_of(*self.experiment.probes[domain]) for domain in self.experiment.domains]
+        self.memory, *self.coming = [world for world in worlds for _ in range(self.experiment.clips)]
 
     def look_back(self, z, a):
-        self.shown += 1
-        phase = self.shown // self.experiment.clips
-        self.memory = self.worlds[min(phase, len(self.worlds) - 1)]
+        self.memory = self.coming.pop(0) if self.coming else self.memory
 
 
 class WrongWorld(WorldsKnown):
@@ -266,8 +259,8 @@ class WrongWorld(WorldsKnown):
 
     def start(self):
         (split, _), *_ = self.experiment.other
-        self.worlds = [self.memory_of(split, [index for _, index in self.experiment.other])]
-        self.memory = self.worlds[0]
+        self.memory = self.memory_of(split, [index for _, index in self.experiment.other])
+        self.coming = []
 
 
 class Shuffled(WorldHead):

@@ -1,9 +1,7 @@
-"""
-The predictor of the V-JEPA 2 family: sizes, 3D RoPE, attention, block, action-conditioned predictor, losses.
+"""The predictor of the V-JEPA 2 family: sizes, 3D RoPE, attention, block, predictor with actions, losses.
 
 ViT-AC is Predictor with the Block below, AC-HOPE-ViT is Predictor with hope.HopeBlock: see hope.build.
-Source: V-JEPA 2 (Assran et al., 2025), whose parameter names, layout and initialisation are kept.
-"""
+Source: V-JEPA 2 (Assran et al., 2025), whose parameter names, layout and initialisation are kept."""
 import dataclasses
 import math
 from collections import namedtuple
@@ -52,12 +50,10 @@ class Sizes:
 
 
 def rope_angles(position, head_dim, form='paired'):
-    """
-    Rotation angles of tokens: position (...,3) as time, row, column → (...,head_dim) radians.
+    """Rotation angles of tokens: position (...,3) as time, row, column → (...,head_dim) radians.
     Time, row and column have n = 2*floor(floor(head_dim/3)/2) channels each, w_j = 10000^(-2j/n); the others
     are not rotated. 'paired': both members of a pair share a frequency. 'vjepa2': they do not, as in the
-    published weights, which is no true rotation.
-    """
+    published weights, which is no true rotation."""
     n = 2 * (head_dim // 3 // 2)
     omega = 10000 ** (-torch.arange(0, n, 2, device=position.device, dtype=torch.float32) / n)
     angles = position[..., None].float() * omega                       # (...,3,n/2)
@@ -82,7 +78,7 @@ def block_causal(q, k, v, P):
     step = torch.arange(tokens, device=q.device) // P
     at_once = max(1, AT_ONCE // P) * P
     y = []
-    # Under one mask for all steps, half would be computed to be thrown away.
+    # One mask for all steps would throw half of the scores away.
     for first, queries in zip(range(0, tokens, at_once), q.split(at_once, 2)):
         last = first + queries.shape[2]
         mask = step[first:last, None] >= step[:last] if last > first + P else None
@@ -177,31 +173,24 @@ class Predictor(nn.Module):
         self.predictor_blocks = nn.ModuleList(block(sizes) for _ in range(sizes.depth))
         self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
         self.predictor_proj = nn.Linear(width, sizes.feature_dim)
-        self.initialise()
+        # V-JEPA 2's initial values; the last layer of a residual branch is divided by sqrt(2 * layer).
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            if name.startswith('predictor_blocks') and name.endswith(('proj', 'fc2')):
+                module.weight.data /= math.sqrt(2 * (1 + int(name.split('.')[1])))
         # Last, so that the others' initial values do not depend on them.
         self.inverse = inverse(sizes) if sizes.world else None
         self.world = world(sizes) if sizes.world else None
 
-    def initialise(self):
-        """V-JEPA 2's initial values; the last layer of a residual branch is divided by sqrt(2 * layer)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-        for layer, block in enumerate(self.predictor_blocks, 1):
-            for name, module in block.named_modules():
-                if name.endswith(('proj', 'fc2')):
-                    module.weight.data /= math.sqrt(2 * layer)
-
     def rope(self, steps, conditions, tau, device):
-        """
-        (cos, sin) of queries and of keys for `steps` steps of tokens, each broadcastable to (B,H,steps*P,d).
+        """(cos, sin) of queries and of keys for `steps` steps of tokens; they broadcast to (B,H,steps*P,d).
 
         A query sits at the time of the step that it predicts, a key at the time of the step that it comes
         from. If both were rotated by the same time, the rotations would cancel. In the published form a query
         that predicts step t + 1 sits at t. Conditioning tokens come first and are rotated in time only. They
-        predict nothing: in a jump, too, their queries sit one step later, whatever step is asked for.
-        """
+        predict nothing: in a jump, too, their queries sit one step later, whatever step is asked for."""
         time = torch.arange(steps, device=device).view(1, steps, 1, 1)
         next_time = time + 1
         query_time = next_time if tau is None else tau.view(-1, 1, 1, 1)
@@ -219,13 +208,12 @@ class Predictor(nn.Module):
         of_conditions = condition_time.expand(len(time), -1, conditions, 1)
         of_patches = time.expand(-1, -1, rows * columns, 1)
         position = F.pad(torch.cat([of_conditions, of_patches], 2), (0, 2)) + place        # (b,steps,P,3)
-        head_dim = self.sizes.width // self.sizes.heads
-        angle = rope_angles(position, head_dim, self.sizes.rope).flatten(1, 2).unsqueeze(1)
+        angle = rope_angles(position, self.sizes.width // self.sizes.heads, self.sizes.rope)
+        angle = angle.flatten(1, 2).unsqueeze(1)                                           # (b,1,steps*P,d)
         return angle.cos(), angle.sin()
 
     def forward(self, z, a, tau=None, memory=None, states=None):
-        """
-        Predict features, by teacher forcing or by a jump → (z_hat, memory).
+        """Predict features, by teacher forcing or by a jump → (z_hat, memory).
 
         tau None: z (B,T,N,D), a (B,T,A) → z_hat (B,T,N,D); z_hat[:,t] predicts z[:,t+1] from steps <= t.
         tau (B,) integer, 0-based: z (B,1,N,D), a (B,1,A) → z_hat (B,N,D) predicts step tau in one pass.
@@ -233,8 +221,7 @@ class Predictor(nn.Module):
         memory: what an earlier call returned, None for that of new streams, {} for none at all; {'world': see
         hope.WorldHead.forward, 'titan': [a tensor (B,...) per block]}, each clip of the batch with its own. A
         jump reads it and hands it on as it is. Teacher forcing writes it, 'world' over two steps or more alone,
-        which show motion.
-        """
+        which show motion."""
         B, T, N, _ = z.shape
         assert tau is None or T == 1, 'a jump takes the first step alone'
         assert (states is None) == (self.state_encoder is None), 'states are given if there is a state token'
@@ -331,24 +318,18 @@ def predict_rollout(predictor, z, a, targets, memory=None, states=None):
 
 def rollout_loss(predictor, z, a, tau, states=None):
     """L1 of step tau after feeding predictions back: z (B,T,N,D), a (B,T,A), tau (B,), all equal → (B,)."""
-    z_hat = predict_rollout(predictor, z, a, tau[:1], states=states)
-    return feature_loss(z_hat[:, 0], z[:, tau[0]])
+    return feature_loss(predict_rollout(predictor, z, a, tau[:1], states=states), z[:, tau[:1]])
 
 
 # A loss, train(predictor, z, a, tau, states=None) → (B,), beside teacher forcing, and how such a predictor
 # predicts, predict(predictor, z, a, targets, memory=None, states=None) → (B,K,N,D). Steps are 0-based.
 Loss = namedtuple('Loss', 'train predict')
-LOSSES = {
-    'jump': Loss(jump_loss, predict_jumps),
-    'rollout': Loss(rollout_loss, predict_rollout),
-}
+LOSSES = {'jump': Loss(jump_loss, predict_jumps), 'rollout': Loss(rollout_loss, predict_rollout)}
 
 
 class Muon(torch.optim.Optimizer):
-    """
-    torch.optim.Muon (Jordan et al., 2024) with steps as large as AdamW's, but in float32: that works in bfloat16,
-    which most CPUs have to emulate.
-    """
+    """torch.optim.Muon (Jordan et al., 2024) with steps as large as AdamW's, but in float32: that works in
+    bfloat16, which most CPUs have to emulate."""
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
         super().__init__(params, {'lr': lr, 'weight_decay': weight_decay, 'momentum': momentum})
@@ -367,7 +348,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x):
-    """The orthogonal matrix nearest to x (m,n), roughly: five Newton-Schulz iterations, with Muon's numbers."""
+    """The orthogonal matrix next to x (m,n), roughly: five Newton-Schulz iterations with Muon's numbers."""
     if len(x) > x.shape[1]:
         return orthogonal(x.T).T
     x = x / x.norm().clamp(min=1e-7)
@@ -378,27 +359,21 @@ def orthogonal(x):
 
 
 def make_optimizers(predictor, kind, rate, muon_rate, beta2, weight_decay):
-    """
-    'adamw': AdamW of all parameters; 'muon': Muon (Jordan et al., 2024) of the matrices of the blocks and of
-    the world head, AdamW of the rest. Group 'scale': the peak of its rate over that of AdamW. Decay by role:
-    matrices of linear maps decay, all else (a memory's retention, biases) does not.
-    """
+    """'adamw': AdamW of all parameters; 'muon': Muon (Jordan et al., 2024) of the matrices of the blocks and
+    of the world head, AdamW of the rest. Group 'scale': the peak of its rate over that of AdamW. Decay by
+    role: matrices of linear maps decay, all else (a memory's retention, biases) does not."""
     modules = predictor.named_modules()
     matrices = {f'{name}.weight' for name, module in modules if isinstance(module, nn.Linear)}
     of_muon, decaying, others = [], [], []
     for name, p in predictor.named_parameters():
-        if name not in matrices:
-            others.append(p)
-        elif kind == 'muon' and name.startswith(('predictor_blocks', 'world')):
-            of_muon.append(p)
-        else:
-            decaying.append(p)
+        inside = kind == 'muon' and name.startswith(('predictor_blocks', 'world'))
+        group = others if name not in matrices else of_muon if inside else decaying
+        group.append(p)
     groups = [{'params': decaying, 'weight_decay': weight_decay, 'scale': 1.0},
               {'params': others, 'weight_decay': 0.0, 'scale': 1.0}]
-    optimizers = [torch.optim.AdamW(groups, lr=rate, betas=(0.9, beta2), fused=True)]
-    if of_muon:
-        optimizers.append(Muon([{'params': of_muon, 'scale': muon_rate / rate}], muon_rate, weight_decay))
-    return optimizers
+    adamw = torch.optim.AdamW(groups, lr=rate, betas=(0.9, beta2), fused=True)
+    group = {'params': of_muon, 'scale': muon_rate / rate}
+    return [adamw, Muon([group], muon_rate, weight_decay)] if of_muon else [adamw]
 
 
 def rate_at(step, steps, start, peak, warmup, decay):

@@ -1,5 +1,4 @@
-"""
-Prepare features: simulate or import clips, encode them with a frozen encoder, write them for training.
+"""Prepare features: simulate or import clips, encode them with a frozen encoder, write them for training.
 
     python prepare.py                                    the laptop default: data/slide, a minute or two
     python prepare.py --name=slide256 --size=256 --dim=1024 --clips=1000       full-size tensors
@@ -9,8 +8,7 @@ Prepare features: simulate or import clips, encode them with a frozen encoder, w
 
 The split `zoom` is A made some times smaller and seen from as much nearer by: it looks the same, but what
 slides goes farther than A ever shows. The same command makes what is missing of a set, such as the split of
-a new domain, and leaves the rest as it is.
-"""
+a new domain, and leaves the rest as it is."""
 import functools
 import json
 import math
@@ -72,10 +70,8 @@ def patch_encode(frames, basis):
 
 
 def encode_pictures(frames, net, scale=((0.0,), (1.0,))):
-    """
-    uint8 frames (n,F,H,W,3) → features (n,T,N,D), by a net for pictures: the mean over a step's frames, less the
-    mean of each channel and over its deviation, which channel_scale() found.
-    """
+    """uint8 frames (n,F,H,W,3) → features (n,T,N,D), by a net for pictures: the mean over a step's frames,
+    less the mean of each channel and over its deviation, which channel_scale() found."""
     # What eight pictures become fits into a processor's cache.
     maps = torch.cat([net(few.permute(0, 3, 1, 2) / 255) for few in frames.flatten(0, 1).split(8)])
     # (n*F,D,rows,columns) → (n,T,N,D)
@@ -85,10 +81,8 @@ def encode_pictures(frames, net, scale=((0.0,), (1.0,))):
 
 
 def channel_scale(z):
-    """
-    Mean and deviation of each channel of features z (n,T,N,D), two lists; 0 and 1, which change nothing, where no
-    channel has a tenth of the squares.
-    """
+    """Mean and deviation of each channel of features z (n,T,N,D), two lists; 0 and 1, which change nothing,
+    where no channel has a tenth of the squares."""
     z = z.flatten(0, 2)
     power = z.square().mean(0)
     if power.max() < 0.1 * power.sum():
@@ -96,21 +90,16 @@ def channel_scale(z):
     return z.mean(0).tolist(), z.std(0).clamp(min=1e-6).tolist()
 
 
-def is_function(encoder):
-    """Whether an encoder is given as file.py:function."""
-    return '.py:' in encoder
-
-
 def is_vjepa2(encoder):
-    """Whether an encoder is V-JEPA 2: a name of its size, or a folder."""
-    return encoder not in ('none', 'patch') and not is_function(encoder)
+    """Whether an encoder is V-JEPA 2: a name of its size, or a folder, and no file.py:function."""
+    return encoder not in ('none', 'patch') and '.py:' not in encoder
 
 
 def load_encoder(config, device):
     """The frozen encoder, and the size of pictures in pixels that it wants, 0 for any."""
     if config['encoder'] == 'patch':
         return functools.partial(patch_encode, basis=cosine_basis(config['dim']).to(device)), 0
-    if is_function(config['encoder']):
+    if '.py:' in config['encoder']:
         file, _, function = config['encoder'].rpartition(':')
         if not os.path.isfile(file) or function not in (found := runpy.run_path(file)):
             refuse(f'--encoder={config["encoder"]}: there is no such function')
@@ -154,10 +143,8 @@ def world_of(config):
 
 
 def simulate_splits(config, device):
-    """
-    A simulated world → {split: function}, which simulates it when it is first called → (arrays for its .npz,
-    frames(indices, size) → (n,F,size,size,3)).
-    """
+    """A simulated world → {split: function}, which simulates it when it is first called → (arrays for its
+    .npz, frames(indices, size) → (n,F,size,size,3))."""
     world = world_of(config)
 
     def draw(physics, indices, size):
@@ -176,7 +163,7 @@ def simulate_splits(config, device):
         push = actions[:, 0]
         push[:] = physics['impulse']
         if split == 'zoom':
-            # In A, what goes twice as far until t was pushed twice as hard, less what friction takes of a push,
+            # In A, what goes twice as far until t was pushed twice as hard, less what friction takes of it,
             # mu m g t / 2, which it takes only once. t: the middle of the steps to which jumps go.
             A, seconds = data.DOMAINS['A'], (data.FRAMES - data.TUBELET - 2) / data.FPS
             taken = A.mu * A.mass * data.GRAVITY * seconds / 2
@@ -250,7 +237,7 @@ def main():
         pixels = size or own_size or usual.get(source)
         pixels = pixels or min(own_clips.read(first, 'pictures')[1].shape[1:3]) // PATCH * PATCH
         print(f'{folder}: pictures of {pixels} x {pixels}, encoded by {chosen["encoder"]}', flush=True)
-        if is_function(chosen['encoder']):
+        if '.py:' in chosen['encoder']:
             if 'scale' not in meta:
                 arrays, frames = splits['train']()
                 few = np.arange(min(64, len(arrays['actions'])))

@@ -1,5 +1,4 @@
-"""
-What came out of adapt.py: figures of every row, intervals, tables and pictures, in seconds.
+"""What came out of adapt.py: figures of every row, intervals, tables and pictures, in seconds.
 
     python report.py --runs=out/aba_1,out/aba_2 --out=out/both       rows of several runs count as more seeds
 

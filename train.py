@@ -1,5 +1,4 @@
-"""
-Train a predictor on phase A: teacher forcing plus a curriculum-weighted jump (or rollout) loss. Jumps go
+"""Train a predictor on phase A: teacher forcing plus a curriculum-weighted jump (or rollout) loss. Jumps go
 along streams of made-up worlds (support/worlds.py), from which the world head learns to adapt.
 
     python train.py config/hope_jump.py                            laptop: HOPE on two CPU cores
@@ -7,8 +6,7 @@ along streams of made-up worlds (support/worlds.py), from which the world head l
     torchrun --standalone --nproc_per_node=4 train.py config/hope_jump.py        four GPUs of one machine
 
 Every evaluation writes out/hope.pt, and out/hope_best.pt if it is the best so far. A resumed run goes on
-there and ends as if it had never stopped. Where the log, out/hope.csv, has a step twice, the later counts.
-"""
+there and ends as if it had never stopped. Where the log, out/hope.csv, has a step twice, the later counts."""
 import functools
 import math
 import os
@@ -24,7 +22,7 @@ from configurator import configure, refuse
 from data import Clips, batch_indices, has_split, make_slide, mean_push, median_scene, normed, read_ahead
 from hope import WorldHead, build, load
 from model import LOSSES, Sizes, feature_loss, make_optimizers, rate_at, stream_loss, teacher_forcing_loss
-from support.files import autocast, average_gradients, launched, pick_device, save
+from support.files import autocast, average_gradients, pick_device, save
 from support.worlds import Worlds, draw_worlds, fitting, given_pushes
 from vjepa2 import start_from
 
@@ -63,7 +61,7 @@ loss = 'jump'            # the second term [jump | rollout]
 lambda_start = 0.2       # its weight at the first step [0..1]
 lambda_end = 0.8         # its weight at the last step, linear in between [0..1]
 jump_last = 3            # jumps go to one of the last k steps, drawn per clip; evaluation takes all [1..]
-short_jumps = 0.3        # share of the steps, at first, in which jumps go to any step: near ones are easier [0..1]
+short_jumps = 0.3        # share of the steps, at first, in which jumps go to any step: easier ones [0..1]
 rollout_steps = 2        # rollout: steps fed back; the last is scored (T = 2 in V-JEPA 2-AC) [1..]
 teacher_every = 15       # teacher forcing, the expensive term, sees every n-th clip; 1 = all of them [1..]
 inverse_batch = 256      # clips a step from which the world head learns to read pushes: cheap [1..]
@@ -93,7 +91,9 @@ checkpointing = False    # compute blocks again in the backward pass: slower by 
 config = configure(globals())
 
 # ---- device and data ---------------------------------------------------------------------------------------
-rank, local_rank, processes = launched()
+# As torchrun sets them.
+rank, local_rank, processes = (int(os.environ.get(name, default)) for name, default in
+                               (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
 print0 = functools.partial(print, flush=True) if rank == 0 else lambda text: None
 device = pick_device(device)
 stem = os.path.splitext(out)[0]
@@ -120,7 +120,7 @@ if device == 'cpu' and width < 256:
     # Matrices so small are multiplied faster by one thread than by several, so another one has other work.
     torch.set_num_threads(1)
     second_thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=[1])
-precision = autocast(device, dtype, width)
+precision, pinned = autocast(device, dtype, width), device.startswith('cuda')
 torch.backends.cuda.matmul.allow_tf32 = True
 
 val_clips = Clips(data, 'val')
@@ -207,8 +207,7 @@ def batches_of(steps):
         drawn = batch_indices(len(train_clips), inverse_batch if world else 0, seed + 1, step)
         parts = share(indices_of(step), accumulation), share(drawn, accumulation)
         for indices, others in zip(*parts):
-            clips, watched = (train_clips.stored(part, device.startswith('cuda')) for part in (indices, others))
-            yield clips, looks[indices], watched
+            yield train_clips.stored(indices, pinned), looks[indices], train_clips.stored(others, pinned)
 
 
 def on_device(batch):
@@ -255,10 +254,8 @@ def second_loss(z, a, s, of_clips, tau, streams):
 
 @torch.no_grad()
 def evaluate():
-    """
-    On val: the loss of teacher forcing, and by step (T-1,) those of the predictor, of the same with the last
-    steps swapped, and of what it must beat, step 1 again and an empty scene.
-    """
+    """On val: the loss of teacher forcing, and by step (T-1,) those of the predictor, of the same with the
+    last steps swapped, and of what it must beat, step 1 again and an empty scene."""
     predictor.eval()
     if world:
         predictor.settle(*(part.to(device) for part in val_clips[-home_clips:]))
@@ -307,7 +304,8 @@ for step in range(first_step, max_iters):
         # The two parts share no graph: their gradients are added up in the parameters, whatever the order.
         others = beside(other_losses, z, a, s, watched, 1 - weight)
         with precision:
-            second, surprised = second_loss(z, a, s, of_clips, torch.from_numpy(tau).to(device), np.unique(streams))
+            tau = torch.from_numpy(tau).to(device)
+            second, surprised = second_loss(z, a, s, of_clips, tau, np.unique(streams))
             total = weight * second + push_weight * surprised
         (total / accumulation).backward()
         losses += torch.stack([*others(), second, surprised]).detach() / accumulation

@@ -3,8 +3,7 @@ V-JEPA 2 (Assran et al., 2025): the frozen video encoder, by transformers, and t
 predictor, https://dl.fbaipublicfiles.com/vjepa2/vjepa2-ac-vitg.pt
 
     z = encode(frames, load_encoder('vitl', 'cuda'))            # uint8 frames (n,F,H,W,3) → (n,T,N,D)
-    new, dropped = start_from(predictor, 'vjepa2-ac-vitg.pt')   # or a checkpoint of train.py
-"""
+    new, dropped = start_from(predictor, 'vjepa2-ac-vitg.pt')   # or a checkpoint of train.py"""
 import torch
 
 from configurator import refuse

@@ -10,7 +10,7 @@ from configurator import refuse
 
 
 def pick_device(name):
-    """'auto' → the accelerator of this machine (CUDA, MPS), else the CPU. Refuses a device that is not here."""
+    """'auto' → this machine's accelerator (CUDA, MPS), else the CPU. Refuses a device that is not here."""
     found = torch.accelerator.current_accelerator(check_available=True)
     here = found.type if found else 'cpu'
     if name.partition(':')[0] not in ('auto', 'cpu', here):
@@ -19,9 +19,8 @@ def pick_device(name):
 
 
 def autocast(device, dtype, width):
-    """
-    The context in which a model of this width computes. dtype 'auto': bfloat16 where the device has it, on a
-    CPU from a width of 256 on. Narrower ones gain little, and the published figures are theirs in float32.
+    """The context in which a model of this width computes. dtype 'auto': bfloat16 where the device has it, on
+    a CPU from a width of 256 on. Narrower ones gain little, and the published figures are theirs in float32.
     """
     kind = torch.device(device).type
     fast = dtype == 'bfloat16'
@@ -61,12 +60,6 @@ def read_checkpoint(path, device='cpu'):
     if damaged:
         refuse(f'{path} is damaged or no checkpoint; restore a copy, or delete it and train again')
     return torch.load(path, map_location=device, weights_only=True, mmap=True)
-
-
-def launched():
-    """(rank, rank on this machine, number of processes), as torchrun sets them; without it (0, 0, 1)."""
-    names = {'RANK': 0, 'LOCAL_RANK': 0, 'WORLD_SIZE': 1}
-    return [int(os.environ.get(name, default)) for name, default in names.items()]
 
 
 def average_gradients(predictor, processes):

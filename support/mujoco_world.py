@@ -1,73 +1,47 @@
-"""
-The domains of data.py in a real engine: a box, cylinder or capsule slides on a textured plane in MuJoCo
+"""The domains of data.py in a real engine: a box, cylinder or capsule slides on a textured plane in MuJoCo
 (Todorov et al., 2012), with contact friction, seen in perspective, with a shadow.
 
     clips = simulate('B', 100, 1, 'test_B')      # as data.simulate
     frames = render(clips, 128)                  # as data.render
 
 Needs pip install mujoco, and without a screen apt-get install libosmesa6. The plane is data.py's, its x to
-the right and y towards the viewer.
-"""
+the right and y towards the viewer."""
 import atexit
 import functools
 import os
 import sys
-from importlib.util import find_spec
 
 import numpy as np
 import torch
 
 import data
-from configurator import refuse
+from configurator import ROOT, refuse
 
-if not find_spec('mujoco'):
-    refuse('--source=mujoco needs the package mujoco: pip install mujoco')
 if sys.platform == 'linux' and 'DISPLAY' not in os.environ:
     os.environ.setdefault('MUJOCO_GL', 'osmesa')
 try:
     import mujoco
 except (ImportError, AttributeError, OSError) as error:
-    refuse(f'mujoco finds no screen ({error}): apt-get install libosmesa6, and MUJOCO_GL=osmesa')
+    refuse(f'{error}: pip install mujoco, and without a screen apt-get install libosmesa6, MUJOCO_GL=osmesa')
 
 SUBSTEPS = 4                   # of the engine in a frame
 SETTLE = 20                    # engine steps in which an object comes to rest on the plane
-# The object moves along x, y and z and turns about z. It does not tip over or roll: friction alone stops it.
-MODEL = f'''
-<mujoco>
-  <option timestep="{1 / data.FPS / SUBSTEPS}" cone="elliptic" impratio="10"/>
-  <visual>
-    <quality shadowsize="1024" offsamples="4"/>
-    <headlight ambient=".35 .35 .35" diffuse=".15 .15 .15" specular="0 0 0"/>
-  </visual>
-  <asset>
-    <texture name="plane" type="2d" builtin="checker" width="64" height="64"
-             rgb1=".98 .95 .90" rgb2=".84 .81 .76"/>
-    <material name="plane" texture="plane" texrepeat="8 8"/>
-  </asset>
-  <worldbody>
-    <light directional="true" pos="0 0 1.5" dir=".8 .4 -1" diffuse=".6 .6 .6" castshadow="true"/>
-    <camera name="camera" pos="0 -.9 1.5" xyaxes="1 0 0 0 1.5 .9" fovy="30"/>
-    <geom type="plane" size="1 1 .1" material="plane"/>
-    <body>
-      <joint type="slide" axis="1 0 0"/>
-      <joint type="slide" axis="0 1 0"/>
-      <joint type="slide" axis="0 0 1"/>
-      <joint type="hinge" axis="0 0 1"/>
-      <geom type="box" size="1 1 1" mass="1" priority="1"/>
-      <geom type="cylinder" size="1 1" mass="1" priority="1"/>
-      <geom type="capsule" size="1 1" mass="1" priority="1" euler="90 0 0"/>
-    </body>
-  </worldbody>
-</mujoco>'''
 # The sizes of each shape, in radii of the object, and half its height.
 SHAPES = [(0.65, 0.65, 0.65), (0.8, 0.6, 0), (0.5, 0.5, 0)]
 HEIGHTS = [0.65, 0.6, 0.5]
 
 
+def open_model():
+    """The model of mujoco_world.xml."""
+    model = mujoco.MjModel.from_xml_path(f'{ROOT}/support/mujoco_world.xml')
+    model.opt.timestep = 1 / data.FPS / SUBSTEPS
+    return model
+
+
 @functools.cache
 def open_renderer(size):
     """The model, its state and what draws it: opened once for all clips, as that takes half a second."""
-    model = mujoco.MjModel.from_xml_string(MODEL)
+    model = open_model()
     renderer = mujoco.Renderer(model, size, size)
     atexit.register(renderer.close)
     return model, mujoco.MjData(model), renderer
@@ -93,7 +67,7 @@ def simulate(domain, clips, seed, split, zoom=1):
     """data.simulate(), with the positions as the engine finds them."""
     drawn = data.simulate(domain, clips, seed, split, zoom)
     velocity = data.acting(drawn['impulse'], data.DOMAINS[domain]) / drawn['mass'][:, None]
-    model = mujoco.MjModel.from_xml_string(MODEL)
+    model = open_model()
     for i in range(clips):
         height = place_object(model, drawn, i)
         state = mujoco.MjData(model)

@@ -1,5 +1,4 @@
-"""
-Own clips, in the layout of docs/own_data.md; for another layout, change CONTENT. The splits are folders,
+"""Own clips, in the layout of docs/own_data.md; for another layout, change CONTENT. The splits are folders,
 <source>/<split>/<clip>, or ranges of the numbers at the end of clips' names. The first bad clip is refused.
 """
 import functools
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import listed, refuse
-from data import TUBELET
+from data import TUBELET, normed
 
 # Features are (T*256,D) or (T,N,D); pictures PNG or JPEG, an array (F,H,W,3) uint8 or a video file.
 CONTENT = {
@@ -90,10 +89,8 @@ def read(folder, kind, dtype=None):
 
 
 def read_rows(folder, kind, steps, frame_time=0):
-    """
-    Actions or states of a clip → (steps,numbers) float32. A single push is at step 1, wherever it was. With a
-    frame_time, in seconds, actions are forces, added up to one impulse.
-    """
+    """Actions or states of a clip → (steps,numbers) float32. A single push is at step 1, wherever it was.
+    With a frame_time, in seconds, actions are forces, added up to one impulse."""
     path, rows = read(folder, kind, np.float32)
     if kind == 'actions' and frame_time:
         rows = frame_time * rows.sum(0, keepdims=True)
@@ -150,15 +147,11 @@ def open_splits(found, kind, vjepa2, frame_time, device):
 
 
 def say_what_step_1_tells(train, val):
-    """
-    How well a linear map reads the push from z_1, which should not know it: ridge regression on up to 400
-    clips of train, data.Clips, correlation on up to 200 of val → a sentence.
-    """
+    """How well a linear map reads the push from z_1, which should not know it: ridge regression on up to 400
+    clips of train, data.Clips, correlation on up to 200 of val → a sentence."""
     def first_steps(clips, most):
-        count = min(most, len(clips))
-        parts = np.split(np.arange(count), range(20, count, 20))
-        z = torch.cat([clips[part][0][:, 0].flatten(1) for part in parts])             # (n,N*D)
-        return z, torch.from_numpy(clips.actions[:count, 0])
+        features, a, _ = clips.stored(np.arange(min(most, len(clips))), steps=1)
+        return normed(features).flatten(1), a[:, 0]                    # (n,N*D), (n,A)
     (x, a), (x_val, a_val) = first_steps(train, 400), first_steps(val, 200)
     centre = x.mean(0)
     x, x_val = x - centre, x_val - centre

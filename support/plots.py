@@ -138,12 +138,10 @@ def draw_reports(ax, run, groups, kind):
 
 
 def shown_clips(run, groups):
-    """
-    Clips of the first stream whose predictions adapt.py kept, as pictures; None where that cannot be.
+    """Clips of the first stream whose predictions adapt.py kept, as pictures; None where that cannot be.
 
     {clips: ['A₁, clip 7'], steps: ['step 1', and the targets], pictures: {'what came' or name:
-    (clips,steps,H,W,3)}, loss: {name: (clips,)}, places: (clips,steps,2) of the object in px, or None}.
-    """
+    (clips,steps,H,W,3)}, loss: {name: (clips,)}, places: (clips,steps,2) of the object in px, or None}."""
     folder = Path(data.folder_of(run['config']['data']))
     files = {name: Path(row['run'], f'{row["file"]}.npz') for name, [row, *_] in drawn(groups, 2).items()}
     kept = {name: np.load(file) for name, file in files.items() if file.is_file()}

@@ -1,11 +1,9 @@
-"""
-Made-up worlds of phase A: what a predictor must have met to learn to adapt.
+"""Made-up worlds of phase A: what a predictor must have met to learn to adapt.
 
 A stream is a few clips of A whose pushes are given in the terms of one made-up world, so the same motion has
 another cause. Which world it is, only the clips of the stream can tell.
 
-In a world a push g looks as this push does in A:  matrix (1 ± by looks) g - along + on top.
-"""
+In a world a push g looks as this push does in A:  matrix (1 ± by looks) g - along + on top."""
 from collections import namedtuple
 
 import numpy as np
@@ -32,11 +30,9 @@ Worlds = namedtuple('Worlds', 'matrix on_top along direction log_gain sharp')
 
 
 def draw_worlds(rng, streams, numbers, gain, plain):
-    """
-    A world for each stream from a numpy generator; pushes have so many numbers → Worlds.
+    """A world for each stream from a numpy generator; pushes have so many numbers → Worlds.
     gain: the logarithm of the gain is uniform between minus and plus this, of light worlds from a third of it
-    on. plain: share of worlds that are A.
-    """
+    on. plain: share of worlds that are A."""
     def share(p):
         """A random share of the streams, as 0 or 1 (S,1)."""
         return (rng.random((streams, 1)) < p) * 1.0
@@ -79,12 +75,10 @@ def given_pushes(worlds, pushes, looks, mean_push):
 
 
 def fitting(rng, worlds, pushes, looks, mean_push, usual, count):
-    """
-    Indices (S,count) of candidates' pushes (S,m,A) which are then given as strong as those of A, whose
+    """Indices (S,count) of candidates' pushes (S,m,A) which are then given as strong as those of A, whose
     lengths are usual (n,): of each eighth of these equally many, as far as there are any. So in a world where
     pushes count for much, a stream has motion that goes far. Each strength is given to objects on both sides
-    of the looks (S,m,LOOKS): if the heavy ones alone were pushed hard, the push would tell what is heavy.
-    """
+    of the looks (S,m,LOOKS): if the heavy ones alone were pushed hard, the push would tell what is heavy."""
     length = given_pushes(worlds, pushes, looks, mean_push).norm(dim=-1).numpy()
     part = np.searchsorted(np.quantile(usual, np.linspace(0, 1, 9)), length)           # (S,m)
     side = (which_side(worlds, looks) > 0).numpy()
