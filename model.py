@@ -359,9 +359,9 @@ def orthogonal(x):
 
 
 def make_optimizers(predictor, kind, rate, muon_rate, beta2, weight_decay):
-    """'adamw': AdamW of all parameters; 'muon': Muon (Jordan et al., 2024) of the matrices of the blocks and
-    of the world head, AdamW of the rest. Group 'scale': the peak of its rate over that of AdamW. Decay by
-    role: matrices of linear maps decay, all else (a memory's retention, biases) does not."""
+    """'adamw': AdamW of all parameters; 'muon': AdamW, and in two halves Muon (Jordan et al., 2024) of the
+    matrices of the blocks and of the world head. Group 'scale': the peak of its rate over that of AdamW. Decay
+    by role: matrices of linear maps decay, all else (a memory's retention, biases) does not."""
     modules = predictor.named_modules()
     matrices = {f'{name}.weight' for name, module in modules if isinstance(module, nn.Linear)}
     of_muon, decaying, others = [], [], []
@@ -372,8 +372,8 @@ def make_optimizers(predictor, kind, rate, muon_rate, beta2, weight_decay):
     groups = [{'params': decaying, 'weight_decay': weight_decay, 'scale': 1.0},
               {'params': others, 'weight_decay': 0.0, 'scale': 1.0}]
     adamw = torch.optim.AdamW(groups, lr=rate, betas=(0.9, beta2), fused=True)
-    group = {'params': of_muon, 'scale': muon_rate / rate}
-    return [adamw, Muon([group], muon_rate, weight_decay)] if of_muon else [adamw]
+    halves = [{'params': half, 'scale': muon_rate / rate} for half in (of_muon[::2], of_muon[1::2]) if half]
+    return [adamw, *(Muon([half], muon_rate, weight_decay) for half in halves)]
 
 
 def rate_at(step, steps, start, peak, warmup, decay):

@@ -317,8 +317,11 @@ for step in range(first_step, max_iters):
     # One number decides: a loss that is not finite makes the norm so, too, and in all processes.
     if not sum(norms).isfinite():
         refuse(f'step {step + 1}: a loss or its gradient is not finite and not saved; lower --learning_rate')
-    for each in optimizers:
+    # The two halves of Muon side by side.
+    last = beside(optimizers[-1].step)
+    for each in optimizers[:-1]:
         each.step()
+    last()
     predictor.zero_grad(set_to_none=True)
 
     done = step + 1

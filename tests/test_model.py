@@ -244,19 +244,19 @@ def test_decay_and_optimiser_by_role():
     """Matrices of linear maps decay; those of the blocks and of the world head are Muon's."""
     net = predictor('hope')
     names = {id(p): name for name, p in net.named_parameters()}
-    for kind, sharing in ('adamw', 2), ('muon', 3):
+    for kind, sharing in ('adamw', 2), ('muon', 4):
         optimizers = model.make_optimizers(net, kind, 1e-3, 2e-3, 0.99, 0.1)
         groups = [group for each in optimizers for group in each.param_groups]
         held = [{names[id(p)] for p in group['params']} for group in groups]
-        assert [group['weight_decay'] for group in groups] == [0.1, 0.0, 0.1][:sharing]
-        assert [group['scale'] for group in groups] == [1, 1, 2][:sharing]
+        assert [group['weight_decay'] for group in groups] == [0.1, 0.0, 0.1, 0.1][:sharing]
+        assert [group['scale'] for group in groups] == [1, 1, 2, 2][:sharing]
         assert sum(map(len, held)) == len(names) and set.union(*held) == set(names.values())
         kept = {name.split('.')[-1] for name in held[1]}
         assert kept == {'memory', 'alpha_bias', 'eta_bias', 'gate_bias', 'query_bias', 'bias', 'weight',
                         'place', 'log_prior', 'log_noise'}
     owners = [{name.split('.')[0] for name in group} for group in held]
     assert owners[0] == {'predictor_embed', 'action_encoder', 'predictor_proj', 'inverse'}
-    assert owners[2] == {'predictor_blocks', 'world'}
+    assert owners[2] == owners[3] == {'predictor_blocks', 'world'}
 
 
 def test_muon_is_that_of_torch_but_for_its_bfloat16():
