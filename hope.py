@@ -421,9 +421,9 @@ class WorldHead(nn.Module):
         return x
 
     def read(self, key, now):
-        """The mean of what the hypotheses hold about keys (B,d), by their weights → (B,v)."""
-        found = torch.einsum('bd,bkdv->bkv', key, now['M'])
-        return (now['log_weight'].softmax(1)[..., None] * found).sum(1)
+        """The mean of what the hypotheses of S streams hold about keys (S n,d), by their weights → (S n,v)."""
+        mean = torch.einsum('sk,skdv->sdv', now['log_weight'].softmax(1), now['M'])
+        return (key.unflatten(0, (len(mean), -1)) @ mean).flatten(0, 1)
 
     def learn(self, key, value, now):
         """Write one clip of each stream, key (B,d), value (B,v), to all hypotheses → them, -log p(e) (B,)."""

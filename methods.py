@@ -192,11 +192,11 @@ class WorldHead(Method):
         return {key: value.tolist() for key, value in report.items()}
 
     def memory_of(self, split, indices):
-        """The memory of streams that these clips of a world were shown to."""
+        """The memory of a stream that these clips of a world were shown to."""
         memory = self.predictor.start(1)
         for index in indices:
             memory = self.written(memory, *self.experiment.read(split, [index]))
-        return repeated(memory, self.streams)
+        return memory
 
 
 class TitanMemory(Method):

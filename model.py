@@ -219,9 +219,9 @@ class Predictor(nn.Module):
         tau (B,) integer, 0-based: z (B,1,N,D), a (B,1,A) → z_hat (B,N,D) predicts step tau in one pass.
         states (B,T or more,S): where the predictor has a state token.
         memory: what an earlier call returned, None for that of new streams, {} for none at all; {'world': see
-        hope.WorldHead.forward, 'titan': [a tensor (B,...) per block]}, each clip of the batch with its own. A
-        jump reads it and hands it on as it is. Teacher forcing writes it, 'world' over two steps or more alone,
-        which show motion."""
+        hope.WorldHead.forward, 'titan': [a tensor (B,...) per block]}, each clip of the batch with its own; in
+        jumps, clips in a row may share a world. A jump reads it and hands it on as it is. Teacher forcing
+        writes it, 'world' only over two steps or more, which show motion."""
         B, T, N, _ = z.shape
         assert tau is None or T == 1, 'a jump takes the first step alone'
         assert (states is None) == (self.state_encoder is None), 'states are given if there is a state token'
@@ -292,8 +292,9 @@ def stream_loss(predictor, z, a, tau, clips):
 
 def repeated(memory, times):
     """A memory or tensor with each clip so many times in a row, (B,...) → (B*times,...). None stays None."""
+    # The memory of a world is not copied: clips in a row read the same.
     if isinstance(memory, dict):
-        return {name: repeated(state, times) for name, state in memory.items()}
+        return {name: state if name == 'world' else repeated(state, times) for name, state in memory.items()}
     if isinstance(memory, list):
         return [repeated(state, times) for state in memory]
     return None if memory is None else memory.repeat_interleave(times, 0)
