@@ -123,7 +123,7 @@ class TitanMemory(nn.Module):
         return target * (scale @ self.members[rows].mT)
 
     def step(self, weights, start, retained, k, eta, target, error):
-        """After a frame: retention (B,H,1,1), k (B,H,P,d), eta (B,H,P), t and M(k) - t (B,H,P,rows) → weights."""
+        """After a frame: retention (B,H,1,1), k (B,H,P,d), eta (B,H,P), t, M(k) - t (B,H,P,rows) → weights."""
         wanted = -error if self.sizes.rule == 'dgd' else target
         new = self.proximal(start.lerp(weights, retained), k, eta, wanted)
         # The target v has nothing to say of eta and alpha.
@@ -131,7 +131,7 @@ class TitanMemory(nn.Module):
         return new if self.sizes.self_targets else torch.cat([new[:, :, :-2], kept], 2)
 
     def proximal(self, kept, keys, eta, wanted):
-        """One proximal step of a layer for the tokens of a frame, in any order → weights (B,H,r,c) that minimise
+        """One proximal step of a layer for all tokens of a frame at once → weights (B,H,r,c) that minimise
 
             |W - W_a|^2 + sum_i eta_i |W k_i - u_i|^2,      W_a = start + retained (weights - start)
 
@@ -421,7 +421,7 @@ class WorldHead(nn.Module):
         return x
 
     def read(self, key, now):
-        """The mean of what the hypotheses of S streams hold about keys (S n,d), by their weights → (S n,v)."""
+        """The mean of what hypotheses of S streams hold about keys (S n,d), by their weights → (S n,v)."""
         mean = torch.einsum('sk,skdv->sdv', now['log_weight'].softmax(1), now['M'])
         return (key.unflatten(0, (len(mean), -1)) @ mean).flatten(0, 1)
 
@@ -501,7 +501,7 @@ class CMS(nn.Module):
 
 
 class CMSWriter:
-    """A predictor whose CMS levels are written along a stream of clips. It is called like the predictor, whose
+    """A predictor whose CMS levels are written along a stream of clips. It is called as the predictor, whose
     own weights stay as they are. tick() looks back at a clip. Level l is written at every C_l-th (Eq. 71):
 
         change_l <- change_l - rate / C_l * sum of the gradients of L since the last write

@@ -219,7 +219,7 @@ class Predictor(nn.Module):
         tau (B,) integer, 0-based: z (B,1,N,D), a (B,1,A) → z_hat (B,N,D) predicts step tau in one pass.
         states (B,T or more,S): where the predictor has a state token.
         memory: what an earlier call returned, None for that of new streams, {} for none at all; {'world': see
-        hope.WorldHead.forward, 'titan': [a tensor (B,...) per block]}, each clip of the batch with its own; in
+        hope.WorldHead.forward, 'titan': [a tensor (B,...) per block]}, each clip of a batch with its own; in
         jumps, clips in a row may share a world. A jump reads it and hands it on as it is. Teacher forcing
         writes it, 'world' only over two steps or more, which show motion."""
         B, T, N, _ = z.shape
@@ -361,7 +361,7 @@ def orthogonal(x):
 
 def make_optimizers(predictor, kind, rate, muon_rate, beta2, weight_decay):
     """'adamw': AdamW of all parameters; 'muon': AdamW, and in two halves Muon (Jordan et al., 2024) of the
-    matrices of the blocks and of the world head. Group 'scale': the peak of its rate over that of AdamW. Decay
+    matrices of blocks and of the world head. Group 'scale': the peak of its rate over that of AdamW. Decay
     by role: matrices of linear maps decay, all else (a memory's retention, biases) does not."""
     modules = predictor.named_modules()
     matrices = {f'{name}.weight' for name, module in modules if isinstance(module, nn.Linear)}

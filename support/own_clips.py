@@ -166,5 +166,5 @@ def say_what_step_1_tells(train, val):
     if found < chance:
         return f'step 1 does not tell the push: {measured}'
     return (f'WARNING: step 1 tells the push: {measured}. Either it was encoded together\n'
-            'with later pictures; then it has seen the future, and jump losses prove nothing: encode again, each\n'
+            'with later pictures; then it saw the future, and jump losses prove nothing: encode again, each\n'
             'step alone (--encode=step). Or pushes go with the places where objects start.')
