@@ -141,12 +141,19 @@ class Experiment:
         self.splits = {split: Clips(config['data'], split) for split in ['train', 'val', *streamed, *shifts]}
         tuned = ['val', 'val', *shifts, *shifts] if shifts else []
         uses = {'clips': streamed, 'probe_clips': [*probed.values()], 'tune_clips': tuned}
+        asked = {option: config[option] for option in uses}
+
+        def share(counts):
+            """What the scarcest split has of what is needed of it, at most all."""
+            needed = Counter(split for option in uses for split in counts[option] * uses[option])
+            return min(1, *(len(self.splits[split]) / count for split, count in needed.items()))
         # As many clips as asked for, or if a split has too few, the same share of each.
-        needed = Counter(split for option in uses for split in config[option] * uses[option])
-        share = min(1, *(len(self.splits[split]) / count for split, count in needed.items()))
-        self.clips, self.probe_clips, few = counts = [max(1, int(share * config[option])) for option in uses]
-        if share < 1:
-            print(f'data set {config["data"]} has no more clips: {dict(zip(uses, counts))}')
+        counts = {option: max(1, int(share(asked) * count)) for option, count in asked.items()}
+        if share(counts) < 1:
+            refuse(f'data set {config["data"]} has too few clips for stream, tuning and probes')
+        if counts != asked:
+            print(f'data set {config["data"]} has no more clips: {counts}')
+        self.clips, self.probe_clips, few = counts.values()
         n = self.clips
         # Probes and tuning take the first clips of a split; streams take others, each in an order of its own.
         free = {split: [*range(len(clips))] for split, clips in self.splits.items()}

@@ -75,7 +75,8 @@ class TitanMemory(nn.Module):
         with torch.autocast(x.device.type, enabled=False):             # bfloat16 would lose small writes
             q = rotate(unit(q + self.query_bias), by_step(rope_q, T))
             start = self.start()[None]
-            weights = start if memory is None else start + memory
+            # Clips in a row may share a memory.
+            weights = start if memory is None else start + memory.repeat_interleave(len(x) // len(memory), 0)
             # One chunk is one time step.
             for q_t, k_t, v_t, cos_t, sin_t in zip(q, k_in, v_in, *by_step(rope_k, T)):
                 weights = self.write(weights, start, k_t, v_t, (cos_t, sin_t), part)
@@ -123,7 +124,7 @@ class TitanMemory(nn.Module):
         return target * (scale @ self.members[rows].mT)
 
     def step(self, weights, start, retained, k, eta, target, error):
-        """After a frame: retention (B,H,1,1), k (B,H,P,d), eta (B,H,P), t, M(k) - t (B,H,P,rows) → weights."""
+        """After a frame: retention (B,H,1,1), k (B,H,P,d), eta (B,H,P), t, M(k) - t (B,H,P,rows) → new."""
         wanted = -error if self.sizes.rule == 'dgd' else target
         new = self.proximal(start.lerp(weights, retained), k, eta, wanted)
         # The target v has nothing to say of eta and alpha.

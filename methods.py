@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from data import median_scene
 from hope import CMSWriter, earned_retention
-from model import LOSSES, feature_loss, repeated, teacher_forcing_loss
+from model import LOSSES, feature_loss, teacher_forcing_loss
 
 
 class Method:
@@ -41,8 +41,8 @@ class Method:
     def predict(self, z, a, targets=None):
         """Clips z (S*b,T,N,D), a (S*b,T,A), b a stream, at targets (K,) from z_1, a_1 alone → (S*b,K,N,D)."""
         targets = self.targets if targets is None else targets
-        memory = repeated(self.memory, len(z) // self.streams)
-        self.z_hat = self.loss.predict(self.net, z, a, targets, memory)    # with its graph, for look_back()
+        # With its graph, for look_back().
+        self.z_hat = self.loss.predict(self.net, z, a, targets, self.memory)
         return self.z_hat
 
     @torch.no_grad()
@@ -248,10 +248,12 @@ class WorldsKnown(WorldHead):
 
     def start(self):
         worlds = [self.memory_of(*self.experiment.probes[domain]) for domain in self.experiment.domains]
-        self.memory, *self.coming = [world for world in worlds for _ in range(self.experiment.clips)]
+        # One for each clip of the stream.
+        self.memories = (world for world in worlds for _ in range(self.experiment.clips))
+        self.memory = next(self.memories)
 
     def look_back(self, z, a):
-        self.memory = self.coming.pop(0) if self.coming else self.memory
+        self.memory = next(self.memories, self.memory)
 
 
 class WrongWorld(WorldsKnown):
@@ -260,7 +262,7 @@ class WrongWorld(WorldsKnown):
     def start(self):
         (split, _), *_ = self.experiment.other
         self.memory = self.memory_of(split, [index for _, index in self.experiment.other])
-        self.coming = []
+        self.memories = iter(())
 
 
 class Shuffled(WorldHead):

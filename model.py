@@ -219,8 +219,8 @@ class Predictor(nn.Module):
         tau (B,) integer, 0-based: z (B,1,N,D), a (B,1,A) → z_hat (B,N,D) predicts step tau in one pass.
         states (B,T or more,S): where the predictor has a state token.
         memory: what an earlier call returned, None for that of new streams, {} for none at all; {'world': see
-        hope.WorldHead.forward, 'titan': [a tensor (B,...) per block]}, each clip of a batch with its own; in
-        jumps, clips in a row may share a world. A jump reads it and hands it on as it is. Teacher forcing
+        hope.WorldHead.forward, 'titan': [a tensor (B,...) per block]}, each clip of a batch with its own, or
+        n clips in a row with the same, (B/n,...). A jump reads it and hands it on as it is. Teacher forcing
         writes it, 'world' only over two steps or more, which show motion."""
         B, T, N, _ = z.shape
         assert tau is None or T == 1, 'a jump takes the first step alone'
@@ -290,20 +290,11 @@ def stream_loss(predictor, z, a, tau, clips):
     return lost.unflatten(0, (-1, clips)), memory['world']
 
 
-def repeated(memory, times):
-    """A memory or tensor with each clip so many times in a row, (B,...) → (B*times,...). None stays None."""
-    # The memory of a world is not copied: clips in a row read the same.
-    if isinstance(memory, dict):
-        return {name: state if name == 'world' else repeated(state, times) for name, state in memory.items()}
-    if isinstance(memory, list):
-        return [repeated(state, times) for state in memory]
-    return None if memory is None else memory.repeat_interleave(times, 0)
-
-
 def predict_jumps(predictor, z, a, targets, memory=None, states=None):
     """Jumps to the target steps (K,) from step 1 and the action alone: z (B,T,N,D), a (B,T,A) → (B,K,N,D)."""
     K = len(targets)
-    first, push, memory, states = (repeated(part, K) for part in (z[:, :1], a[:, :1], memory, states))
+    first, push = (part.repeat_interleave(K, 0) for part in (z[:, :1], a[:, :1]))
+    states = None if states is None else states.repeat_interleave(K, 0)
     z_hat, _ = predictor(first, push, targets.repeat(len(z)), memory, states)          # (B*K,N,D)
     return z_hat.unflatten(0, (-1, K))
 
